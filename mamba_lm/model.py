@@ -1,0 +1,263 @@
+"""Mamba-1 language model whose whole memory is a value: read a prefix, fork its state, go on.
+
+Symbols, after Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023):
+
+    b   batch                         A (d, n)    state decay, -exp(A_log)          (section 3.6, eq. 2)
+    l   length                        B (b, l, n) input matrix, selected by x       (algorithm 2)
+    m   d_model, residual width       C (b, l, n) output matrix, selected by x      (algorithm 2)
+    d   d_inner = expand * d_model    D (d,)      skip connection                   (section 2)
+    n   d_state                       Δ (b, l, d) step size, softplus(dt_proj(dt))  (section 3.5.1)
+    r   dt_rank                       h (b, d, n) the state                         (eq. 2)
+    w   d_conv                        v           vocabulary rows
+
+Parameter names are those of `transformers`' MambaForCausalLM. Falcon-Mamba ("Falcon Mamba: The
+First Competitive Attention-free 7B Language Model", 2024) adds an RMS norm on B, C and dt.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_lm.selective_scan import causal_conv1d, selective_scan
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Shape of a model; vocab_size is rounded up to a multiple of pad_vocab_size_multiple."""
+
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None  # None: ceil(d_model / 16)
+    d_inner: int | None = None  # None: expand * d_model
+    norm_eps: float = 1e-5
+    bcdt_rms_eps: float | None = None  # Falcon-Mamba's RMS norm on B, C and dt; None: no such norm
+    proj_bias: bool = False
+    conv_bias: bool = True
+    tie_embeddings: bool = True
+    residual_in_fp32: bool = True
+    pad_vocab_size_multiple: int = 8
+
+    def __post_init__(self):
+        derived = {
+            "dt_rank": self.dt_rank or math.ceil(self.d_model / 16),
+            "d_inner": self.d_inner or self.expand * self.d_model,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding; those from the tokenizer's length on are never sampled."""
+        multiple = self.pad_vocab_size_multiple
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+
+class MambaState(NamedTuple):
+    """Everything a model remembers of what it has read. A value: no call changes one in place.
+
+    conv: per layer (b, w - 1, d), the last inputs of the convolution, oldest first.
+    ssm: per layer (b, d, n), the state h, in float32 or float64.
+    """
+
+    conv: tuple[Tensor, ...]
+    ssm: tuple[Tensor, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return self.ssm[0].shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for part in self for t in part)
+
+    def fork(self, index: Tensor) -> "MambaState":
+        """Rows `index` (int64, (k,)) of this state, each as often as it is named.
+
+        By index_select, whose gradient is bit-reproducible on CPU (that of h[index] is not).
+        """
+        return self._map(lambda t: t.index_select(0, index))
+
+    def detach(self) -> "MambaState":
+        return self._map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> "MambaState":
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def _map(self, function) -> "MambaState":
+        return MambaState(*(tuple(function(t) for t in part) for part in self))
+
+    @staticmethod
+    def concatenate(states: "list[MambaState]") -> "MambaState":
+        """The rows of all states, in order."""
+        parts = zip(*states, strict=True)
+        return MambaState(*(tuple(map(torch.cat, zip(*part, strict=True))) for part in parts))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=self.eps).to(
+            self.weight.dtype
+        ) * self.weight
+
+
+class DeltaProjection(nn.Linear):
+    """dt (b, l, r) -> Δ (b, l, d). A module of its own, so that a forward hook on it reads Δ."""
+
+    def forward(self, dt: Tensor) -> Tensor:
+        return F.softplus(super().forward(dt))
+
+
+class MambaMixer(nn.Module):
+    """The selective state-space layer (section 3.4, figure 3)."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+        self.split = (r, n, n)
+        self.bcdt_rms_eps = config.bcdt_rms_eps
+        self.in_proj = nn.Linear(m, 2 * d, bias=config.proj_bias)
+        self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d, bias=config.conv_bias)
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = DeltaProjection(r, d)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1).repeat(d, 1)))  # S4D-Real
+        self.D = nn.Parameter(torch.ones(d))
+        self.out_proj = nn.Linear(d, m, bias=config.proj_bias)
+
+    def forward(
+        self, u: Tensor, conv: Tensor | None, ssm: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, d, n)."""
+        x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
+        new_conv = last_inputs(x, conv, self.conv1d.kernel_size[0] - 1, lengths)
+        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv)  # (b, l, d)
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
+        if self.bcdt_rms_eps is not None:
+            dt, B, C = (F.rms_norm(v, v.shape[-1:], eps=self.bcdt_rms_eps) for v in (dt, B, C))
+        delta = self.dt_proj(dt)  # (b, l, d)
+        A = -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+        y, new_ssm = selective_scan(x, delta, A, B, C, self.D, z, ssm, lengths)
+        return self.out_proj(y), new_conv, new_ssm
+
+
+def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | None) -> Tensor:
+    """The last `count` real inputs (b, count, d) of x (b, l, d), those in `before` included.
+
+    `lengths` (b,) counts each row's real inputs, all l by default; zeros stand before the first.
+    """
+    b, l, d = x.shape
+    if before is None:
+        before = x.new_zeros(b, count, d)
+    if lengths is None:
+        return x[:, l - count :] if l >= count else torch.cat([before[:, l:], x], dim=1)
+    if l == 0:
+        return before
+    at = lengths[:, None] + torch.arange(-count, 0, device=x.device)  # (b, count), < 0: in `before`
+    in_x = x.gather(1, at.clamp(min=0).unsqueeze(-1).expand(b, count, d))
+    in_before = before.gather(1, (at + count).clamp(max=count - 1).unsqueeze(-1).expand(b, count, d))
+    return torch.where((at >= 0).unsqueeze(-1), in_x, in_before)
+
+
+class MambaBlock(nn.Module):
+    """A pre-norm residual block."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MambaMixer(config)
+
+    def forward(self, residual: Tensor, conv, ssm, lengths) -> tuple[Tensor, Tensor, Tensor]:
+        output, conv, ssm = self.mixer(self.norm(residual), conv, ssm, lengths)
+        return residual + output, conv, ssm
+
+
+class MambaBackbone(nn.Module):
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_rows, config.d_model)
+        self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+
+class MambaLM(nn.Module):
+    """Language model over token ids. Weights start as in the paper's own code."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = MambaBackbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        initialize(self)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def encode(
+        self, input_ids: Tensor, state: MambaState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """Read input_ids (b, l), from `state` on, into normed hidden states (b, l, m) and a state.
+
+        lengths (b,) int64: the real tokens of right-padded rows. Padding is exact: the state is
+        that after a row's last real token. Hidden states at padded positions mean nothing.
+        """
+        hidden = self.backbone.embeddings(input_ids)  # (b, l, m)
+        if self.config.residual_in_fp32 and hidden.dtype != torch.float64:
+            hidden = hidden.float()
+        convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
+        new_convs, new_ssms = [], []
+        for layer, conv, ssm in zip(self.backbone.layers, convs, ssms, strict=True):
+            hidden, conv, ssm = layer(hidden, conv, ssm, lengths)
+            new_convs.append(conv)
+            new_ssms.append(ssm)
+        return self.backbone.norm_f(hidden), MambaState(tuple(new_convs), tuple(new_ssms))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: MambaState | None = None,
+        mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, MambaState]:
+        """Logits of the next token and the state after input_ids (b, l), read from `state` on.
+
+        mask (b, l) bool, True where a token is real; padding may stand anywhere and neither enters
+        the window of real tokens nor moves the state. logits_at (b, l) bool asks for logits at
+        those positions only. Returns logits (b, l, v), or (k, v) for the k asked-for positions.
+        """
+        if mask is None:
+            hidden, state = self.encode(input_ids, state)
+        else:
+            order = torch.argsort(~mask.bool(), dim=1, stable=True)  # real tokens first, in order
+            hidden, state = self.encode(input_ids.gather(1, order), state, mask.sum(1))
+            back = torch.argsort(order, dim=1).unsqueeze(-1).expand_as(hidden)
+            hidden = hidden.gather(1, back)
+        return self.lm_head(hidden if logits_at is None else hidden[logits_at]), state
+
+
+def initialize(model: MambaLM, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+    """The initialisation of the paper (section 3.6) and its code, `mamba_ssm`: Δ starts between
+    dt_min and dt_max, residual outputs are scaled by 1 / sqrt(n_layer), embeddings by 0.02."""
+    nn.init.normal_(model.backbone.embeddings.weight, std=0.02)
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        for projection in (mixer.in_proj, mixer.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        bound = mixer.dt_proj.in_features**-0.5
+        nn.init.uniform_(mixer.dt_proj.weight, -bound, bound)
+        with torch.no_grad():
+            mixer.out_proj.weight /= math.sqrt(model.config.n_layer)
+            low, high = math.log(dt_min), math.log(dt_max)
+            dt = torch.exp(torch.rand_like(mixer.dt_proj.bias) * (high - low) + low).clamp(min=1e-4)
+            mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus's inverse

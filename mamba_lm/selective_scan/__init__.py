@@ -1,0 +1,95 @@
+"""The selective scan and its causal convolution: one signature, several backends.
+
+    reference   a plain loop in any dtype: the definition
+    cpu         fused Numba kernels in float32 that never hold a (b, l, d, n) tensor
+    cuda        the kernels of mamba-ssm and causal-conv1d, called directly
+
+A tensor's device chooses the backend; `MAMBA_SCAN_BACKEND` overrides the choice. The first call
+says on stderr which backend runs. Letters: b batch, l length, d d_inner, n d_state, w d_conv.
+"""
+
+import functools
+import importlib
+import os
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+BACKENDS = ("reference", "cpu", "cuda")
+_INSTALL = {
+    "cpu": "pip install numba",
+    "cuda": "pip install -r requirements-cuda.txt  (see the README's GPU section)",
+}
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Discretise and run the recurrence of Gu & Dao 2023 (section 3.2, algorithm 2).
+
+        h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t x_t        y_t = (C_t h_t + D x_t) ∘ SiLU(z_t)
+
+    Shapes: x, delta, z (b, l, d); A (d, n), negative; B, C (b, l, n); D (d,); initial_state
+    (b, d, n); lengths (b,) int64, the number of real positions of each right-padded row. Positions
+    from a row's length on leave the state alone and give y = 0.
+
+    Returns y (b, l, d) in x's dtype and the final state (b, d, n), in float32 or float64.
+    Differentiable in every tensor, the initial and the final state included.
+    """
+    backend = _backend(x)
+    return backend.selective_scan(x, delta, A, B, C, D, z, initial_state, lengths)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None = None
+) -> Tensor:
+    """SiLU of the depthwise causal convolution of x (b, l, d) with weight (d, w), bias (d,).
+
+    initial_tail (b, w - 1, d) holds the inputs that came before x, zeros by default. Returns
+    (b, l, d), differentiable in every tensor.
+    """
+    return _backend(x).causal_conv1d(x, weight, bias, initial_tail)
+
+
+def backend_name(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves tensors of this device and dtype.
+
+    Raises UserError where `MAMBA_SCAN_BACKEND` names none of `BACKENDS`.
+    """
+    asked = os.environ.get("MAMBA_SCAN_BACKEND")
+    if asked:
+        if asked not in BACKENDS:
+            raise UserError(f"MAMBA_SCAN_BACKEND={asked}: use one of {', '.join(BACKENDS)}")
+        return asked
+    if dtype == torch.float64:
+        return "reference"
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+@functools.cache
+def load_backend(name: str) -> ModuleType:
+    """Import a backend and say so on stderr; UserError with the install command if it is missing."""
+    try:
+        module = importlib.import_module(f"mamba_lm.selective_scan.{name}")
+    except ImportError as error:
+        raise UserError(
+            f"the {name} selective scan is not installed ({error}): {_INSTALL[name]}"
+        ) from error
+    print(f"selective scan: {name} backend", file=sys.stderr)
+    return module
+
+
+def _backend(x: Tensor) -> ModuleType:
+    return load_backend(backend_name(x.device, x.dtype))

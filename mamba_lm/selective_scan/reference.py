@@ -1,0 +1,52 @@
+"""The definition: a plain loop over time in any dtype. Every other backend is tested against it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2 of Gu & Dao 2023; arguments and results as `mamba_lm.selective_scan`."""
+    b, l, d = x.shape
+    state_dtype = torch.promote_types(x.dtype, torch.float32)
+    output_dtype = x.dtype
+    x, delta, A, B, C, D = (tensor.to(state_dtype) for tensor in (x, delta, A, B, C, D))
+    h = x.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(state_dtype)
+
+    real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
+    if lengths is not None:
+        real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
+    outputs = []
+    for t in range(l):
+        delta_t = delta[:, t].unsqueeze(-1)  # (b, d, 1)
+        decay = torch.exp(delta_t * A)  # (b, d, n)
+        update = delta_t * B[:, t].unsqueeze(1) * x[:, t].unsqueeze(-1)  # (b, d, n)
+        h = torch.where(real[:, t].unsqueeze(-1), decay * h + update, h)
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]) + D * x[:, t])
+    y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)  # (b, l, d)
+    if z is not None:
+        y = y * F.silu(z.to(state_dtype))
+    return torch.where(real, y, 0).to(output_dtype), h
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None = None
+) -> Tensor:
+    """Depthwise causal convolution and SiLU; arguments as `mamba_lm.selective_scan`."""
+    width = weight.shape[1]
+    if initial_tail is None:
+        initial_tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    window = torch.cat([initial_tail.to(x.dtype), x], dim=1).transpose(1, 2)  # (b, d, w - 1 + l)
+    weight = weight.to(x.dtype).unsqueeze(1)  # (d, 1, w)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.silu(F.conv1d(window, weight, bias, groups=x.shape[2])).transpose(1, 2)  # (b, l, d)
