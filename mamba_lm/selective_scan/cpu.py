@@ -97,8 +97,9 @@ _reduction_kernel = functools.partial(
 
 
 @_kernel()
-def _load(tiled, source, row_stride, step, steps, tiles, d):
-    """Copy `steps` rows of a flat (rows, d) array from `step` on into tiled (tiles, steps, TILE).
+def _load(tiled, position, source, row_stride, step, steps, tiles, d):
+    """Copy `steps` rows of a flat (rows, d) array from `step` on into tiled (tiles, ..., TILE)
+    from `position` on.
 
     Whole rows in order, so that the processor prefetches them; read tile by tile, they would come
     from main memory a quarter of a kilobyte at a time. Lanes past channel d keep their zeros.
@@ -108,7 +109,7 @@ def _load(tiled, source, row_stride, step, steps, tiles, d):
         for tile in range(tiles[0], tiles[1]):
             first = tile * TILE
             for c in range(min(TILE, d - first)):
-                tiled[tile, s, c] = source[at + first + c]
+                tiled[tile, position + s, c] = source[at + first + c]
 
 
 @_kernel()
@@ -138,20 +139,22 @@ def _scan_forward(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, 
     z_c = np.zeros((num_tiles, CHUNK, TILE), f32)
     y_c = np.zeros((num_tiles, CHUNK, TILE), f32)
     update = np.zeros(TILE, f32)
-    _load(skip, D, 0, 0, 1, (0, num_tiles), d)
+    _load(skip, 0, D, 0, 0, 1, (0, num_tiles), d)
+    for channel in range(d):
+        for i in range(n):
+            a[channel // TILE, i, channel % TILE] = A[channel * n + i]
     for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
         tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
         for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
-            tile, c = channel // TILE, channel % TILE
             for i in range(n):
-                a[tile, i, c] = A[channel * n + i]
-                h[tile, i, c] = h0[(row * d + channel) * n + i] if h0.size > 0 else f32(0.0)
+                value = h0[(row * d + channel) * n + i] if h0.size > 0 else f32(0.0)
+                h[channel // TILE, i, channel % TILE] = value
         for t0 in range(0, lengths[row], CHUNK):
             step, steps = row * l + t0, min(CHUNK, lengths[row] - t0)
-            _load(x_c, x, xs, step, steps, tiles, d)
-            _load(delta_c, delta, ds, step, steps, tiles, d)
+            _load(x_c, 0, x, xs, step, steps, tiles, d)
+            _load(delta_c, 0, delta, ds, step, steps, tiles, d)
             if gated:
-                _load(z_c, z, zs, step, steps, tiles, d)
+                _load(z_c, 0, z, zs, step, steps, tiles, d)
             if keep:
                 _store(h, saved, (row * chunks + t0 // CHUNK) * n, n, tiles, d)
             for tile in range(tiles[0], tiles[1]):
@@ -204,24 +207,25 @@ def _scan_backward(
     update, out, ginput, gdelta_s = (
         np.zeros(TILE, f32), np.zeros(TILE, f32), np.zeros(TILE, f32), np.zeros(TILE, f32),
     )  # fmt: skip
-    _load(skip, D, 0, 0, 1, (0, num_tiles), d)
+    _load(skip, 0, D, 0, 0, 1, (0, num_tiles), d)
+    for channel in range(d):
+        for i in range(n):
+            a[channel // TILE, i, channel % TILE] = A[channel * n + i]
     for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
         tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
         ga[:] = f32(0.0)
         gskip[:] = f32(0.0)
         for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
-            tile, c = channel // TILE, channel % TILE
             for i in range(n):
-                a[tile, i, c] = A[channel * n + i]
-                gh[tile, i, c] = ghT[(row * d + channel) * n + i]
+                gh[channel // TILE, i, channel % TILE] = ghT[(row * d + channel) * n + i]
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
             step, steps = row * l + chunk * CHUNK, min(CHUNK, lengths[row] - chunk * CHUNK)
-            _load(x_c, x, xs, step, steps, tiles, d)
-            _load(delta_c, delta, ds, step, steps, tiles, d)
-            _load(gy_c, gy, d, step, steps, tiles, d)
-            _load(h0_c, saved, d, (row * chunks + chunk) * n, n, tiles, d)
+            _load(x_c, 0, x, xs, step, steps, tiles, d)
+            _load(delta_c, 0, delta, ds, step, steps, tiles, d)
+            _load(gy_c, 0, gy, d, step, steps, tiles, d)
+            _load(h0_c, 0, saved, d, (row * chunks + chunk) * n, n, tiles, d)
             if gated:
-                _load(z_c, z, zs, step, steps, tiles, d)
+                _load(z_c, 0, z, zs, step, steps, tiles, d)
             for tile in range(tiles[0], tiles[1]):
                 a_t, ga_t, gh_t = a[tile], ga[tile], gh[tile]
                 history[0] = h0_c[tile]
@@ -290,28 +294,36 @@ def _conv_forward(jobs, shape, x, xs, weight, bias, tail, y):
     """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
     start, stop = jobs
     l, d, w = shape
-    tiles = (d + TILE - 1) // TILE
-    total = np.zeros(TILE, f32)
-    for job in range(start, stop):
-        row, first = job // tiles, (job % tiles) * TILE
-        width = min(TILE, d - first)
-        for t in range(l):
-            for c in range(width):
-                total[c] = bias[first + c]
-            for k in range(w):
-                source = t + k - (w - 1)
-                if source >= 0:
-                    at = (row * l + source) * xs + first
-                    for c in range(width):
-                        total[c] += weight[k * d + first + c] * x[at + c]
-                elif tail.size > 0:
-                    at = (row * (w - 1) + source + w - 1) * d + first
-                    for c in range(width):
-                        total[c] += weight[k * d + first + c] * tail[at + c]
-            for c in range(TILE):
-                total[c] *= _sigmoid(total[c])
-            for c in range(width):
-                y[(row * l + t) * d + first + c] = total[c]
+    num_tiles = (d + TILE - 1) // TILE
+    taps = np.zeros((num_tiles, w, TILE), f32)
+    offset = np.zeros((num_tiles, 1, TILE), f32)
+    window = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # w - 1 steps back, then the chunk
+    y_c = np.zeros((num_tiles, CHUNK, TILE), f32)
+    _load(taps, 0, weight, d, 0, w, (0, num_tiles), d)
+    _load(offset, 0, bias, 0, 0, 1, (0, num_tiles), d)
+    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
+        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
+        if tail.size > 0:
+            _load(window, 0, tail, d, row * (w - 1), w - 1, tiles, d)
+        else:
+            window[:, : w - 1] = f32(0.0)
+        for t0 in range(0, l, CHUNK):
+            steps = min(CHUNK, l - t0)
+            _load(window, w - 1, x, xs, row * l + t0, steps, tiles, d)
+            for tile in range(tiles[0], tiles[1]):
+                for s in range(steps):
+                    total = y_c[tile, s]
+                    for c in range(TILE):
+                        total[c] = offset[tile, 0, c]
+                    for k in range(w):
+                        for c in range(TILE):
+                            total[c] += taps[tile, k, c] * window[tile, s + k, c]
+                    for c in range(TILE):
+                        total[c] *= _sigmoid(total[c])
+                for k in range(w - 1):
+                    for c in range(TILE):
+                        window[tile, k, c] = window[tile, steps + k, c]
+            _store(y_c, y, row * l + t0, steps, tiles, d)
 
 
 @_kernel()
@@ -320,46 +332,68 @@ def _conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbia
     partial sums over the rows."""
     start, stop = jobs
     l, d, w = shape
-    tiles = (d + TILE - 1) // TILE
+    num_tiles = (d + TILE - 1) // TILE
+    taps = np.zeros((num_tiles, w, TILE), f32)
+    offset = np.zeros((num_tiles, 1, TILE), f32)
+    window = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # w - 1 steps back, then the chunk
+    gtotal = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # the chunk, then w - 1 steps ahead
+    gy_c = np.zeros((num_tiles, CHUNK, TILE), f32)
+    gtaps = np.zeros((num_tiles, w, TILE), f32)
+    goffset = np.zeros((num_tiles, 1, TILE), f32)
     total = np.zeros(TILE, f32)
-    for job in range(start, stop):
-        row, first = job // tiles, (job % tiles) * TILE
-        width = min(TILE, d - first)
-        for t in range(l):
-            for c in range(width):
-                total[c] = bias[first + c]
-            for k in range(w):
-                source = t + k - (w - 1)
-                if source >= 0:
-                    at = (row * l + source) * xs + first
-                    for c in range(width):
-                        total[c] += weight[k * d + first + c] * x[at + c]
-                elif tail.size > 0:
-                    at = (row * (w - 1) + source + w - 1) * d + first
-                    for c in range(width):
-                        total[c] += weight[k * d + first + c] * tail[at + c]
-            for c in range(TILE):
-                sigmoid = _sigmoid(total[c])
-                total[c] = sigmoid + total[c] * sigmoid * (f32(1.0) - sigmoid)
-            for c in range(width):
-                total[c] *= gy[(row * l + t) * d + first + c]
-            for c in range(width):
-                gbias[row * d + first + c] += total[c]
-            for k in range(w):
-                source = t + k - (w - 1)
-                if source >= 0:
-                    at = (row * l + source) * xs + first
-                    for c in range(width):
-                        gweight[(row * w + k) * d + first + c] += total[c] * x[at + c]
-                    at = (row * l + source) * d + first
-                    for c in range(width):
-                        gx[at + c] += total[c] * weight[k * d + first + c]
-                elif tail.size > 0:
-                    at = (row * (w - 1) + source + w - 1) * d + first
-                    for c in range(width):
-                        gweight[(row * w + k) * d + first + c] += total[c] * tail[at + c]
-                    for c in range(width):
-                        gtail[at + c] += total[c] * weight[k * d + first + c]
+    _load(taps, 0, weight, d, 0, w, (0, num_tiles), d)
+    _load(offset, 0, bias, 0, 0, 1, (0, num_tiles), d)
+    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
+        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
+        gtaps[:], goffset[:], gtotal[:] = f32(0.0), f32(0.0), f32(0.0)
+        for t0 in range((l - 1) // CHUNK * CHUNK, -1, -CHUNK):
+            steps = min(CHUNK, l - t0)
+            if t0 > 0:
+                _load(window, 0, x, xs, row * l + t0 - (w - 1), steps + w - 1, tiles, d)
+            else:
+                if tail.size > 0:
+                    _load(window, 0, tail, d, row * (w - 1), w - 1, tiles, d)
+                else:
+                    window[:, : w - 1] = f32(0.0)
+                _load(window, w - 1, x, xs, row * l, steps, tiles, d)
+            _load(gy_c, 0, gy, d, row * l + t0, steps, tiles, d)
+            for tile in range(tiles[0], tiles[1]):
+                for k in range(w - 2, -1, -1):
+                    for c in range(TILE):
+                        gtotal[tile, steps + k, c] = gtotal[tile, k, c]
+                for s in range(steps):
+                    for c in range(TILE):
+                        total[c] = offset[tile, 0, c]
+                    for k in range(w):
+                        for c in range(TILE):
+                            total[c] += taps[tile, k, c] * window[tile, s + k, c]
+                    for c in range(TILE):
+                        sigmoid = _sigmoid(total[c])
+                        slope = sigmoid + total[c] * sigmoid * (f32(1.0) - sigmoid)
+                        total[c] = gy_c[tile, s, c] * slope
+                        gtotal[tile, s, c] = total[c]
+                        goffset[tile, 0, c] += total[c]
+                    for k in range(w):
+                        for c in range(TILE):
+                            gtaps[tile, k, c] += total[c] * window[tile, s + k, c]
+                for s in range(steps):
+                    for c in range(TILE):
+                        gy_c[tile, s, c] = f32(0.0)
+                    for k in range(w):
+                        for c in range(TILE):
+                            gy_c[tile, s, c] += taps[tile, k, c] * gtotal[tile, s + w - 1 - k, c]
+                if t0 == 0 and tail.size > 0:
+                    for s in range(w - 1):
+                        for c in range(TILE):
+                            window[tile, s, c] = f32(0.0)
+                        for k in range(s + 1):
+                            for c in range(TILE):
+                                window[tile, s, c] += taps[tile, k, c] * gtotal[tile, s - k, c]
+            _store(gy_c, gx, row * l + t0, steps, tiles, d)
+        if tail.size > 0:
+            _store(window, gtail, row * (w - 1), w - 1, tiles, d)
+        _store(gtaps, gweight, row * w, w, tiles, d)
+        _store(goffset, gbias, row, 1, tiles, d)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -436,8 +470,8 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight_t, bias, tail = ctx.saved_tensors
         b, l, d = x.shape
         w = weight_t.shape[0]
-        gx, gweight, gbias = torch.zeros(b, l, d), torch.zeros(b, w, d), torch.zeros(b, d)
-        gtail = torch.zeros(b, w - 1, d) if tail is not None else torch.empty(0)
+        gx, gweight, gbias = torch.empty(b, l, d), torch.empty(b, w, d), torch.empty(b, d)
+        gtail = torch.empty(b, w - 1, d) if tail is not None else torch.empty(0)
         arrays = (
             *_rows(x), _flat(weight_t), _flat(bias), _flat(tail), _flat(gy.contiguous()),
             _flat(gx), _flat(gweight), _flat(gbias), _flat(gtail),

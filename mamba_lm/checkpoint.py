@@ -1,0 +1,295 @@
+"""Read and write the two public Mamba checkpoint formats; atomically, and never by pickled code.
+
+    transformers    config.json with model_type mamba or falcon_mamba, model.safetensors
+    state_spaces    config.json with d_model, n_layer, ...; pytorch_model.bin (mamba_ssm's own)
+
+A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or a config file
+(models/configs/*.json, in the state_spaces layout), which gives random weights.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from errors import UserError
+from mamba_lm.model import MambaConfig, MambaLM
+
+FORMATS = ("transformers", "state_spaces")
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def load_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MambaLM:
+    """The model of this name, in evaluation mode. UserError tells what is missing or does not fit."""
+    if name.endswith(".json"):
+        config = read_config(Path(name))
+        return MambaLM(config).to(device, dtype).eval()
+    folder = find_folder(name)
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):
+        model = MambaLM(config)
+    model.to_empty(device="cpu")
+    weights = {_our_name(key): value for key, value in read_weights(folder).items()}
+    load_weights(model, weights, source=folder)
+    return model.to(device, dtype).eval()
+
+
+def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
+    """Copy weights into the model; UserError unless names and shapes are exactly the model's."""
+    expected = model.state_dict()
+    if model.config.tie_embeddings:
+        weights.setdefault("lm_head.weight", weights.get("backbone.embeddings.weight"))
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
+    if missing or extra:
+        raise UserError(
+            f"{source}: weights do not fit config.json: missing {missing[:3]}, unknown {extra[:3]}"
+        )
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"{source}: {key} has shape {tuple(value.shape)}, config.json wants "
+                f"{tuple(expected[key].shape)}"
+            )
+    model.load_state_dict(weights)
+
+
+def find_folder(name: str) -> Path:
+    """The local folder of a model, downloaded from the Hub if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{name}: no such model folder; give a folder, a Hub name or a config file")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the Hub client raises many kinds, all of them about reaching it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name}: no such folder here, and the Hub cannot give it ({reason[:120]}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def read_config(path: Path) -> MambaConfig:
+    """The config in either layout, each told by its own keys."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a model folder holds a config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    try:
+        if raw.get("model_type") in ("mamba", "falcon_mamba"):
+            return _from_transformers(raw)
+        if "d_model" in raw:
+            return _from_state_spaces(raw, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole Mamba config ({error!r})") from error
+    raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r})")
+
+
+def _from_transformers(raw: dict) -> MambaConfig:
+    falcon = raw["model_type"] == "falcon_mamba"
+    hidden, expand = raw["hidden_size"], raw.get("expand", 2)
+    rank = raw.get("time_step_rank", "auto")
+    return MambaConfig(
+        vocab_size=raw["vocab_size"],
+        d_model=hidden,
+        n_layer=raw["num_hidden_layers"],
+        d_state=raw.get("state_size", 16),
+        d_conv=raw.get("conv_kernel", 4),
+        expand=expand,
+        d_inner=raw.get("intermediate_size") or int(expand * hidden),
+        dt_rank=None if rank == "auto" else rank,
+        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        bcdt_rms_eps=raw.get("mixer_rms_eps", 1e-6) if falcon else None,
+        proj_bias=raw.get("use_bias", False),
+        conv_bias=raw.get("use_conv_bias", True),
+        tie_embeddings=raw.get("tie_word_embeddings", True),
+        residual_in_fp32=raw.get("residual_in_fp32", True),
+        pad_vocab_size_multiple=1,
+    )
+
+
+def _from_state_spaces(raw: dict, path: Path) -> MambaConfig:
+    ssm = raw.get("ssm_cfg") or {}
+    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+        raise UserError(f"{path}: a {ssm.get('layer', 'hybrid')} model; this project runs Mamba-1")
+    rank = ssm.get("dt_rank", "auto")
+    return MambaConfig(
+        vocab_size=raw["vocab_size"],
+        d_model=raw["d_model"],
+        n_layer=raw["n_layer"],
+        d_state=ssm.get("d_state", 16),
+        d_conv=ssm.get("d_conv", 4),
+        expand=ssm.get("expand", 2),
+        dt_rank=None if rank == "auto" else rank,
+        proj_bias=ssm.get("bias", False),
+        conv_bias=ssm.get("conv_bias", True),
+        tie_embeddings=raw.get("tie_embeddings", True),
+        residual_in_fp32=raw.get("residual_in_fp32", True),
+        pad_vocab_size_multiple=raw.get("pad_vocab_size_multiple", 8),
+    )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, by their names in its files."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).exists():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            tensors: dict[str, Tensor] = {}
+            for shard in sorted(set(shards)):
+                tensors |= _read_tensors(folder / shard)
+            return tensors
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return _read_tensors(folder / name)
+    raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in this folder")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: named by the index, but missing") from error
+    except (
+        SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: truncated or not a weights file ({reason[:120]})") from error
+
+
+def _our_name(key: str) -> str:
+    return key.replace("backbone.embedding.", "backbone.embeddings.")
+
+
+def save_model(model: MambaLM, folder: str | Path, tokenizer=None, format: str = "transformers"):
+    """Write a checkpoint folder, complete or not at all; the tokenizer travels along if given."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_folder(folder) as partial:
+        if format == "state_spaces":
+            if model.config.bcdt_rms_eps is not None:
+                raise UserError("the state_spaces format cannot hold Falcon-Mamba's RMS norms")
+            config = _to_state_spaces(model.config)
+            renamed = {k.replace(".embeddings.", ".embedding."): v for k, v in weights.items()}
+            torch.save(renamed, partial / "pytorch_model.bin")
+        else:
+            config = _to_transformers(model.config, next(iter(weights.values())).dtype)
+            if model.config.tie_embeddings:
+                del weights["lm_head.weight"]
+            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _to_transformers(config: MambaConfig, dtype: torch.dtype) -> dict:
+    falcon = config.bcdt_rms_eps is not None
+    raw = {
+        "architectures": ["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
+        "model_type": "falcon_mamba" if falcon else "mamba",
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_rows,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layer,
+        "state_size": config.d_state,
+        "conv_kernel": config.d_conv,
+        "expand": config.expand,
+        "intermediate_size": config.d_inner,
+        "time_step_rank": config.dt_rank,
+        "layer_norm_epsilon": config.norm_eps,
+        "use_bias": config.proj_bias,
+        "use_conv_bias": config.conv_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "residual_in_fp32": config.residual_in_fp32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return raw | ({"mixer_rms_eps": config.bcdt_rms_eps} if falcon else {})
+
+
+def _to_state_spaces(config: MambaConfig) -> dict:
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": 0,
+        "n_layer": config.n_layer,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {
+            "layer": "Mamba1",
+            "d_state": config.d_state,
+            "d_conv": config.d_conv,
+            "expand": config.expand,
+            "dt_rank": config.dt_rank,
+            "bias": config.proj_bias,
+            "conv_bias": config.conv_bias,
+        },
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends without an error."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_tokenizer(model: str, tokenizer: str | None = None):
+    """The tokenizer named by `tokenizer` (folder, tokenizer.json file or Hub name), else the one in
+    the model's folder, else GPT-NeoX-20B's, which all state-spaces models use."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if tokenizer is None:
+        has_own = Path(model).is_dir() and any((Path(model) / f).exists() for f in _TOKENIZER_FILES)
+        tokenizer = model if has_own else DEFAULT_TOKENIZER
+    try:
+        if Path(tokenizer).is_file():
+            loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>")
+        else:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one cause
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{tokenizer}: no tokenizer can be loaded from it ({reason[:120]}); "
+            "give --tokenizer a folder, a tokenizer.json file or a Hub name"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise UserError(f"{tokenizer}: the tokenizer has no end-of-text token")
+    return loaded
