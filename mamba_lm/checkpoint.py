@@ -179,7 +179,9 @@ def _our_name(key: str) -> str:
     return key.replace("backbone.embedding.", "backbone.embeddings.")
 
 
-def save_model(model: MambaLM, folder: str | Path, tokenizer=None, format: str = "transformers"):
+def save_model(
+    model: MambaLM, folder: str | Path, tokenizer=None, format: str = "transformers"
+) -> None:
     """Write a checkpoint folder, complete or not at all; the tokenizer travels along if given."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with atomic_folder(folder) as partial:
@@ -252,17 +254,20 @@ def _to_state_spaces(config: MambaConfig) -> dict:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends without an error."""
+    """A temporary folder whose files move into `folder` when the block ends without an error.
+
+    A new folder appears whole, by one rename. In one that exists (it may hold checkpoints) the old
+    config.json goes first and the new one comes last: without it a folder is not a model.
+    """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
+            (folder / "config.json").unlink(missing_ok=True)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(folder / path.name)
         else:
             partial.rename(folder)
     except OSError as error:

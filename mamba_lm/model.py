@@ -15,6 +15,7 @@ First Competitive Attention-free 7B Language Model", 2024) adds an RMS norm on B
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,9 +109,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=self.eps).to(
-            self.weight.dtype
-        ) * self.weight
+        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)  # in x's dtype: that of the residual
+        return normed.to(self.weight.dtype) * self.weight
 
 
 class DeltaProjection(nn.Linear):
@@ -243,6 +243,15 @@ class MambaLM(nn.Module):
             back = torch.argsort(order, dim=1).unsqueeze(-1).expand_as(hidden)
             hidden = hidden.gather(1, back)
         return self.lm_head(hidden if logits_at is None else hidden[logits_at]), state
+
+
+def right_pad(sequences: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Token sequences as one (b, l) int64 tensor, padded at the end, and their lengths (b,)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    padded = torch.full((len(sequences), max(map(len, sequences))), value)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+    return padded, lengths
 
 
 def initialize(model: MambaLM, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:

@@ -1,0 +1,53 @@
+"""Score a model on a file: what the two evaluation scripts share."""
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from context_qa.answering import Answerer
+from context_qa.results import ResultsFile, print_scores, result_row
+from mamba_lm.checkpoint import load_model, load_tokenizer
+from mamba_lm.device import add_model_flags, choose_device, choose_dtype
+from squad_utils import Example, read_examples
+
+WINDOW = 16  # batches between two writes: what a crash can lose
+
+
+def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that `evaluate` reads."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
+    parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
+    parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="a guess (default: 64)")
+    parser.add_argument("--batch_size", type=int, default=32, help="questions (default: 32)")
+    parser.add_argument("--limit", type=int, help="score the first LIMIT questions only")
+    parser.add_argument("--overwrite", action="store_true", help="replace results at OUTPUT")
+    add_model_flags(parser)
+    return parser
+
+
+def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, str]]) -> None:
+    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print."""
+    examples = read_examples(args.data)[: args.limit]
+    device = choose_device(args.device)
+    with ResultsFile(args.output, args.overwrite) as results:
+        tokenizer = load_tokenizer(args.model, args.tokenizer)
+        model = load_model(args.model, device, choose_dtype(args.dtype, device))
+        answerer = Answerer(model, tokenizer, args.max_new_tokens, args.batch_size)
+        numbered = enumerate(examples)
+        with tqdm(total=len(examples), unit="question") as progress:
+            while window := list(itertools.islice(numbered, WINDOW * args.batch_size)):
+                answers = {}
+                for batch in answerer.answer([prompt(example) for _, example in window]):
+                    answers |= batch
+                    progress.update(len(batch))
+                results.write(
+                    result_row(idx, example, answers[place])
+                    for place, (idx, example) in enumerate(window)
+                )
+        print_scores(results.summarize(args, str(device))["scores"])

@@ -1,0 +1,52 @@
+"""What a result was made with: arguments, code, packages, hashes."""
+
+import argparse
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("torch", "transformers", "numba", "mamba-ssm", "causal-conv1d")
+
+
+def run_record(args: argparse.Namespace, model: str, data: str) -> dict:
+    """JSON-ready: every argument, git commit, versions, and SHA-256 of local model and data."""
+    return {
+        "arguments": vars(args),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "model_sha256": sha256(model),
+        "data_sha256": sha256(data),
+    }
+
+
+def sha256(name: str) -> str | None:
+    """Hash of a file, or of a model folder's weights; None for what is not local."""
+    path = Path(name)
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    files = [path] if path.is_file() else weights
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

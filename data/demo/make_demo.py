@@ -1,0 +1,333 @@
+"""Make the demo data: short passages, questions about them, and a small tokenizer for both.
+
+    python -m data.demo.make_demo                  # rewrites data/demo/, the same bytes each time
+    python -m data.demo.make_demo --output DIR
+
+Every name and value belongs to either training or validation, by a hash of its text, and so does
+every question phrasing: what validation asks about, and how, never occurs in training. Single words
+and the statements are shared. `training_passages` streams as many training passages as one likes.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from pathlib import Path
+
+from data.demo.domains import DOMAINS, FILLERS, OPENERS, VALUES, Attribute, Domain
+from errors import run_script
+from squad_utils import NO_ANSWER
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 2048  # at most: training ends earlier once every word is one token
+TRAIN_SEED, VALIDATION_SEED, TOKENIZER_SEED = 1, 2, 3
+
+
+def split_of(value: str) -> str:
+    """The split that owns this value. "$145" goes with "145": one occurs inside the other."""
+    # The salt leaves two training years for each ending (a token) and enough of each small pool.
+    digest = hashlib.sha256(f"2:{value.lstrip('$')}".encode()).digest()
+    return "validation" if digest[0] % 5 == 0 else "train"
+
+
+POOLS: dict[str, dict[str, list[str]]] = {
+    split: {
+        type_: [value for value in values if split_of(value) == split]
+        for type_, values in VALUES.items()
+    }
+    for split in ("train", "validation")
+}
+POOL_MEMBERS = {
+    split: {type_: frozenset(values) for type_, values in pools.items()}
+    for split, pools in POOLS.items()
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One stated fact; `entity` is the full name."""
+
+    entity: str
+    attribute: Attribute
+    value: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context, the facts that it states, and the questions that can be asked about it."""
+
+    split: str
+    domain: Domain
+    entities: list[str]
+    attributes: list[Attribute]
+    facts: list[Fact]
+    context: str
+
+    def questions(
+        self, rng: random.Random, n_answerable: int, n_unanswerable: int, min_distractors: int = 0
+    ) -> list[dict]:
+        """Rows with different prompts, shuffled; the answerable ones ask for `askable` facts."""
+        askable = self.askable(min_distractors)
+        rng.shuffle(askable)
+        facts_to_ask = cycle(askable)
+        rows: dict[str, dict] = {}
+        while len(rows) < n_answerable:
+            row = self._answerable(rng, next(facts_to_ask))
+            rows[row["prompt"]] = row
+        while len(rows) < n_answerable + n_unanswerable:
+            row = self._unanswerable(rng)
+            rows[row["prompt"]] = row
+        shuffled = list(rows.values())
+        rng.shuffle(shuffled)
+        return shuffled
+
+    def askable(self, min_distractors: int) -> list[Fact]:
+        """The facts with so many other values of the same type in the passage."""
+        return [fact for fact in self.facts if self._num_others(fact) >= min_distractors]
+
+    def is_stated(self, entity: str, attribute: Attribute) -> bool:
+        """Whether the passage gives this attribute of this entity."""
+        return any(fact.entity == entity and fact.attribute is attribute for fact in self.facts)
+
+    def _values(self, type_: str) -> list[str]:
+        return [fact.value for fact in self.facts if fact.attribute.type == type_]
+
+    def _num_others(self, fact: Fact) -> int:
+        return len(self._values(fact.attribute.type)) - 1
+
+    def _answerable(self, rng: random.Random, fact: Fact) -> dict:
+        if rng.random() < 0.25:
+            prompt = self._reverse_question(rng, fact.attribute, fact.value)
+            return self._row(prompt, fact.entity, len(self.entities) - 1)
+        prompt = self._question(rng, fact.attribute, fact.entity)
+        return self._row(prompt, fact.value, self._num_others(fact))
+
+    def _unanswerable(self, rng: random.Random) -> dict:
+        """A gap of the passage (half of the time), an absent name, or an absent value."""
+        draw = rng.random()
+        if draw < 0.5 and (gaps := self._gaps()):
+            entity, attribute = rng.choice(gaps)
+            prompt = self._question(rng, attribute, entity)
+            return self._row(prompt, NO_ANSWER, len(self._values(attribute.type)))
+        attribute = rng.choice(self.facts).attribute
+        values = self._values(attribute.type)
+        if draw < 0.85:
+            prompt = self._question(rng, attribute, self._absent_entity(rng))
+            return self._row(prompt, NO_ANSWER, len(values))
+        absent = absent_value(rng, self.split, attribute.type, values)
+        prompt = self._reverse_question(rng, attribute, absent)
+        return self._row(prompt, NO_ANSWER, len(self.entities))
+
+    def _gaps(self) -> list[tuple[str, Attribute]]:
+        """What is not said of one entity, but of two others (of all others if there are fewer)."""
+        enough = min(2, len(self.entities) - 1)
+        return [
+            (entity, attribute)
+            for attribute in self.attributes
+            if sum(fact.attribute is attribute for fact in self.facts) >= enough
+            for entity in self.entities
+            if not self.is_stated(entity, attribute)
+        ]
+
+    def _absent_entity(self, rng: random.Random) -> str:
+        suffix = self.domain.name.removeprefix("{}")
+        names = [entity.removesuffix(suffix) for entity in self.entities]
+        return self.domain.name.format(absent_value(rng, self.split, self.domain.name_type, names))
+
+    def _question(self, rng: random.Random, attribute: Attribute, entity: str) -> str:
+        template = rng.choice(attribute.frame.questions[self.split])
+        return sentence(template, e=self.domain.mention.format(entity))
+
+    def _reverse_question(self, rng: random.Random, attribute: Attribute, value: str) -> str:
+        return sentence(rng.choice(attribute.frame.reverse[self.split]), v=value)
+
+    def _row(self, prompt: str, response: str, num_distractors: int) -> dict:
+        return {
+            "context": self.context,
+            "prompt": prompt,
+            "response": response,
+            "domain": self.domain.kind,
+            "num_facts": len(self.facts),
+            "num_distractors": num_distractors,
+        }
+
+
+def sentence(template: str, **slots: str) -> str:
+    """The template filled in, with a capital first letter."""
+    text = template.format(**slots)
+    return text[0].upper() + text[1:]
+
+
+def absent_value(rng: random.Random, split: str, type_: str, present: list[str]) -> str:
+    """A value of this type that is not present, half of the time with words of present ones."""
+    if rng.random() < 0.5:
+        crossed = [
+            f"{one.split()[0]} {other.split()[-1]}"
+            for one in present
+            for other in chain(present, rng.sample(POOLS[split][type_], 5))
+        ]
+        members = POOL_MEMBERS[split][type_]
+        near = [value for value in crossed if value in members and value not in present]
+        if near:
+            return rng.choice(near)
+    while (value := rng.choice(POOLS[split][type_])) in present:
+        pass
+    return value
+
+
+def make_passage(
+    rng: random.Random, split: str, num_entities: int, facts_per_entity: int
+) -> Passage:
+    """A passage about entities of one kind; each lacks one attribute that others may have."""
+    domain = rng.choice(DOMAINS)
+    pools = POOLS[split]
+    names = rng.sample(pools[domain.name_type], num_entities)
+    entities = [domain.name.format(name) for name in names]
+    num_attributes = min(facts_per_entity + 1, len(domain.attributes))
+    attributes = rng.sample(domain.attributes, num_attributes)
+
+    # One draw per type without replacement: equal values would make two answers right.
+    type_counts = Counter(attribute.type for attribute in attributes)
+    unused = {
+        type_: iter(rng.sample(pools[type_], count * num_entities))
+        for type_, count in type_counts.items()
+    }
+    by_entity = [
+        [Fact(entity, attribute, next(unused[attribute.type])) for attribute in stated]
+        for entity in entities
+        for stated in [rng.sample(attributes, num_attributes - 1)]
+    ]
+    facts = list(chain.from_iterable(by_entity))
+    order = rng.choice(["by entity", "by attribute", "mixed"])
+    if order == "by attribute":
+        facts.sort(key=lambda fact: attributes.index(fact.attribute))
+    elif order == "mixed":
+        rng.shuffle(facts)
+    return Passage(split, domain, entities, attributes, facts, _context(rng, domain, facts))
+
+
+def _context(rng: random.Random, domain: Domain, facts: list[Fact]) -> str:
+    sentences = [
+        sentence(
+            rng.choice(fact.attribute.frame.statements),
+            e=domain.mention.format(fact.entity),
+            v=fact.value,
+        )
+        for fact in facts
+    ]
+    if rng.random() < 0.4:
+        sentences.insert(rng.randrange(1, len(sentences) + 1), rng.choice(FILLERS))
+    return " ".join([rng.choice(OPENERS).format(kinds=domain.kinds), *sentences])
+
+
+def training_passages(
+    seed: int,
+    num_passages: int | None = None,
+    min_entities: int = 2,
+    max_entities: int = 5,
+    min_facts: int = 2,
+    max_facts: int = 3,
+    num_questions: int = 12,
+) -> Iterator[list[dict]]:
+    """Stream training passages (endlessly if `num_passages` is None), each as its rows.
+
+    Two thirds of the questions are answerable; `min_facts` to `max_facts` are stated per entity.
+    """
+    rng = random.Random(seed)
+    n_unanswerable = num_questions // 3
+    for _ in islice(cycle([None]), num_passages):
+        num_entities = rng.randint(min_entities, max_entities)
+        passage = make_passage(rng, "train", num_entities, rng.randint(min_facts, max_facts))
+        yield passage.questions(rng, num_questions - n_unanswerable, n_unanswerable)
+
+
+def validation_passages(num_passages: int) -> Iterator[list[dict]]:
+    """Passages of 3 to 5 entities with 4 questions, each third question unanswerable on average.
+
+    Every answerable question has at least two distractors of the type of its answer.
+    """
+    rng = random.Random(VALIDATION_SEED)
+    for index in range(num_passages):
+        n_unanswerable = 2 if index % 3 == 0 else 1
+        while True:
+            passage = make_passage(rng, "validation", rng.randint(3, 5), rng.randint(2, 3))
+            if passage.askable(min_distractors=2):
+                break
+        yield passage.questions(rng, 4 - n_unanswerable, n_unanswerable, min_distractors=2)
+
+
+def train_tokenizer():
+    """A byte-level BPE tokenizer in which each word of the demo data is one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # At most two digits a token, so that a number is copied piece by piece.
+            pre_tokenizers.Split(Regex(r" ?\d{1,2}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_tokenizer_texts(), trainer)
+    return tokenizer
+
+
+def _tokenizer_texts() -> Iterator[str]:
+    for rows in training_passages(TOKENIZER_SEED, 2000, num_questions=6):
+        yield rows[0]["context"]
+        for row in rows:
+            yield f"\n\nQ: {row['prompt']}\nA:"
+            yield f" {row['response']}"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json as `AutoTokenizer` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_rows(path: Path, passages: Iterable[list[dict]]) -> None:
+    """Write the passages' rows as JSON lines; rows of one passage stay together."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in chain.from_iterable(passages):
+            file.write(json.dumps(row) + "\n")
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder (default: data/demo)"
+    )
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
+    write_rows(args.output / "validation.jsonl", validation_passages(300))
+    write_tokenizer(args.output / "tokenizer")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

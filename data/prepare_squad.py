@@ -1,0 +1,88 @@
+"""Turn SQuAD into this project's training and evaluation files: context, prompt, response.
+
+    python -m data.prepare_squad rajpurkar/squad:train data/Mamba-Fine-Tune/squad_train.jsonl
+    python -m data.prepare_squad rajpurkar/squad:validation \\
+        data/Mamba-Fine-Tune/squad_val_1k.jsonl --ids data/squad_val_1k_ids.txt
+
+SOURCE may also be a local SQuAD v1.1 or v2.0 JSON file or a JSONL file. The response is the first
+reference answer, or "I don't know." where there is none. Run it from the repository's root.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from errors import UserError, run_script
+from squad_utils import Example, read_examples
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help="SQuAD JSON, JSONL, or owner/name:split")
+    parser.add_argument("output", metavar="OUTPUT", help="JSONL file to write")
+    parser.add_argument("--ids", metavar="FILE", help="only these ids, one a line, in this order")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N (default: all)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give 1 or more")
+    examples = read_examples(args.source)
+    if args.ids:
+        examples = select_by_id(examples, args.ids, args.source)
+    examples = examples[: args.limit]
+    write_oxen_layout(examples, args.output)
+
+    num_contexts = len({example.context for example in examples})
+    num_answerable = sum(example.is_answerable for example in examples)
+    print(f"{args.output}: {len(examples):,} rows")
+    print(f"contexts: {num_contexts:,} ({len(examples) / num_contexts:.2f} questions each)")
+    print(f"answerable: {num_answerable:,}, unanswerable: {len(examples) - num_answerable:,}")
+
+
+def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Example]:
+    """The examples that the file lists, in its order."""
+    try:
+        ids = Path(ids_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{ids_file}: cannot be read ({error}); give a list of ids") from error
+    if not ids:
+        raise UserError(f"{ids_file}: no id in it; give one a line")
+    by_id = {example.id: example for example in examples}
+    for number, example_id in enumerate(ids, start=1):
+        if example_id not in by_id:
+            raise UserError(
+                f"{ids_file} line {number}: no question {example_id!r} in {source}; "
+                "give the source that the ids are from"
+            )
+    return [by_id[example_id] for example_id in ids]
+
+
+def write_oxen_layout(examples: list[Example], output: str) -> None:
+    """Write the file, whole or not at all, byte for byte as Oxen's are written."""
+    path, partial = Path(output), Path(f"{output}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(oxen_line(example) for example in examples)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); give another OUTPUT"
+        ) from error
+
+
+def oxen_line(example: Example) -> str:
+    row = {"context": example.context, "prompt": example.question, "response": example.target}
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,25 @@
+"""Score n-shot prompting on a file: each question after a fixed list of trivia, no context.
+
+    python eval_n_shot_mamba.py state-spaces/mamba-130m data/Mamba-Fine-Tune/squad_val_1k.jsonl \\
+        results/n_shot.jsonl
+
+Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end.
+"""
+
+import argparse
+
+from context_qa.evaluation import evaluate, parse_evaluation_args
+from errors import run_script
+from squad_utils import n_shot_parts
+
+
+def parse_args() -> argparse.Namespace:
+    return parse_evaluation_args(__doc__).parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    evaluate(args, lambda example: n_shot_parts(example.question))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,41 @@
+"""Which device and number format a script runs in, from its --device and --dtype."""
+
+import argparse
+import sys
+
+import torch
+
+from errors import UserError
+from mamba_lm.selective_scan import load_backend
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that runs a model."""
+    parser.add_argument("--tokenizer", help="folder, tokenizer.json or Hub name (default: the model's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where a GPU and its kernels are; an explicit device that is not is an error."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    try:
+        load_backend("cuda")
+    except UserError as error:
+        if name == "cuda":
+            raise
+        print(f"warning: a GPU is here, but {error}; running on the CPU", file=sys.stderr)
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]

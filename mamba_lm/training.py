@@ -1,0 +1,178 @@
+"""The one training engine: loss on suffixes that go on from shared prefixes, by `Trainer`.
+
+A batch holds each prefix once, however many suffixes share it. One forward reads the prefixes,
+forks their states into the suffixes, reads those and takes the loss; gradients flow back through
+the forked states, so that the result is that of independent examples.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+
+from errors import UserError
+from mamba_lm.checkpoint import load_weights, read_weights, save_model
+from mamba_lm.model import MambaLM, right_pad
+
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Token ids of one training example: loss falls on `target`, read after prefix and prompt."""
+
+    prefix: Sequence[int]
+    prompt: Sequence[int]
+    target: Sequence[int]
+
+
+def collate(examples: Iterable[Continuation]) -> dict[str, Tensor]:
+    """A batch for `PrefixSuffixLM`: equal prefixes are read once.
+
+    prefixes (c, l_c) and their lengths (c,); suffixes (q, l_q), prompt and target without its last
+    token, and their lengths (q,); prefix_index (q,); labels (q, l_q), the next token of each
+    position where there is loss and IGNORED elsewhere.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    index, suffixes, labels = [], [], []
+    for example in examples:
+        index.append(places.setdefault(tuple(example.prefix), len(places)))
+        suffixes.append([*example.prompt, *example.target[:-1]])
+        labels.append([IGNORED] * (len(example.prompt) - 1) + list(example.target))
+    prefixes, prefix_lengths = right_pad(list(places))
+    padded, suffix_lengths = right_pad(suffixes)
+    return {
+        "prefixes": prefixes,
+        "prefix_lengths": prefix_lengths,
+        "suffixes": padded,
+        "suffix_lengths": suffix_lengths,
+        "prefix_index": torch.tensor(index),
+        "labels": right_pad(labels, value=IGNORED)[0],
+    }
+
+
+class PrefixSuffixLM(nn.Module):
+    """A language model with the loss that the Trainer asks for."""
+
+    accepts_loss_kwargs = True  # the Trainer then counts the labels of a whole optimiser step
+
+    def __init__(self, model: MambaLM):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        prefixes: Tensor,
+        prefix_lengths: Tensor,
+        suffixes: Tensor,
+        suffix_lengths: Tensor,
+        prefix_index: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Arguments as `collate` makes them. Returns loss, the sum of cross-entropy over labels /
+        num_items_in_batch (by default the labels of this batch)."""
+        _, state = self.model.encode(prefixes, lengths=prefix_lengths)
+        hidden, _ = self.model.encode(suffixes, state.fork(prefix_index), suffix_lengths)
+        # Logits only where there is loss; index_select, because its gradient is reproducible.
+        at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, at))
+        total = F.cross_entropy(logits.float(), labels.flatten()[at], reduction="sum")
+        return {"loss": total / (len(at) if num_items_in_batch is None else num_items_in_batch)}
+
+
+class PrefixSuffixTrainer(Trainer):
+    """Trainer for `PrefixSuffixLM`: our sampler, our checkpoints, no decay of the SSM's own."""
+
+    def __init__(
+        self,
+        model: MambaLM,
+        arguments: TrainingArguments,
+        data: Dataset[Continuation],
+        sampler: Sampler,
+        tokenizer,
+        callbacks: list | None = None,
+    ):
+        self.language_model = model
+        self.sampler = sampler
+        super().__init__(
+            PrefixSuffixLM(model),
+            arguments,
+            train_dataset=data,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return self.sampler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices of the linear projections and the embedding: not A_log, D, norms, biases."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() >= 2 and not name.endswith("A_log")
+        ]
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
+                "lower --learning_rate or look at the data of that step"
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        save_model(self.language_model, output_dir or self.args.output_dir, self.processing_class)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_weights(self.language_model, read_weights(resume_from_checkpoint), resume_from_checkpoint)
+
+
+def training_arguments(output: str, device: torch.device, overrides: Sequence[str] = (), **settings):
+    """TrainingArguments with this project's defaults.
+
+    settings: fields of TrainingArguments. overrides: "KEY=VALUE" strings for any other field, the
+    value as JSON or plain text. UserError on a field that TrainingArguments does not have.
+    """
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or key not in fields:
+            raise UserError(f"--trainer {override}: give KEY=VALUE with a field of TrainingArguments")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    defaults = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a share of all steps
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "logging_steps": 20,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": False,
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type == "cuda",  # autocast; the weights stay in float32
+    }
+    try:
+        arguments = TrainingArguments(output_dir=output, **(defaults | settings))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training arguments: {error}") from error
+    # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
+    # whose prefix_index would then point into another GPU's prefixes.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+

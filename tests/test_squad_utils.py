@@ -1,0 +1,593 @@
+"""Readers, prompts, negatives and scoring of squad_utils."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from squad_utils import (
+    N_SHOT_PROMPT,
+    NEGATIVE_KINDS,
+    NO_ANSWER,
+    PROMPT_ORDERS,
+    Example,
+    NegativeSampler,
+    answer_text,
+    exact_match,
+    f1_score,
+    is_correct,
+    n_shot_parts,
+    normalize_answer,
+    prompt_parts,
+    read_examples,
+    score_summary,
+)
+
+ROOT = Path(__file__).parents[1]
+SQUAD = ROOT.parent / "shared/data/squad"
+needs_squad = pytest.mark.skipif(not SQUAD.exists(), reason=f"real data not present: {SQUAD}")
+
+OXEN_ROW = {"context": "Bo is a cat.", "prompt": "What is Bo?", "response": "a cat"}
+HUB_ROW = {
+    "id": "q7",
+    "title": "Cats",
+    "context": "Bo is a cat.",
+    "question": "What is Bo?",
+    "answers": {"text": ["a cat", "cat"], "answer_start": [6, 8]},
+}
+
+
+def squad_json(*qas: dict) -> dict:
+    paragraph = {"context": "Bo is a cat.", "qas": list(qas)}
+    return {"version": "v2.0", "data": [{"title": "Cats", "paragraphs": [paragraph]}]}
+
+
+def as_lines(*rows: object) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Read the given bytes, or rows, as a data file."""
+
+    def read_bytes(*rows: object, name: str = "data.txt") -> list[Example]:
+        path = tmp_path / name
+        path.write_bytes(rows[0] if isinstance(rows[0], bytes) else as_lines(*rows))
+        return read_examples(str(path))
+
+    return read_bytes
+
+
+def test_oxen_layout(read):
+    known, unknown = read(OXEN_ROW, OXEN_ROW | {"response": " i don't KNOW "})
+    assert (known.context, known.question, known.answers) == (
+        "Bo is a cat.",
+        "What is Bo?",
+        ("a cat",),
+    )
+    assert known.is_answerable and known.target == "a cat" and known.article is None
+    assert not unknown.is_answerable and unknown.answers == () and unknown.target == NO_ANSWER
+
+
+def test_hugging_face_layout(read):
+    listed = {"context": "c", "question": "q", "answers": ["x", "y"], "id": 12, "title": None}
+    first, second, third = read(HUB_ROW, listed, HUB_ROW | {"answers": {"text": []}})
+    assert first == Example("q7", "Bo is a cat.", "What is Bo?", ("a cat", "cat"), "Cats")
+    assert second == Example("12", "c", "q", ("x", "y"), None)
+    assert third.answers == ()
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["squad.json", "squad.jsonl"])
+def test_squad_json(read, indent, name):
+    known = {"id": "1", "question": "What?", "answers": [{"text": "a cat", "answer_start": 6}]}
+    impossible = {"id": "2", "question": "Who?", "answers": [], "is_impossible": True}
+    # Some distributions keep a plausible but wrong answer in `answers` here.
+    tempting = known | {"id": "3", "is_impossible": True}
+    document = json.dumps(squad_json(known, impossible, tempting), indent=indent)
+    examples = read(document.encode(), name=name)
+    assert examples[0] == Example("1", "Bo is a cat.", "What?", ("a cat",), "Cats")
+    assert [(example.id, example.answers) for example in examples[1:]] == [("2", ()), ("3", ())]
+
+
+def test_reference_that_normalises_to_nothing_is_kept(read):
+    (example,) = read(OXEN_ROW | {"response": "The"})
+    assert example.answers == ("The",)
+
+
+def test_extra_keys_blank_lines_bom_and_line_ends(read):
+    data = b"\xef\xbb\xbf\n" + as_lines(OXEN_ROW | {"extra": [1]}, OXEN_ROW).replace(b"\n", b"\r\n")
+    assert len(read(data + b"\n  \n")) == 2
+    assert len(read(as_lines(OXEN_ROW).rstrip(b"\n"))) == 1
+
+
+def test_unescaped_line_separators_stay_in_the_text(read):
+    context = "one\u2028two\u2029three\x85four\u000bfive"
+    row = json.dumps(OXEN_ROW | {"context": context}, ensure_ascii=False).replace(
+        "\u000b", "\\u000b"
+    )
+    assert "\u2028" in row
+    (example,) = read(row.encode())
+    assert example.context == context
+
+
+def test_made_ids_are_stable_and_tell_contents_apart(read):
+    rows = [OXEN_ROW, OXEN_ROW | {"prompt": "Who?"}, OXEN_ROW | {"response": NO_ANSWER}]
+    ids = [example.id for example in read(*rows)]
+    assert ids[0] == "2ddfaee117f010d7"
+    assert len(set(ids)) == 3
+    assert [example.id for example in read(*reversed(rows))] == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "place", "complaint"),
+    [
+        (b"", "", "no question"),
+        (b"\n \n", "", "no question"),
+        (json.dumps(squad_json()).encode(), "", "no question"),
+        (as_lines(OXEN_ROW) + b'{"context": "a', " line 2", "no JSON object"),
+        (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "no JSON object"),
+        (as_lines([OXEN_ROW]), " line 1", "no JSON object"),
+        (b"[" * 100_000, " line 1", "no JSON object"),
+        (b'{"context": ' + b"1" * 5000 + b"}", " line 1", "no JSON object"),
+        (as_lines(OXEN_ROW, {"prompt": "q", "response": "r"}), " line 2", "'context' is missing"),
+        (as_lines({"context": "c", "response": "r"}), " line 1", "'prompt' is missing"),
+        (as_lines({"context": "c", "prompt": "q"}), " line 1", "'response' is missing"),
+        (as_lines({"context": "c", "question": "q"}), " line 1", "'answers' is missing"),
+        (as_lines(OXEN_ROW | {"context": 3}), " line 1", "'context' is 3"),
+        (as_lines(OXEN_ROW | {"prompt": " \n"}), " line 1", "'prompt' is ' \\n'"),
+        (as_lines(OXEN_ROW | {"context": ""}), " line 1", "'context' is ''"),
+        (as_lines(HUB_ROW | {"answers": "a cat"}), " line 1", "'answers' is missing or no list"),
+        (as_lines(HUB_ROW | {"answers": {"text": "a"}}), " line 1", "'answers' is missing or no l"),
+        (as_lines(HUB_ROW | {"answers": ["cat", 1]}), " line 1", "'answers' is 1"),
+        (as_lines(HUB_ROW | {"title": ["Cats"]}), " line 1", "'title' is ['Cats']"),
+        (b'{"context": "\\ud800", "prompt": "q", "response": "r"}', " line 1", "'\\ud800'"),
+        ("\n\n{'é'}".encode("latin-1"), " line 3", "not UTF-8"),
+        ("ÿþ".encode("latin-1"), " line 1", "not UTF-8"),
+        (b'{"data": 3}', " data", "not SQuAD JSON"),
+        (b'{"data": [{"paragraphs": {"context": "c"}}]}', " data", "not SQuAD JSON"),
+        (b'{"data": [{"title": "t"}]}', " data", "not SQuAD JSON"),
+        (
+            json.dumps(squad_json({"id": "1", "answers": []})).encode(),
+            " data[0].paragraphs[0].qas[0]",
+            "'question' is missing",
+        ),
+        (
+            json.dumps(squad_json({"question": "q", "answers": []}, {"question": "q"})).encode(),
+            " data[0].paragraphs[0].qas[1]",
+            "'answers' is missing",
+        ),
+    ],
+)
+def test_bad_files_get_one_line_that_names_the_place(read, tmp_path, data, place, complaint):
+    with pytest.raises(UserError) as caught:
+        read(data)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'data.txt'}{place}: ")
+    assert complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "."])
+def test_missing_file_and_directory(tmp_path, name):
+    with pytest.raises(UserError, match=r"cannot be read .*; give a JSONL or SQuAD JSON file"):
+        read_examples(str(tmp_path / name))
+
+
+def test_hub_data_set(monkeypatch):
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict]:
+        asked.append((name, split))
+        return [HUB_ROW]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_examples("rajpurkar/squad:train[:1]")[0].id == "q7"
+    assert asked == [("rajpurkar/squad", "train[:1]")]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "(no network)"),
+        (FileNotFoundError("Dataset 'a/b' doesn't exist\nmore"), "(Dataset 'a/b' doesn't exist)"),
+        (ValueError('Unknown split "c"'), '(Unknown split "c")'),
+    ],
+)
+def test_hub_errors_are_told_in_one_line(monkeypatch, error, reason):
+    def load_dataset(name: str, split: str):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError) as caught:
+        read_examples("a/b:c")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_local_file_wins_over_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner/name:train").write_bytes(as_lines(OXEN_ROW))
+    assert read_examples("owner/name:train")[0].target == "a cat"
+
+
+@needs_squad
+@pytest.mark.parametrize(
+    ("name", "questions", "answerable", "references", "contexts"),
+    [
+        ("dev-v1.1.json", 10_570, 10_570, 34_726, 2_067),
+        ("dev-v2.0.json", 11_873, 5_928, 20_302, 1_204),
+        ("squad_val_1k.jsonl", 1_000, 1_000, 1_000, 803),
+    ],
+)
+def test_counts_of_real_data(name, questions, answerable, references, contexts):
+    examples = read_examples(str(SQUAD / name))
+    assert len({example.id for example in examples}) == len(examples) == questions
+    assert sum(example.is_answerable for example in examples) == answerable
+    assert sum(len(example.answers) for example in examples) == references
+    assert len({example.context for example in examples}) == contexts
+
+
+def test_import_is_light():
+    code = (
+        "import sys, squad_utils;"
+        "print([m for m in ('torch', 'numpy', 'datasets', 'bm25s') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("prompt_order", "prefix", "suffix"),
+    [
+        ("context_first", "Bo {is}.", "\n\nQ: Who?\nA:"),
+        ("question_first", "Q: Who?\n\nBo {is}.", "\n\nA:"),
+        ("read_twice", "Bo {is}.\n\nQ: Who?\n\nBo {is}.", "\n\nQ: Who?\nA:"),
+    ],
+)
+def test_prompt_parts(prompt_order, prefix, suffix):
+    assert prompt_order in PROMPT_ORDERS
+    assert prompt_parts("Bo {is}.", "Who?", prompt_order) == (prefix, suffix)
+    assert answer_text("A cat") == " A cat"
+
+
+def test_context_first_is_the_default_and_unknown_orders_are_named():
+    assert prompt_parts("c", "q") == prompt_parts("c", "q", "context_first")
+    with pytest.raises(UserError, match=r"'last'.*context_first, question_first, read_twice"):
+        prompt_parts("c", "q", "last")
+
+
+def test_n_shot_prompt():
+    prefix, suffix = n_shot_parts("Who wrote Faust?")
+    assert (prefix, suffix) == (N_SHOT_PROMPT, "\n\nQ: Who wrote Faust?\nA:")
+    shots = [shot.split("\n") for shot in prefix.split("\n\n")]
+    assert len(shots) == 8
+    assert all(q.startswith("Q: ") and a.startswith("A: ") for q, a in shots)
+    assert f"A: {NO_ANSWER}" in [answer for _, answer in shots]
+
+
+def articles(num_articles: int = 6, num_paragraphs: int = 5) -> list[Example]:
+    """Two questions a paragraph, the second unanswerable; numbers recur across paragraphs."""
+    examples = []
+    for a in range(num_articles):
+        for p in range(num_paragraphs):
+            context = (
+                f"In town{a} the river{p} is {p % 3} miles long - by the town{a}-river{p} map."
+            )
+            asked = f"How long is river{p} in town{a}?"
+            article = f"Town {a}"
+            examples += [
+                Example(f"{a}-{p}-long", context, asked, (f"{p % 3} miles", f"{p % 3}"), article),
+                Example(f"{a}-{p}-deep", context, f"How deep is river{p}?", (), article),
+            ]
+    return examples
+
+
+def holds(context: str, answer: str) -> bool:
+    """An independent check, for answers without punctuation or articles."""
+    return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", context.lower()) is not None
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_negatives_are_other_contexts_without_the_answer(kind):
+    examples = articles()
+    sampler = NegativeSampler(examples, kind, seed=1)
+    known = {example.context for example in examples}
+    for epoch in range(4):
+        drawn = sampler.contexts(epoch)
+        assert len(drawn) == len(examples)
+        for example, context in zip(examples, drawn, strict=True):
+            assert context in known - {example.context}
+            assert not any(holds(context, answer) for answer in example.answers)
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_negatives_are_a_function_of_seed_epoch_and_id(kind):
+    examples = articles()
+    sampler = NegativeSampler(examples, kind, seed=1)
+    first, second = sampler.contexts(0), sampler.contexts(1)
+    assert sampler.contexts(0) == first  # no state is carried from one call to the next
+    assert NegativeSampler(examples, kind, seed=1).contexts(0) == first
+    shuffled = random.Random(0).sample(examples, len(examples))
+    by_id = {example.id: context for example, context in zip(examples, first, strict=True)}
+    assert NegativeSampler(shuffled, kind, seed=1).contexts(0) == [by_id[e.id] for e in shuffled]
+    changes = sum(a != b for a, b in zip(first, second, strict=True))
+    assert changes > len(examples) / 4
+    reseeded = NegativeSampler(examples, kind, seed=2).contexts(0)
+    assert sum(a != b for a, b in zip(first, reseeded, strict=True)) > len(examples) / 4
+
+
+def test_a_question_asked_twice_of_one_context_gets_negatives_by_id():
+    example = articles()[0]
+    examples = [replace(example, id=str(i)) for i in range(20)] + articles()
+    assert len(set(NegativeSampler(examples, seed=0).contexts(0)[:20])) > 3
+
+
+def test_draws_are_the_same_in_every_process(read, tmp_path):
+    rows = [
+        {
+            "id": example.id,
+            "context": example.context,
+            "question": example.question,
+            "answers": example.answers,
+            "title": example.article,
+        }
+        for example in articles()
+    ]
+    here = [NegativeSampler(read(*rows), kind, seed=3).contexts(1) for kind in NEGATIVE_KINDS]
+    code = f"""
+import json, squad_utils as su
+examples = su.read_examples({str(tmp_path / "data.txt")!r})
+samplers = [su.NegativeSampler(examples, kind, seed=3) for kind in su.NEGATIVE_KINDS]
+print(json.dumps([sampler.contexts(1) for sampler in samplers]))
+"""
+    for hash_seed in ("1", "2"):
+        there = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        assert json.loads(there.stdout) == here
+
+
+def test_random_negatives_reach_every_context():
+    examples = articles(3, 3)
+    sampler = NegativeSampler(examples, "random", seed=0)
+    deep = [i for i, example in enumerate(examples) if not example.is_answerable]
+    drawn = {sampler.contexts(epoch)[deep[0]] for epoch in range(60)}
+    assert drawn == {example.context for example in examples} - {examples[deep[0]].context}
+
+
+def test_same_article_negatives_fall_back_where_the_article_has_none():
+    examples = articles()
+    lonely = Example("lonely", "Alone here.", "Where?", ("here",), "Lonely")
+    untitled = Example("untitled", "No title.", "What?", ("title",), None)
+    examples += [lonely, untitled]
+    drawn = NegativeSampler(examples, "same_article", seed=0).contexts(0)
+    article_of = {example.context: example.article for example in examples}
+    for example, context in zip(examples[:-2], drawn[:-2], strict=True):
+        assert article_of[context] == example.article
+    assert drawn[-2] not in (None, lonely.context)
+    assert drawn[-1] not in (None, untitled.context)
+    with pytest.raises(UserError, match="same_article need titles"):
+        NegativeSampler([untitled], "same_article")
+
+
+def test_hard_negatives_are_near_the_question():
+    near = [f"The violin of maker{i} has strings tuned in fifths, sample{i}." for i in range(12)]
+    far = [f"Whale number{i} swims in cold northern waters all winter." for i in range(200)]
+    asked = Example("v", "A violin has four strings tuned.", "How many strings tuned?", ("four",))
+    examples = [asked] + [Example(c, c, "Which whale swims?", ()) for c in near + far]
+    sampler = NegativeSampler(examples, "hard", seed=0)
+    drawn = {sampler.contexts(epoch)[0] for epoch in range(40)}
+    assert drawn <= set(near)
+    assert 5 <= len(drawn) <= 10
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_no_fit_context_gives_none(kind):
+    contexts = ["Bo is four years old.", "Four it is, says everyone.", "Ann counts: four!"]
+    examples = [Example(str(i), c, "How old?", ("four",), "A") for i, c in enumerate(contexts)]
+    assert NegativeSampler(examples, kind).contexts(0) == [None] * 3
+    assert NegativeSampler(examples[:1], kind).contexts(0) == [None]
+
+
+def test_the_one_fit_context_among_thousands_is_found():
+    examples = [Example(str(i), f"four and {i}", "How many?", ("four",)) for i in range(3000)]
+    examples.append(Example("fit", "five and nothing", "How many?", ("five",)))
+    assert set(NegativeSampler(examples[-40:] + examples[:1]).contexts(0)[:39]) == {
+        "five and nothing"
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "context", "is_held"),
+    [
+        ("Paris", "She left paris.", True),
+        ("The Nile", "Along the Nile river", True),
+        ("nile", "a Nile-side town", True),
+        ("24", "won 24\u201310 at home", True),
+        ("24", "won 24-10 at home", True),
+        ("U.S.", "the US team", True),
+        ("US", "the U.S. team", True),
+        ("e-mail", "sent an email", True),
+        ("caf\u00e9", "the Caf\u00e9, closed", True),
+        ("Denver Broncos", "the Denver  (Broncos)", True),
+        ("cat", "concatenate", False),
+        ("24", "in 1924 or 240", False),
+        ("Denver Broncos", "Denver and the Broncos", False),
+    ],
+)
+def test_what_it_is_to_hold_an_answer(answer, context, is_held):
+    examples = [Example("1", "own context", "q?", (answer,)), Example("2", context, "q?", ())]
+    assert NegativeSampler(examples).contexts(0)[0] == (None if is_held else context)
+
+
+def test_unknown_kind_is_named():
+    with pytest.raises(UserError, match="'easy': choose from random, same_article, hard"):
+        NegativeSampler(articles(), "easy")
+
+
+@needs_squad
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_negatives_on_real_data(kind):
+    examples = read_examples(str(SQUAD / "dev-v1.1.json"))[::20]
+    drawn = NegativeSampler(examples, kind, seed=0).contexts(0)
+    assert None not in drawn
+    for example, context in zip(examples, drawn, strict=True):
+        assert context != example.context
+        plain = [a for a in example.answers if re.fullmatch(r"[^\W_]{4,}( [^\W_]{4,})*", a)]
+        assert not any(holds(context, answer) for answer in plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("The  Cat, a\tcat & an ANT!", "cat cat ant"),
+        ("theatre another", "theatre another"),
+        ("A", ""),
+        ("?!.", ""),
+        ("U.S.A.", "usa"),
+        ("$1,000.50", "100050"),
+        ("24\u201310", "24\u201310"),  # only ASCII punctuation goes
+        ("\u201cquoted\u201d", "\u201cquoted\u201d"),
+        ("\u00c9COLE", "\u00e9cole"),
+        ("a\u2014b", "\u2014b"),  # articles end at any non-word character
+        ("the-cat", "thecat"),  # punctuation goes first
+        ("one\u00a0two\u2003three", "one two three"),
+        (NO_ANSWER, "i dont know"),
+    ],
+)
+def test_normalize_answer(text, normalized):
+    assert normalize_answer(text) == normalized
+
+
+@pytest.mark.parametrize(
+    ("guess", "answers", "em", "f1"),
+    [
+        ("the Cat.", ("cat",), 1, 1),
+        ("black cat", ("cat", "dog"), 0, 2 / 3),
+        ("cat cat", ("cat",), 0, 2 / 3),
+        ("cat cat dog", ("cat cat bird",), 0, 2 / 3),
+        ("one two three four", ("three",), 0, 2 / 5),
+        ("blue", ("red", "dark blue", "blue"), 1, 1),
+        ("1,000", ("1000",), 1, 1),
+        ("1000.0", ("1000",), 0, 0),
+        ("\u00e9cole", ("\u00c9cole",), 1, 1),
+        ("ecole", ("\u00c9cole",), 0, 0),
+        (NO_ANSWER, (), 1, 1),
+        ("i dont KNOW", (), 1, 1),
+        ("", (), 1, 1),
+        ("the", (), 1, 1),
+        ("cat", (), 0, 0),
+        ("I don't know the cat", (), 0, 0),
+        (NO_ANSWER, ("cat",), 0, 0),
+        (NO_ANSWER, ("i know",), 0, 0),  # an empty answer shares no words
+        ("", ("cat",), 0, 0),
+        ("the", ("The", "a"), 1, 1),  # all references normalise to nothing: nothing is right
+        ("cat", ("The",), 0, 0),
+        ("the", ("The", "cat"), 0, 0),  # an empty reference is dropped beside another
+    ],
+)
+def test_exact_match_and_f1(guess, answers, em, f1):
+    assert exact_match(guess, answers) == em
+    assert f1_score(guess, answers) == pytest.approx(f1)
+    assert exact_match(guess, list(answers)) == em
+
+
+def plain_scores(guess: str, answers: list[str]) -> tuple[float, float]:
+    """The official definitions once more, by other means: characters, word lists, multisets."""
+
+    def words(text: str) -> list[str]:
+        kept = "".join(c for c in text.lower() if not ("!" <= c <= "~" and not c.isalnum()))
+        pieces = re.findall(r"\w+|\W", kept)
+        return "".join(" " if piece in ("a", "an", "the") else piece for piece in pieces).split()
+
+    def f1(ours: list[str], theirs: list[str]) -> float:
+        if not ours or not theirs:
+            return float(ours == theirs)
+        left, common = list(theirs), 0
+        for word in ours:
+            if word in left:
+                left.remove(word)
+                common += 1
+        precision, recall = common / len(ours), common / len(theirs)
+        return 2 * precision * recall / (precision + recall) if common else 0.0
+
+    ours = [] if words(guess) == ["i", "dont", "know"] else words(guess)
+    references = [words(answer) for answer in answers if words(answer)] or [[]]
+    return float(ours in references), max(f1(ours, reference) for reference in references)
+
+
+def test_scores_equal_an_independent_implementation():
+    rng = random.Random(5)
+    pieces = [
+        "cat",
+        "Cat,",
+        "the",
+        "a",
+        "An",
+        "dog",
+        "24\u201310",
+        "(dog)",
+        "\u00e9",
+        "'s",
+        "-",
+        "a-b",
+    ]
+
+    def phrase() -> str:
+        return rng.choice([" ", "  ", "-"]).join(rng.choices(pieces, k=rng.randrange(5)))
+
+    seen = set()
+    for _ in range(800):
+        guess = rng.choice([phrase(), phrase(), phrase(), NO_ANSWER])
+        answers = [phrase() for _ in range(rng.randrange(4))]
+        em, f1 = plain_scores(guess, answers)
+        assert exact_match(guess, answers) == em
+        assert f1_score(guess, answers) == pytest.approx(f1, abs=1e-12)
+        seen.add((em, 0 < f1 < 1))
+    assert seen == {(0.0, False), (0.0, True), (1.0, False)}
+
+
+def test_raw_match():
+    assert is_correct(" Denver BRONCOS\n", "Denver Broncos")
+    assert not is_correct("The Denver Broncos", "Denver Broncos")
+    assert not is_correct("Denver Broncos.", "Denver Broncos")
+    assert is_correct("i don't know.", NO_ANSWER)
+    assert not is_correct("", NO_ANSWER)
+
+
+def test_score_summary():
+    rows = [
+        {"answers": ["x"], "exact_match": 1.0, "f1": 1.0, "is_correct": True},
+        {"answers": ["x"], "exact_match": 0.0, "f1": 0.5, "is_correct": False},
+        {"answers": [], "exact_match": 1.0, "f1": 1.0, "is_correct": False},
+        {"answers": (), "exact_match": 0.0, "f1": 0.0, "is_correct": False},
+    ]
+    overall = {"exact_match": 50.0, "f1": 62.5, "is_correct": 25.0, "num_questions": 4}
+    has_answer = {
+        "has_answer_exact_match": 50.0,
+        "has_answer_f1": 75.0,
+        "has_answer_is_correct": 50.0,
+        "has_answer_num_questions": 2,
+    }
+    no_answer = {
+        "no_answer_exact_match": 50.0,
+        "no_answer_f1": 50.0,
+        "no_answer_is_correct": 0.0,
+        "no_answer_num_questions": 2,
+    }
+    assert score_summary(iter(rows)) == overall | has_answer | no_answer
+    assert score_summary(rows[:2]).keys() == overall.keys() | has_answer.keys()
+    assert score_summary(rows[2:]).keys() == overall.keys() | no_answer.keys()
