@@ -10,10 +10,11 @@ GPUs: torchrun --nproc_per_node N train_mamba_with_context.py ...
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
-from context_qa.dataset import ContextQADataset, GroupedSampler
+from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
 from errors import UserError, run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
@@ -77,8 +78,8 @@ def main(args: argparse.Namespace) -> None:
         f"{num_parameters:,} parameters; {len(examples):,} questions on {num_contexts:,} contexts, "
         f"{len(sampler):,} examples an epoch with negatives: {args.negatives}"
     )
-    data = ContextQADataset(examples, tokenizer, PROMPT_ORDERS[0])
-    trainer = PrefixSuffixTrainer(model, arguments, data, sampler, tokenizer)
+    tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
+    trainer = PrefixSuffixTrainer(model, arguments, sampler, tokenize, tokenizer)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from context_qa.dataset import token_ids
-from mamba_lm.generate import continuation_log_prob, decode, read
+from mamba_lm.generate import continuation_log_prob, decode, prefill, read
 from mamba_lm.model import MambaLM, MambaState
 from squad_utils import NO_ANSWER, answer_text
 
@@ -70,7 +70,7 @@ class Answerer:
     def read_prefixes(self, prefixes: Sequence[str]) -> tuple[MambaState, list[int]]:
         """The state after each prefix, a row each, and the prefixes' lengths in tokens."""
         ids = [token_ids(self.tokenizer, prefix) for prefix in prefixes]
-        return read(self.model, ids, vocab_size=self.vocab_size).state, [len(row) for row in ids]
+        return prefill(self.model, ids), [len(row) for row in ids]
 
     @torch.inference_mode()
     def ask(

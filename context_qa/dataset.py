@@ -4,39 +4,31 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from mamba_lm.training import Continuation
 from squad_utils import NO_ANSWER, Example, NegativeSampler, answer_text, prompt_parts
 
 
 class Pairing(NamedTuple):
-    """A question, by its example's place in the data, asked on a context."""
+    """A question asked on a context: its own, or one where NO_ANSWER is right."""
 
-    example: int
+    example: Example
     context: str
 
+    @property
+    def target(self) -> str:
+        return self.example.target if self.context == self.example.context else NO_ANSWER
 
-class ContextQADataset(Dataset[Continuation]):
-    """Token ids of pairings. The target is the example's first reference on its own context and
-    NO_ANSWER on any other, followed by end-of-text."""
 
-    def __init__(self, examples: Sequence[Example], tokenizer, prompt_order: str):
-        self.examples, self.tokenizer, self.prompt_order = examples, tokenizer, prompt_order
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, pairing: Pairing) -> Continuation:
-        example = self.examples[pairing.example]
-        is_own = pairing.context == example.context
-        prefix, suffix = prompt_parts(pairing.context, example.question, self.prompt_order)
-        target = token_ids(self.tokenizer, answer_text(example.target if is_own else NO_ANSWER))
-        return Continuation(
-            prefix=token_ids(self.tokenizer, prefix),
-            prompt=token_ids(self.tokenizer, suffix),
-            target=[*target, self.tokenizer.eos_token_id],
-        )
+def continuation(pairing: Pairing, tokenizer, prompt_order: str) -> Continuation:
+    """Token ids of a pairing's prompt in its two parts and of its target with end-of-text."""
+    prefix, suffix = prompt_parts(pairing.context, pairing.example.question, prompt_order)
+    return Continuation(
+        prefix=token_ids(tokenizer, prefix),
+        prompt=token_ids(tokenizer, suffix),
+        target=[*token_ids(tokenizer, answer_text(pairing.target)), tokenizer.eos_token_id],
+    )
 
 
 class GroupedSampler(Sampler[Pairing]):
@@ -66,12 +58,13 @@ class GroupedSampler(Sampler[Pairing]):
             yield from rng.sample(groups[context], len(groups[context]))
 
     def _pairings(self) -> Iterator[Pairing]:
-        for place, example in enumerate(self.examples):
-            yield Pairing(place, example.context)
+        for example in self.examples:
+            yield Pairing(example, example.context)
         if self.negatives is not None:
-            for place, context in enumerate(self.negatives.contexts(self.epoch)):
-                if context is not None and self.examples[place].is_answerable:
-                    yield Pairing(place, context)
+            contexts = self.negatives.contexts(self.epoch)
+            for example, context in zip(self.examples, contexts, strict=True):
+                if context is not None and example.is_answerable:
+                    yield Pairing(example, context)
 
 
 def token_ids(tokenizer, text: str) -> list[int]:

@@ -196,6 +196,7 @@ def save_model(
             if model.config.tie_embeddings:
                 del weights["lm_head.weight"]
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            (partial / "model.safetensors").chmod(0o644)  # safetensors makes files private
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

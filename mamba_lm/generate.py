@@ -26,6 +26,12 @@ class Generation(NamedTuple):
     log_prob: float
 
 
+def prefill(model: MambaLM, sequences: Sequence[Sequence[int]]) -> MambaState:
+    """The state after each sequence, one per row, of any lengths, 0 included."""
+    input_ids, lengths = (t.to(_device(model)) for t in right_pad(sequences))
+    return model.encode(input_ids, lengths=lengths)[1]
+
+
 def read(
     model: MambaLM,
     sequences: Sequence[Sequence[int]],
@@ -36,8 +42,7 @@ def read(
 
     vocab_size, the tokenizer's length, bars the padded rows of the embedding from the output.
     """
-    input_ids, lengths = right_pad(sequences)
-    input_ids, lengths = input_ids.to(model.lm_head.weight.device), lengths.to(_device(model))
+    input_ids, lengths = (t.to(_device(model)) for t in right_pad(sequences))
     hidden, state = model.encode(input_ids, state, lengths)
     last = hidden[torch.arange(len(sequences), device=hidden.device), lengths - 1]  # (b, m)
     return Reading(_log_probs(model, last, vocab_size), state)

@@ -7,7 +7,8 @@ the forked states, so that the result is that of independent examples.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,19 @@ class PrefixSuffixLM(nn.Module):
         return {"loss": total / (len(at) if num_items_in_batch is None else num_items_in_batch)}
 
 
+class _Tokenized(Dataset[Continuation]):
+    """What a sampler yields, made token ids when it is asked for."""
+
+    def __init__(self, length: int, tokenize: Callable[[Any], Continuation]):
+        self.length, self.tokenize = length, tokenize
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, example: Any) -> Continuation:
+        return self.tokenize(example)
+
+
 class PrefixSuffixTrainer(Trainer):
     """Trainer for `PrefixSuffixLM`: our sampler, our checkpoints, no decay of the SSM's own."""
 
@@ -93,20 +107,20 @@ class PrefixSuffixTrainer(Trainer):
         self,
         model: MambaLM,
         arguments: TrainingArguments,
-        data: Dataset[Continuation],
         sampler: Sampler,
+        tokenize: Callable[[Any], Continuation],
         tokenizer,
-        callbacks: list | None = None,
     ):
+        """sampler yields the examples themselves, in any form that `tokenize` understands; its
+        optional set_epoch(epoch) is called before each epoch."""
         self.language_model = model
         self.sampler = sampler
         super().__init__(
             PrefixSuffixLM(model),
             arguments,
-            train_dataset=data,
+            train_dataset=_Tokenized(len(sampler), tokenize),
             data_collator=collate,
             processing_class=tokenizer,
-            callbacks=callbacks,
         )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:

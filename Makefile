@@ -1,0 +1,51 @@
+# make setup | demo | test | test-slow | bench | lint
+# PYTHON=python3.12 chooses the interpreter; TORCH_INDEX=URL adds an index of CPU-only torch wheels.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test test-slow lint
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 2; }
+	@echo "Downloading into $(VENV): torch 2.13, transformers, numba, pandas, duckdb and their needs."
+	@echo "About 0.5 GB with a CPU-only torch, several GB with CUDA's, which the plain index may give;"
+	@echo "make setup TORCH_INDEX=URL prefers CPU-only wheels from that index."
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		-r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	@echo "== The shipped checkpoint on passages it has never seen"
+	$(RUN) eval_mamba_with_context.py models/demo data/demo/validation.jsonl \
+		results/demo.jsonl --overwrite --max_new_tokens 16
+	@echo "== A minute of further training, on the demo training file"
+	rm -rf models/demo_trained
+	$(RUN) train_mamba_with_context.py --model models/demo --data_path data/demo/train.jsonl \
+		--output models/demo_trained --num_epochs 1 --learning_rate 1e-4
+	@echo "== The further trained checkpoint on the same passages"
+	$(RUN) eval_mamba_with_context.py models/demo_trained data/demo/validation.jsonl \
+		results/demo_trained.jsonl --overwrite --max_new_tokens 16
+	@echo "== One question that the passage answers, one that it does not"
+	$(RUN) prompt_mamba_with_context.py models/demo_trained \
+		--context_file data/demo/passage.txt \
+		--question "Who manages the Silver Heron Hotel?" \
+		--question "Who manages the Golden Fox Hotel?"
+	@echo "== The results, by SQL"
+	$(RUN) query_results.py results/demo_trained.jsonl \
+		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
+
+test: setup
+	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
