@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_lm.model import MambaLM, MambaState, right_pad
+from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
 
 
 class Reading(NamedTuple):
@@ -104,7 +104,7 @@ def continuation_log_prob(
 
 
 def _log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
-    return model.lm_head(hidden)[..., :vocab_size].float().log_softmax(dim=-1)
+    return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
 
 
 def _device(model: MambaLM) -> torch.device:

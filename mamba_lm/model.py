@@ -147,7 +147,7 @@ class MambaMixer(nn.Module):
         if self.bcdt_rms_eps is not None:
             dt, B, C = (F.rms_norm(v, v.shape[-1:], eps=self.bcdt_rms_eps) for v in (dt, B, C))
         delta = self.dt_proj(dt)  # (b, l, d)
-        A = -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float())
+        A = -torch.exp(at_least_float32(self.A_log))  # (d, n)
         y, new_ssm = selective_scan(x, delta, A, B, C, self.D, z, ssm, lengths)
         return self.out_proj(y), new_conv, new_ssm
 
@@ -212,8 +212,8 @@ class MambaLM(nn.Module):
         that after a row's last real token. Hidden states at padded positions mean nothing.
         """
         hidden = self.backbone.embeddings(input_ids)  # (b, l, m)
-        if self.config.residual_in_fp32 and hidden.dtype != torch.float64:
-            hidden = hidden.float()
+        if self.config.residual_in_fp32:
+            hidden = at_least_float32(hidden)
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
         new_convs, new_ssms = [], []
         for layer, conv, ssm in zip(self.backbone.layers, convs, ssms, strict=True):
@@ -243,6 +243,10 @@ class MambaLM(nn.Module):
             back = torch.argsort(order, dim=1).unsqueeze(-1).expand_as(hidden)
             hidden = hidden.gather(1, back)
         return self.lm_head(hidden if logits_at is None else hidden[logits_at]), state
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def right_pad(sequences: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from errors import UserError
 from mamba_lm.checkpoint import load_weights, read_weights, save_model
-from mamba_lm.model import MambaLM, right_pad
+from mamba_lm.model import MambaLM, at_least_float32, right_pad
 
 IGNORED = -100
 
@@ -66,7 +66,14 @@ class PrefixSuffixLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
+    def forward(self, labels: Tensor, num_items_in_batch=None, **batch: Tensor) -> dict[str, Tensor]:
+        """A batch as `collate` makes it. Returns loss: the sum of cross-entropy over the labels /
+        num_items_in_batch, by default the labels of this batch."""
+        losses, _ = self.token_losses(labels=labels, **batch)
+        count = len(losses) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": losses.sum() / count}
+
+    def token_losses(
         self,
         prefixes: Tensor,
         prefix_lengths: Tensor,
@@ -74,17 +81,15 @@ class PrefixSuffixLM(nn.Module):
         suffix_lengths: Tensor,
         prefix_index: Tensor,
         labels: Tensor,
-        num_items_in_batch: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Arguments as `collate` makes them. Returns loss, the sum of cross-entropy over labels /
-        num_items_in_batch (by default the labels of this batch)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (k,) at each of a batch's k labels, and the suffix (k,) it belongs to."""
         _, state = self.model.encode(prefixes, lengths=prefix_lengths)
         hidden, _ = self.model.encode(suffixes, state.fork(prefix_index), suffix_lengths)
         # Logits only where there is loss; index_select, because its gradient is reproducible.
         at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, at))
-        total = F.cross_entropy(logits.float(), labels.flatten()[at], reduction="sum")
-        return {"loss": total / (len(at) if num_items_in_batch is None else num_items_in_batch)}
+        logits = at_least_float32(self.model.lm_head(hidden.flatten(0, 1).index_select(0, at)))
+        losses = F.cross_entropy(logits, labels.flatten()[at], reduction="none")
+        return losses, at // labels.shape[1]
 
 
 class _Tokenized(Dataset[Continuation]):

@@ -33,7 +33,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     Without a state to carry or a gradient to give, the scan runs in x's dtype; else in float32,
     since a state that passes through bfloat16 loses 5e-3 of itself.
     """
-    b, l, d = x.shape
+    b, l = x.shape[:2]
     A, D = A.float(), D.float()
     h0 = None if initial_state is None else initial_state.float()
     if x.numel() == 0:
@@ -88,11 +88,11 @@ def _scan_with_state(x, delta, A, B, C, D, z, h0, needs_grad):
     if h0 is not None:
         elapsed = delta.cumsum(2)  # (b, d, l)
         # Recomputed in the backward: its (b, d, n, l) intermediates are far larger than its inputs.
-        carried = (
+        carried = [
             checkpoint(_carried, *piece, A, h0, use_reentrant=False, preserve_rng_state=False)
             for piece in zip(elapsed.split(_STEPS, dim=2), C.split(_STEPS, dim=2), strict=True)
-        )
-        y = y + torch.cat(list(carried), dim=2)
+        ]
+        y = y + torch.cat(carried, dim=2)
         h = h + torch.exp(elapsed[:, :, -1:] * A) * h0
     if z is not None:
         y = y * F.silu(z.float().transpose(1, 2))

@@ -1,0 +1,118 @@
+"""The demo's table of scores: a model beside what needs no model, on data/demo/validation.jsonl.
+
+    python -m data.demo.score_demo models/demo
+
+Exact match on answerable and on unanswerable questions; then the model's by facts per passage.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from context_qa.answering import Answerer
+from data.demo.domains import DOMAINS
+from data.demo.make_demo import POOLS
+from errors import run_script
+from mamba_lm.checkpoint import load_model, load_tokenizer
+from squad_utils import NO_ANSWER, Example, NegativeSampler, exact_match, prompt_parts, read_examples
+
+DATA = "data/demo/validation.jsonl"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model trained on the demo data")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    examples = read_examples(DATA)
+    rows = [json.loads(line) for line in Path(DATA).read_text(encoding="utf-8").splitlines()]
+    tokenizer = load_tokenizer(args.model)
+    answerer = Answerer(load_model(args.model), tokenizer, max_new_tokens=16)
+    guesses = answers(answerer, [(e.context, e.question) for e in examples])
+    blind = answers(answerer, [("", e.question) for e in examples])
+
+    nearest = [nearest_phrase(e, row["domain"]) for e, row in zip(examples, rows, strict=True)]
+
+    print(f"{len(examples):4d} questions            answerable  unanswerable")
+    print_row("model", examples, guesses)
+    print_row("always I don't know.", examples, [NO_ANSWER] * len(examples))
+    print_row("question without context", examples, blind)
+    print_row("nearest same-type phrase", examples, nearest)
+
+    answerable = [e for e in examples if e.is_answerable]
+    contexts = NegativeSampler(examples).contexts(epoch=0)
+    swapped = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
+    pairs = list(zip(swapped, (e.question for e in answerable), strict=True))
+    print(f"contexts swapped: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
+
+    print("\nfacts in passage  answerable  unanswerable  questions")
+    by_facts = defaultdict(list)
+    for example, guess, row in zip(examples, guesses, rows, strict=True):
+        by_facts[row["num_facts"]].append((example, guess))
+    for number in sorted(by_facts):
+        group, said = zip(*by_facts[number], strict=True)
+        print_row(f"{number:16d}", group, said, suffix=f"{len(group):9d}", width=16)
+
+
+def answers(answerer: Answerer, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The model's guess for each (context, question)."""
+    found: dict[int, str] = {}
+    for batch in answerer.answer([prompt_parts(*pair) for pair in pairs]):
+        found |= {place: answer.text for place, answer in batch.items()}
+    return [found[place] for place in range(len(pairs))]
+
+
+def score(references: Sequence[Sequence[str]], guesses: Sequence[str]) -> float:
+    pairs = zip(guesses, references, strict=True)
+    matches = [exact_match(guess, reference) for guess, reference in pairs]
+    return 100 * sum(matches) / max(len(matches), 1)
+
+
+def print_row(
+    name: str, examples: Sequence[Example], guesses: Sequence[str], suffix: str = "", width: int = 24
+) -> None:
+    shares = []
+    for is_answerable in (True, False):
+        kept = [
+            (example.answers, guess)
+            for example, guess in zip(examples, guesses, strict=True)
+            if example.is_answerable == is_answerable
+        ]
+        shares.append(score(*zip(*kept, strict=True)) if kept else float("nan"))
+    print(f"{name:{width}}{shares[0]:12.1f}{shares[1]:14.1f}{suffix}")
+
+
+def nearest_phrase(example: Example, kind: str) -> str:
+    """The phrase of the asked-for type that stands nearest to what the question names.
+
+    The type is taken from the reference, where there is one: an upper bound on this heuristic.
+    """
+    domain = next(domain for domain in DOMAINS if domain.kind == kind)
+    names = domain.name_type
+    types = {names, *(attribute.type for attribute in domain.attributes)}
+    asked = [phrase for type_ in types for phrase in phrases(example.question, type_)]
+    places = [example.context.find(phrase) for phrase in asked if phrase in example.context]
+    wanted = [type_ for answer in example.answers for type_ in types if phrases(answer, type_)]
+    wanted = wanted or list(types)
+    candidates = [p for type_ in wanted for p in phrases(example.context, type_) if p not in asked]
+    if not places or not candidates:
+        return NO_ANSWER
+    best = min(candidates, key=lambda phrase: abs(example.context.find(phrase) - places[0]))
+    return domain.name.format(best) if wanted[0] == names else best
+
+
+def phrases(text: str, type_: str) -> list[str]:
+    """The validation values of a type that stand in the text."""
+    pool = POOLS["validation"][type_]
+    return [value for value in pool if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)]
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,260 @@
+"""The answering loop: a guess depends on its prompt alone, and its confidence is a probability."""
+
+import math
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_qa.answering import Answer, Answerer
+from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.model import MambaConfig, MambaLM
+from squad_utils import NO_ANSWER, n_shot_parts, prompt_parts
+
+ROOT = Path(__file__).parents[2]
+LONG = "Ann lives in Oslo, and Ben lives in Rome with Cy. " * 20  # far more than 128 tokens
+CONTEXTS = ("Bo is a cat.", LONG, "Cy lives in Bern, said Ann.", "Dee?")
+QUESTIONS = ("Who is Bo?", "Where does Ann live?", "Why?")
+PROMPTS = [prompt_parts(context, question) for question in QUESTIONS for context in CONTEXTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def attentive(tokenizer) -> MambaLM:
+    """Random weights, large enough that every context and question gets a guess of its own."""
+    torch.manual_seed(0)
+    config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4, tie_embeddings=False)
+    model = MambaLM(config).eval()
+    with torch.no_grad():
+        model.backbone.embeddings.weight.normal_()
+        model.lm_head.weight.normal_()
+        for block in model.backbone.layers:
+            block.mixer.in_proj.weight *= 1.5
+            block.mixer.out_proj.weight *= 1.5
+            block.mixer.x_proj.weight.normal_()
+            block.mixer.dt_proj.bias.fill_(-1.0)
+            block.mixer.A_log.fill_(-3.0)
+            block.mixer.D.zero_()
+    return model
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def reciter(tokenizer, text: str, logit: float = 10.0) -> MambaLM:
+    """A model that says `text` and then end-of-text after any prompt, sure to a known degree.
+
+    Its layers add nothing, so that the last token alone decides: each token of the text has a
+    dimension of its own, from which the head gives the next token `logit` and all others 0.
+    """
+    chain = [ids(tokenizer, "A:")[-1], *ids(tokenizer, text), tokenizer.eos_token_id]
+    assert len(set(chain)) == len(chain), "a token comes twice: it cannot tell what is next"
+    size = len(chain)
+    config = MambaConfig(len(tokenizer), d_model=size, n_layer=1, d_state=4, tie_embeddings=False)
+    model = MambaLM(config).eval()
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.out_proj.weight.zero_()
+        model.backbone.embeddings.weight.zero_()
+        model.lm_head.weight.zero_()
+        for dimension, (token, following) in enumerate(pairwise(chain)):
+            model.backbone.embeddings.weight[token, dimension] = 1.0
+            model.lm_head.weight[following, dimension] = logit / math.sqrt(size)  # the norm's scale
+    return model
+
+
+def answers_to(answerer: Answerer, prompts=PROMPTS) -> list[Answer]:
+    by_place: dict[int, Answer] = {}
+    for batch in answerer.answer(prompts):
+        assert len(batch) <= answerer.batch_size and not batch.keys() & by_place.keys()
+        by_place |= batch
+    return [by_place[place] for place in range(len(prompts))]
+
+
+def one_by_one(answerer: Answerer, prompts=PROMPTS) -> list[Answer]:
+    answers = []
+    for prefix, suffix in prompts:
+        state, lengths = answerer.read_prefixes([prefix])
+        answers += answerer.ask(state, [suffix], lengths)
+    return answers
+
+
+def assert_same(found: list[Answer], expected: list[Answer]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one.text, one.num_tokens, one.num_new_tokens) == (
+            (other.text, other.num_tokens, other.num_new_tokens)
+        )
+        # Relative, since the confidences of random weights are small themselves.
+        assert one.confidence == pytest.approx(other.confidence, rel=1e-4, abs=0)
+        assert one.no_answer_probability == pytest.approx(
+            other.no_answer_probability, rel=1e-4, abs=0
+        )
+
+
+def test_each_prompt_gets_a_guess_of_its_own(tokenizer, attentive):
+    """What the tests of equality below rest on: a mix-up of rows would show."""
+    answers = answers_to(Answerer(attentive, tokenizer, 6))
+    assert len({answer.text for answer in answers}) == len(PROMPTS)
+    assert len({answer.no_answer_probability for answer in answers}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_answers_do_not_depend_on_the_batch(tokenizer, attentive, batch_size):
+    answers = answers_to(Answerer(attentive, tokenizer, 6, batch_size))
+    assert_same(answers, one_by_one(Answerer(attentive, tokenizer, 6)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_do_not_depend_on_the_order_of_prompts(tokenizer, attentive, seed):
+    answerer = Answerer(attentive, tokenizer, 6, batch_size=5)
+    order = random.Random(seed).sample(range(len(PROMPTS)), len(PROMPTS))
+    shuffled = answers_to(answerer, [PROMPTS[place] for place in order])
+    expected = answers_to(answerer)
+    assert_same(shuffled, [expected[place] for place in order])
+
+
+def test_answers_do_not_depend_on_which_prompts_share_a_context(tokenizer, attentive):
+    answerer = Answerer(attentive, tokenizer, 6)
+    expected = answers_to(answerer)
+    for context in CONTEXTS:
+        places = [place for place, (prefix, _) in enumerate(PROMPTS) if prefix == context]
+        together = answers_to(answerer, [PROMPTS[place] for place in places])
+        assert_same(together, [expected[place] for place in places])
+    for place, prompt in enumerate(PROMPTS):  # the same prompt twice, and next to one stranger
+        alone = answers_to(answerer, [prompt, PROMPTS[place - 1], prompt])
+        assert_same(alone, [expected[place], expected[place - 1], expected[place]])
+
+
+def test_a_context_is_read_once_for_its_questions_in_a_batch(tokenizer, attentive, monkeypatch):
+    answerer = Answerer(attentive, tokenizer, 6)
+    read, really_read = [], answerer.read_prefixes
+    monkeypatch.setattr(answerer, "read_prefixes", lambda p: read.extend(p) or really_read(p))
+    answers_to(answerer)
+    assert sorted(read) == sorted(CONTEXTS)
+
+
+def test_questions_of_a_context_share_a_batch_however_they_come(tokenizer, attentive):
+    batches = list(Answerer(attentive, tokenizer, 1, batch_size=len(QUESTIONS)).answer(PROMPTS))
+    assert [len({PROMPTS[place][0] for place in batch}) for batch in batches] == [1] * len(CONTEXTS)
+
+
+def test_no_prompts_no_answers(tokenizer, attentive):
+    assert list(Answerer(attentive, tokenizer).answer([])) == []
+
+
+def test_num_tokens_are_those_of_the_whole_prompt(tokenizer, attentive):
+    for (prefix, suffix), answer in zip(
+        PROMPTS, answers_to(Answerer(attentive, tokenizer, 2)), strict=True
+    ):
+        assert answer.num_tokens == len(ids(tokenizer, prefix)) + len(ids(tokenizer, suffix))
+        assert answer.seconds > 0
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 4])
+def test_max_new_tokens(tokenizer, attentive, max_new_tokens):
+    whole = answers_to(Answerer(attentive, tokenizer, 6))
+    for cut, full in zip(
+        answers_to(Answerer(attentive, tokenizer, max_new_tokens)), whole, strict=True
+    ):
+        assert full.num_new_tokens == 6
+        assert cut.num_new_tokens == max_new_tokens
+        assert full.text.startswith(cut.text.rstrip("\ufffd"))  # a letter may be cut in two
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_prompts_longer_than_128_tokens_get_their_whole_answer(tokenizer, batch_size):
+    """The original took a batch of one's length for the prompt's: one token from 128 on."""
+    said = " Ann lives in Oslo and was born there."
+    answerer = Answerer(reciter(tokenizer, said), tokenizer, 64, batch_size)
+    prompts = [*PROMPTS, n_shot_parts("Who?")]
+    answers = answers_to(answerer, prompts)
+    assert sum(answer.num_tokens > 128 for answer in answers) == len(QUESTIONS) + 1
+    assert {answer.text for answer in answers} == {said.strip()}
+    assert {answer.num_new_tokens for answer in answers} == {len(ids(tokenizer, said))}
+    assert len(ids(tokenizer, said)) > 5
+
+
+def test_a_guess_ends_before_a_newline(tokenizer):
+    answers = answers_to(Answerer(reciter(tokenizer, " Oslo\nBen is a dog"), tokenizer))
+    assert {answer.text for answer in answers} == {"Oslo"}
+    assert {answer.num_new_tokens for answer in answers} == {len(ids(tokenizer, " Oslo"))}
+
+
+def test_a_model_that_stops_at_once_gives_the_empty_guess(tokenizer):
+    [answer] = answers_to(Answerer(reciter(tokenizer, ""), tokenizer), PROMPTS[:1])
+    assert (answer.text, answer.num_new_tokens) == ("", 0)
+    assert answer.confidence == pytest.approx(1 - 1700 / 24000, abs=0.005)  # e^10 against 1700 e^0
+
+
+def test_confidence_is_no_answer_probability_where_that_is_the_guess(tokenizer):
+    answers = answers_to(Answerer(reciter(tokenizer, f" {NO_ANSWER}"), tokenizer))
+    sure = math.exp(10) / (math.exp(10) + len(tokenizer) - 1)
+    tokens = len(ids(tokenizer, f" {NO_ANSWER}"))
+    for answer in answers:
+        assert (answer.text, answer.num_new_tokens) == (NO_ANSWER, tokens)
+        assert answer.confidence == pytest.approx(answer.no_answer_probability, rel=1e-5)
+        assert answer.confidence == pytest.approx(sure ** (tokens + 1), rel=1e-3)
+
+
+def test_a_model_sure_of_something_else_gives_no_answer_little_probability(tokenizer):
+    [answer] = answers_to(Answerer(reciter(tokenizer, " Oslo"), tokenizer), PROMPTS[:1])
+    assert answer.confidence > 0.5 and answer.no_answer_probability < 1e-9
+
+
+def total_log_prob(answerer: Answerer, prompt: tuple[str, str], said: list[int]) -> float:
+    """Of `said` after the prompt, read in one go; a last None stands for any stop."""
+    tokens = [token for part in prompt for token in ids(answerer.tokenizer, part)]
+    spoken = [token for token in said if token is not None]
+    logits, _ = answerer.model(torch.tensor([tokens + spoken]))
+    log_probs = logits[0, len(tokens) - 1 :, : answerer.vocab_size].log_softmax(-1)
+    stops = sorted(answerer.stop_ids)
+    gained = [
+        log_probs[at, stops].logsumexp(0) if token is None else log_probs[at, token]
+        for at, token in enumerate(said)
+    ]
+    return float(sum(gained))
+
+
+@torch.no_grad()
+def test_confidences_are_products_of_token_probabilities_the_stop_included(tokenizer, attentive):
+    oslo = ids(tokenizer, " Oslo")
+    for model, max_new_tokens, guess in (
+        (reciter(tokenizer, " Oslo\nBen"), 64, [*oslo, None]),
+        (reciter(tokenizer, " Oslo"), 2, oslo[:2]),  # cut: no stop in it
+        (attentive, 3, None),
+    ):
+        answerer = Answerer(model, tokenizer, max_new_tokens)
+        for prompt, answer in zip(PROMPTS, answers_to(answerer), strict=True):
+            said = greedy(answerer, prompt, max_new_tokens) if guess is None else guess
+            no_answer = [*ids(tokenizer, f" {NO_ANSWER}"), None]
+            assert [math.log(answer.confidence), math.log(answer.no_answer_probability)] == (
+                pytest.approx(
+                    [total_log_prob(answerer, prompt, x) for x in (said, no_answer)], 1e-4
+                )
+            )
+
+
+def greedy(answerer: Answerer, prompt: tuple[str, str], count: int) -> list[int]:
+    """The most probable tokens, the whole sequence read anew for each."""
+    tokens = [token for part in prompt for token in ids(answerer.tokenizer, part)]
+    start = len(tokens)
+    for _ in range(count):
+        tokens.append(int(answerer.model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    return tokens[start:]
+
+
+def test_padded_vocabulary_rows_are_neither_said_nor_counted(tokenizer):
+    said = " Oslo"
+    model = reciter(tokenizer, said)
+    before = answers_to(Answerer(model, tokenizer))
+    padded = model.lm_head.weight[len(tokenizer) :]
+    assert len(padded) > 0
+    with torch.no_grad():
+        padded += 100.0
+    assert_same(answers_to(Answerer(model, tokenizer)), before)

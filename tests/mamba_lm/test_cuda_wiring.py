@@ -1,0 +1,338 @@
+"""The CUDA backend around stand-ins for the kernels, against the float64 reference.
+
+The stand-ins keep the kernels' contract and no more: their signatures, the layouts and dtypes that
+they refuse, no initial state in the scan, no padding, no gradient through the last state. What a
+GPU alone can show, that the real kernels compute what the stand-ins do, is not shown here.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from errors import UserError
+from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.selective_scan import load_backend, reference
+
+CUDA = "mamba_lm.selective_scan.cuda"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCAN_NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial_state")
+
+
+def scan_kernel(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+    return_last_state=False,
+):  # fmt: skip
+    """selective_scan_fn as a sum over all pairs of steps: no recurrence, unlike the reference."""
+    (b, d, l), n = u.shape, A.shape[1]
+    assert l > 0 and n <= 256
+    assert delta_bias is None and not delta_softplus
+    assert u.dtype in KERNEL_DTYPES
+    assert all(v.dtype == u.dtype for v in (delta, B, C, z) if v is not None)
+    assert A.dtype == D.dtype == torch.float32
+    assert delta.shape == u.shape and (z is None or z.shape == u.shape)
+    assert A.shape == (d, n) and D.shape == (d,) and B.shape == C.shape == (b, n, l)
+    elapsed = delta.float().cumsum(2)
+    since = (elapsed.unsqueeze(3) - elapsed.unsqueeze(2)).tril()  # (b, d, t, s)
+    decay = torch.exp(since.unsqueeze(-1) * A[:, None, None]) * torch.ones(l, l).tril().unsqueeze(
+        -1
+    )
+    h = torch.einsum("bdtsn,bns,bds->bdtn", decay, B.float(), delta.float() * u.float())
+    y = torch.einsum("bdtn,bnt->bdt", h, C.float()) + D[:, None] * u.float()
+    y = (y if z is None else y * F.silu(z.float())).to(u.dtype)
+    return (y, h[:, :, -1].detach()) if return_last_state else y
+
+
+def step_kernel(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
+    state_batch_indices=None,
+):  # fmt: skip
+    """selective_state_update: writes the new state over the old one, without gradients."""
+    assert not torch.is_grad_enabled() or not any(v.requires_grad for v in (state, x, dt, A, B, C))
+    assert dt_bias is not None and D is not None  # 2.3.2.post1 raises TypeError on None
+    assert not dt_softplus and state_batch_indices is None
+    (b, d), n = x.shape, A.shape[1]
+    assert state.shape == (b, d, n) and dt.shape == x.shape and A.shape == (d, n)
+    assert B.shape == C.shape == (b, n) and D.shape == dt_bias.shape == (d,)
+    dt = dt.float() + dt_bias
+    state.mul_(torch.exp(dt[:, :, None] * A)).add_(
+        (dt * x.float())[:, :, None] * B[:, None].float()
+    )
+    y = (state * C[:, None].float()).sum(2) + D * x.float()
+    return (y if z is None else y * F.silu(z.float())).to(x.dtype)
+
+
+def conv_kernel(
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+    final_states_out=None, activation=None,
+):  # fmt: skip
+    """causal_conv1d_fn as a sum over shifted windows."""
+    (b, d, l), w = x.shape, weight.shape[1]
+    assert l > 0 and 2 <= w <= 4 and weight.shape == (d, w)
+    assert x.dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES
+    assert bias is None or (bias.dtype == weight.dtype and bias.shape == (d,))
+    assert seq_idx is None and not return_final_states and activation == "silu"
+    channel_last = x.stride(1) == 1 and x.stride(2) > 1
+    assert channel_last or x.stride(2) == 1
+    if channel_last:
+        assert d % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
+    before = x.new_zeros(b, d, w - 1)
+    if initial_states is not None:
+        assert channel_last and initial_states.dtype == x.dtype and initial_states.stride(1) == 1
+        assert initial_states.shape == before.shape
+        before = initial_states
+    window = torch.cat([before, x], dim=2).float()
+    y = sum(weight[:, k, None].float() * window[:, :, k : k + l] for k in range(w))
+    return F.silu(y if bias is None else y + bias[:, None].float()).to(x.dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins in sys.modules, a fresh cuda module, and the arguments of every kernel call."""
+    torch.manual_seed(0)
+    calls = SimpleNamespace(scan=[], step=[], conv=[])
+
+    def recorded(kernel, log):
+        def call(*args, **kwargs):
+            log.append((args, kwargs))
+            return kernel(*args, **kwargs)
+
+        return call
+
+    interface = "mamba_ssm.ops.selective_scan_interface"
+    update = "mamba_ssm.ops.triton.selective_state_update"
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", interface, update):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[interface].selective_scan_fn = recorded(scan_kernel, calls.scan)
+    sys.modules[update].selective_state_update = recorded(step_kernel, calls.step)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", ModuleType("causal_conv1d"))
+    sys.modules["causal_conv1d"].causal_conv1d_fn = recorded(conv_kernel, calls.conv)
+    monkeypatch.setitem(sys.modules, CUDA, None)  # restored, or removed, after the test
+    del sys.modules[CUDA]
+    load_backend.cache_clear()
+    yield calls
+    load_backend.cache_clear()
+
+
+def scan_inputs(l, b=3, d=8, n=5, gate=True, state=True, dtype=torch.float32):
+    """Random arguments of selective_scan, leaves that require gradients."""
+    torch.manual_seed(l)
+    inputs = {
+        "x": torch.randn(b, l, d),
+        "delta": F.softplus(torch.randn(b, l, d) - 2),
+        "A": -torch.exp(torch.randn(d, n)),
+        "B": torch.randn(b, l, n),
+        "C": torch.randn(b, l, n),
+        "D": torch.randn(d),
+        "z": torch.randn(b, l, d) if gate else None,
+        "initial_state": torch.randn(b, d, n) if state else None,
+    }
+    keep = ("A", "D", "initial_state")
+    return {
+        name: None if v is None else v.to(torch.float32 if name in keep else dtype).requires_grad_()
+        for name, v in inputs.items()
+    }
+
+
+def doubled(inputs):
+    """The same values in float64, as leaves of their own."""
+    return {
+        name: None if v is None else v.detach().double().requires_grad_()
+        for name, v in inputs.items()
+    }
+
+
+def assert_close(got, want, name, tolerance=2e-5):
+    assert got.shape == want.shape, name
+    error = (got.double() - want).abs().max().item() if want.numel() else 0.0
+    scale = want.abs().max().item() if want.numel() else 0.0
+    assert error <= tolerance * scale + 1e-30, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("l", [1, 3, 40, 70])
+def test_outputs_state_and_every_gradient(kernels, l, gate, state, padded):
+    backend = load_backend("cuda")
+    inputs = scan_inputs(l, gate=gate, state=state)
+    exact = doubled(inputs)
+    lengths = torch.tensor([l, l // 2, 0]) if padded else None
+
+    want_y, want_h = reference.selective_scan(**exact, lengths=lengths)
+    y, h = backend.selective_scan(**inputs, lengths=lengths)
+    assert_close(y, want_y, "y")
+    assert_close(h, want_h, "final state")
+
+    gy, gh = torch.randn_like(y), torch.randn_like(h)
+    torch.autograd.backward([want_y, want_h], [gy.double(), gh.double()])
+    torch.autograd.backward([y, h], [gy, gh])
+    for name in SCAN_NAMES:
+        if inputs[name] is not None:
+            assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("l", [1, 3, 70])
+def test_without_gradients(kernels, l, gate, state, padded):
+    backend = load_backend("cuda")
+    inputs = scan_inputs(l, gate=gate, state=state)
+    before = inputs["initial_state"].detach().clone() if state else None
+    lengths = torch.tensor([l, l // 2, 0]) if padded else None
+    want_y, want_h = reference.selective_scan(**doubled(inputs), lengths=lengths)
+    with torch.no_grad():
+        y, h = backend.selective_scan(**inputs, lengths=lengths)
+    assert_close(y, want_y, "y")
+    assert_close(h, want_h, "final state")
+    assert state is False or torch.equal(inputs["initial_state"], before)
+    assert (len(kernels.step), len(kernels.scan)) == ((1, 0) if l == 1 else (0, 1))
+
+
+def test_no_gradient_is_lost_where_only_one_input_needs_it(kernels):
+    backend = load_backend("cuda")
+    for name in SCAN_NAMES:
+        inputs = {k: v.detach() for k, v in scan_inputs(5).items()}
+        exact = {k: v.double() for k, v in inputs.items()}
+        for values, scan in ((inputs, backend.selective_scan), (exact, reference.selective_scan)):
+            values[name].requires_grad_()
+            y, h = scan(**values)
+            (y.sum() + h.square().sum()).backward()
+        assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
+
+
+def test_a_scan_without_state_runs_whole_in_low_precision(kernels):
+    inputs = scan_inputs(6, state=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, h = load_backend("cuda").selective_scan(**inputs)
+    (u, *_, z), kwargs = kernels.scan[0]
+    assert u.dtype == torch.bfloat16 and z is not None and kwargs == {"return_last_state": True}
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    want_y, want_h = reference.selective_scan(**doubled(inputs))
+    assert_close(y, want_y, "y", tolerance=1e-2)
+    assert_close(h, want_h, "final state")
+
+
+@pytest.mark.parametrize("state, grad", [(True, False), (True, True), (False, True)])
+def test_a_state_passes_in_float32(kernels, state, grad):
+    inputs = scan_inputs(6, state=state, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(grad):
+        y, h = load_backend("cuda").selective_scan(**inputs)
+    assert kernels.scan[0][0][0].dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    _, want_h = reference.selective_scan(**doubled(inputs))
+    assert_close(h, want_h, "final state")
+    if grad:
+        (y.float().sum() + h.sum()).backward()
+        assert all(v.grad.dtype == v.dtype for v in inputs.values() if v is not None)
+
+
+def test_token_by_token_equals_whole(kernels):
+    backend = load_backend("cuda")
+    inputs = {k: v.detach() for k, v in scan_inputs(9).items()}
+    want_y, want_h = reference.selective_scan(**{k: v.double() for k, v in inputs.items()})
+    outputs, h = [], inputs.pop("initial_state")
+    for t in range(9):
+        step = {k: v[:, t : t + 1] if v.dim() == 3 else v for k, v in inputs.items()}
+        y, h = backend.selective_scan(**step, initial_state=h)
+        outputs.append(y)
+    assert_close(torch.cat(outputs, dim=1), want_y, "y")
+    assert_close(h, want_h, "final state")
+
+
+def test_no_steps_and_no_rows(kernels):
+    backend = load_backend("cuda")
+    inputs = scan_inputs(0)
+    y, h = backend.selective_scan(**inputs)
+    assert y.shape == (3, 0, 8) and torch.equal(h, inputs["initial_state"])
+    _, h = backend.selective_scan(**scan_inputs(0, state=False))
+    assert h.shape == (3, 8, 5) and not h.any()
+    y, h = backend.selective_scan(**scan_inputs(4, b=0, state=False))
+    assert y.shape == (0, 4, 8) and h.shape == (0, 8, 5)
+    assert backend.causal_conv1d(torch.ones(2, 0, 8), torch.ones(8, 4), None).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("tail", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize("bias", [False, True], ids=["unbiased", "biased"])
+@pytest.mark.parametrize("l, d, w", [(1, 8, 4), (2, 16, 4), (9, 8, 3), (50, 24, 2)])
+def test_convolution_and_every_gradient(kernels, l, d, w, bias, tail):
+    torch.manual_seed(l)
+    inputs = {
+        "x": torch.randn(3, l, d),
+        "weight": torch.randn(d, w),
+        "bias": torch.randn(d) if bias else None,
+        "initial_tail": torch.randn(3, w - 1, d) if tail else None,
+    }
+    inputs = {name: None if v is None else v.requires_grad_() for name, v in inputs.items()}
+    exact = doubled(inputs)
+    want = reference.causal_conv1d(**exact)
+    y = load_backend("cuda").causal_conv1d(**inputs)
+    assert_close(y, want, "y")
+    gy = torch.randn_like(y)
+    want.backward(gy.double())
+    y.backward(gy)
+    for name, value in inputs.items():
+        if value is not None:
+            assert_close(value.grad, exact[name].grad, f"gradient of {name}")
+    assert len(kernels.conv) == 1
+
+
+def test_convolution_takes_half_of_a_projection_where_it_lies(kernels):
+    x, _z = torch.randn(2, 6, 32).chunk(2, dim=2)
+    tail = torch.randn(2, 9, 16)[:, 3:6].to(torch.bfloat16)  # another dtype, not contiguous
+    weight = torch.randn(16, 4)
+    y = load_backend("cuda").causal_conv1d(x, weight, None, tail)
+    assert kernels.conv[0][0][0].data_ptr() == x.data_ptr()
+    assert_close(y, reference.causal_conv1d(x.double(), weight, None, tail), "y")
+
+
+@pytest.mark.parametrize("l", [1, 6])
+def test_convolution_moves_what_the_kernel_refuses(kernels, l):
+    tail, weight = torch.randn(2, 3, 16), torch.randn(16, 4)
+    transposed, unaligned = torch.randn(2, 16, l).transpose(1, 2), torch.randn(2, l, 21)[..., 2:18]
+    for x in (transposed, unaligned):
+        y = load_backend("cuda").causal_conv1d(x, weight, None, tail)
+        assert_close(y, reference.causal_conv1d(x.double(), weight, None, tail), "y")
+
+
+@pytest.mark.parametrize("d, w", [(12, 4), (8, 5), (8, 1)])
+def test_convolution_of_shapes_without_a_kernel(kernels, d, w):
+    x, weight, tail = torch.randn(2, 6, d), torch.randn(d, w), torch.randn(2, w - 1, d)
+    y = load_backend("cuda").causal_conv1d(x, weight, None, tail)
+    assert_close(y, reference.causal_conv1d(x.double(), weight, None, tail), "y")
+    assert not kernels.conv
+
+
+def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, monkeypatch):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=32, d_model=16, n_layer=2, d_state=4)
+    model = MambaLM(config)
+    contexts, questions = torch.randint(0, 32, (2, 7)), torch.randint(0, 32, (5, 4))
+    mask = torch.arange(7) < torch.tensor([[7], [2]])
+
+    def loss_and_gradients(backend):
+        monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+        model.zero_grad()
+        _, state = model(contexts, mask=mask, logits_at=torch.zeros(2, 7, dtype=torch.bool))
+        logits, _ = model(questions, state.fork(torch.tensor([0, 1, 1, 0, 1])))
+        loss = F.cross_entropy(logits.flatten(0, 1), questions.flatten())
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    loss, gradients = loss_and_gradients("cuda")
+    want_loss, want_gradients = loss_and_gradients("reference")
+    assert kernels.scan and kernels.conv
+    assert_close(loss, want_loss.double(), "loss")
+    for name, gradient in gradients.items():
+        assert_close(gradient, want_gradients[name].double(), name, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["mamba_ssm", "causal_conv1d"])
+def test_a_missing_package_names_the_requirements_file(kernels, monkeypatch, missing):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"cuda selective scan.*{missing}.*requirements-cuda\.txt"):
+        load_backend("cuda")

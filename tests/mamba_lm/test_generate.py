@@ -1,0 +1,130 @@
+"""Reading, greedy decoding and scores against a plain loop that reads everything anew each step."""
+
+import pytest
+import torch
+
+from mamba_lm.generate import Generation, continuation_log_prob, decode, read
+
+VOCABULARY = 31  # of 32 rows: the last is padding
+PROMPTS = [[3, 1, 4], [15], [9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2], [28, 4, 6], [0, 0, 1], [30]]
+STOPS = [2, 3, 5, 8, 13, 21]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module", params=[{}, {"bcdt_rms_eps": 1e-6}], ids=["mamba", "falcon"])
+def model(request, make_model):
+    """A model that is sure of itself, most of all of its padded row."""
+    model = make_model(tie_embeddings=False, **request.param)
+    model.lm_head.weight *= 3
+    model.lm_head.weight[VOCABULARY:] *= 30
+    return model
+
+
+@pytest.fixture(scope="module")
+def reading(model):
+    return read(model, PROMPTS, vocab_size=VOCABULARY)
+
+
+def log_probs_after(model, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities (l, v) of what comes after each token, by one forward over all of them."""
+    logits, _ = model(torch.tensor([ids]))
+    return logits[0, :, :VOCABULARY].double().log_softmax(dim=-1)
+
+
+def decode_plainly(model, prompt: list[int], stops: list[int], max_new_tokens: int) -> Generation:
+    token_ids, log_prob = [], 0.0
+    while True:
+        after = log_probs_after(model, prompt + token_ids)[-1]
+        choice = after.argmax().item()
+        if choice in stops:
+            return Generation(token_ids, log_prob + after[stops].exp().sum().log().item())
+        if len(token_ids) == max_new_tokens:
+            return Generation(token_ids, log_prob)
+        token_ids.append(choice)
+        log_prob += after[choice].item()
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 12])
+@pytest.mark.parametrize("stops", [STOPS, [30], []], ids=str)
+def test_decode_equals_a_plain_loop(max_new_tokens, stops, model, reading):
+    got = decode(model, reading, stops, max_new_tokens, VOCABULARY)
+    for prompt, generation in zip(PROMPTS, got, strict=True):
+        wanted = decode_plainly(model, prompt, stops, max_new_tokens)
+        assert generation.token_ids == wanted.token_ids
+        assert generation.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
+
+
+def test_rows_stop_at_different_steps_each_as_if_alone(model, reading):
+    together = decode(model, reading, STOPS, 12, VOCABULARY)
+    lengths = {len(generation.token_ids) for generation in together}
+    assert len(lengths) >= 4 and {0, 12} <= lengths
+    for row, generation in enumerate(together):
+        alone = decode(model, reading.fork(torch.tensor([row])), STOPS, 12, VOCABULARY)
+        assert alone[0].token_ids == generation.token_ids
+
+
+def test_stop_ids_may_come_as_a_set_and_are_never_in_the_output(model, reading):
+    for stops, some_are_in_it in [(set(), True), (set(STOPS), False)]:
+        generations = decode(model, reading, stops, 12, VOCABULARY)
+        token_ids = {token for generation in generations for token in generation.token_ids}
+        assert bool(token_ids & set(STOPS)) == some_are_in_it
+
+
+def test_vocab_size_bars_padded_rows(model, reading):
+    unbarred = decode(model, read(model, PROMPTS), [], 12)
+    assert any(VOCABULARY in generation.token_ids for generation in unbarred)
+    barred = decode(model, reading, [], 12, VOCABULARY)
+    assert max(max(generation.token_ids) for generation in barred) < VOCABULARY
+    assert reading.log_probs.shape == (len(PROMPTS), VOCABULARY)
+    assert torch.allclose(reading.log_probs.exp().sum(1), torch.ones(len(PROMPTS)))
+
+
+def test_decode_leaves_the_reading_as_it_was(model, reading):
+    before = decode(model, reading, STOPS, 12, VOCABULARY)
+    assert decode(model, reading, STOPS, 12, VOCABULARY) == before
+
+
+def test_read_goes_on_from_each_rows_own_state(model, reading, assert_near):
+    suffixes = [[1, 2], [3, 4, 5, 6], [7], [8], [9, 10], [11], [12, 13, 14], [15]]
+    got = read(model, suffixes, reading.state, VOCABULARY)
+    for row, (prompt, suffix) in enumerate(zip(PROMPTS, suffixes, strict=True)):
+        assert_near(reading.log_probs[row], log_probs_after(model, prompt)[-1], 1e-5)
+        assert_near(got.log_probs[row], log_probs_after(model, prompt + suffix)[-1], 1e-5)
+
+
+def test_a_forked_reading_decodes_as_its_rows(model, reading):
+    index = [4, 0, 4, 7, 2]
+    forked = decode(model, reading.fork(torch.tensor(index)), STOPS, 12, VOCABULARY)
+    whole = decode(model, reading, STOPS, 12, VOCABULARY)
+    assert [g.token_ids for g in forked] == [whole[row].token_ids for row in index]
+
+
+@pytest.mark.parametrize("token_ids", [[6], [17, 0, 6, 30]], ids=str)
+@pytest.mark.parametrize("stops", [STOPS, [30]], ids=str)
+def test_continuation_log_prob_is_the_sum_of_its_tokens_and_the_stop(
+    token_ids, stops, model, reading, assert_near
+):
+    got = continuation_log_prob(model, reading, token_ids, stops, VOCABULARY)
+    wanted = []
+    for prompt in PROMPTS:
+        after = log_probs_after(model, prompt + token_ids)[len(prompt) - 1 :]
+        tokens = sum(after[step, token] for step, token in enumerate(token_ids))
+        wanted.append(tokens + after[-1, stops].exp().sum().log())
+    assert_near(got, torch.stack(wanted), 1e-5)
+
+
+def test_continuation_log_prob_of_the_greedy_answer_is_decodes_own(model, reading):
+    """Confidence in a guess and in "I don't know." are on one scale."""
+    generations = decode(model, reading, STOPS, 12, VOCABULARY)
+    ended = [row for row, g in enumerate(generations) if 0 < len(g.token_ids) < 12]
+    assert ended
+    for row in ended:
+        one = reading.fork(torch.tensor([row]))
+        token_ids, log_prob = generations[row]
+        got = continuation_log_prob(model, one, token_ids, STOPS, VOCABULARY)
+        assert got.item() == pytest.approx(log_prob, abs=1e-4)

@@ -1,0 +1,437 @@
+"""The CPU kernels against the float64 reference, in output, state and every gradient."""
+
+import itertools
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+import mamba_lm.selective_scan as selective_scan_module
+from errors import UserError
+from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
+
+# (l, d, n): lengths around the kernels' chunk of 16 steps, widths around their tile of 64 channels.
+SHAPES = [
+    (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7),
+    (100, 63, 16), (100, 96, 1), (257, 63, 7), (257, 1, 16), (257, 130, 1),
+]  # fmt: skip
+NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread, so that the reference's many small steps are quick; a test may set others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def scan_inputs(b, l, d, n, gate=True, state=True):
+    torch.manual_seed(1000 * l + 10 * d + n)
+    return {
+        "x": torch.randn(b, l, d),
+        "delta": F.softplus(3 * torch.randn(b, l, d) - 2),
+        "A": -torch.exp(torch.randn(d, n)),
+        "B": torch.randn(b, l, n),
+        "C": torch.randn(b, l, n),
+        "D": torch.randn(d),
+        "z": 3 * torch.randn(b, l, d) if gate else None,
+        "initial_state": torch.randn(b, d, n) if state else None,
+    }
+
+
+def conv_inputs(b, l, d, w, bias=True, tail=True):
+    torch.manual_seed(1000 * l + 10 * d + w)
+    return {
+        "x": torch.randn(b, l, d),
+        "weight": torch.randn(d, w),
+        "bias": torch.randn(d) if bias else None,
+        "initial_tail": torch.randn(b, w - 1, d) if tail else None,
+    }
+
+
+def leaves(inputs, dtype):
+    """Copies that require gradients."""
+    return {
+        name: None if v is None else v.detach().clone().to(dtype).requires_grad_()
+        for name, v in inputs.items()
+    }
+
+
+def gradients(function, inputs, *, dtype=torch.float32, **others):
+    """The results of function(**inputs) and, for random gradients of those, that of every input."""
+    inputs = leaves(inputs, dtype)
+    results = function(**inputs, **others)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(7)
+    grads = [torch.randn(result.shape, generator=generator).to(result) for result in results]
+    torch.autograd.backward(results, grads)
+    found = {f"result {i}": result.detach() for i, result in enumerate(results)}
+    return found | {name: v.grad for name, v in inputs.items() if v is not None}
+
+
+def assert_close(got, want, name="", tolerance=2e-5):
+    """Largest error within `tolerance` of the largest entry."""
+    assert got.shape == want.shape, name
+    if want.numel():
+        error, scale = (got.double() - want).abs().max().item(), want.abs().max().item()
+        assert error <= tolerance * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def assert_all_close(got, want, tolerance=2e-5):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_close(got[name], want[name], name, tolerance)
+
+
+def assert_all_equal(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize(
+    "gate, state, padded",
+    [(False, False, False), (True, False, False), (False, True, True), (True, True, True)],
+)
+@pytest.mark.parametrize("l, d, n", SHAPES)
+def test_scan_matches_the_reference(l, d, n, gate, state, padded):
+    inputs = scan_inputs(3, l, d, n, gate, state)
+    lengths = torch.tensor([l, l // 2, 0]) if padded else None
+    got = gradients(cpu.selective_scan, inputs, lengths=lengths)
+    want = gradients(reference.selective_scan, inputs, lengths=lengths, dtype=torch.float64)
+    assert_all_close(got, want)
+    assert got["result 1"].dtype == torch.float32
+    with torch.no_grad():
+        y, final_state = cpu.selective_scan(**inputs, lengths=lengths)
+    assert torch.equal(y, got["result 0"]) and torch.equal(final_state, got["result 1"])
+
+
+@pytest.mark.parametrize("bias, tail", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize(
+    "l, d, w", [(1, 63, 4), (2, 96, 4), (3, 1, 4), (17, 130, 3), (100, 96, 4), (33, 64, 1)]
+)
+def test_convolution_matches_the_reference(l, d, w, bias, tail):
+    inputs = conv_inputs(3, l, d, w, bias, tail)
+    got = gradients(cpu.causal_conv1d, inputs)
+    assert_all_close(got, gradients(reference.causal_conv1d, inputs, dtype=torch.float64))
+
+
+def test_reference_passes_gradcheck():
+    inputs = leaves(scan_inputs(2, 3, 2, 2), torch.float64)
+    lengths = torch.tensor([3, 1])
+    assert torch.autograd.gradcheck(
+        lambda *values: reference.selective_scan(*values, lengths), tuple(inputs.values())
+    )
+    conv = leaves(conv_inputs(2, 3, 2, 4), torch.float64)
+    assert torch.autograd.gradcheck(reference.causal_conv1d, tuple(conv.values()))
+
+
+def test_reference_is_the_recurrence():
+    """Two steps of one channel with one state, by hand."""
+
+    def steps(*values):
+        return torch.tensor(values, dtype=torch.float64).view(1, -1, 1)
+
+    x, delta, B, C, z = steps(1, 3), steps(0.5, 2), steps(2, 2), steps(3, 3), steps(-1, 0.5)
+    A, D, h0 = steps(-1)[0], steps(10)[0, 0], steps(4)
+    h1 = math.exp(-0.5) * 4 + 0.5 * 2 * 1
+    h2 = math.exp(-2.0) * h1 + 2 * 2 * 3
+    y, h = reference.selective_scan(x, delta, A, B, C, D, None, h0)
+    assert y.flatten().tolist() == pytest.approx([3 * h1 + 10 * 1, 3 * h2 + 10 * 3])
+    assert h.item() == pytest.approx(h2)
+    y, _ = reference.selective_scan(x, delta, A, B, C, D, z, h0)
+    gates = [-1 / (1 + math.exp(1)), 0.5 / (1 + math.exp(-0.5))]
+    assert y.flatten().tolist() == pytest.approx(
+        [(3 * h1 + 10) * gates[0], (3 * h2 + 30) * gates[1]]
+    )
+
+
+@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("pieces", [[1] * 21, [16, 5], [3, 0, 18], [20, 1]], ids=str)
+def test_pieces_equal_the_whole(backend, pieces):
+    inputs = scan_inputs(2, 21, 70, 5)
+
+    def in_pieces(A, D, initial_state, **sequences):
+        outputs, h = [], initial_state
+        for part in zip(*(v.split(pieces, dim=1) for v in sequences.values()), strict=True):
+            part = dict(zip(sequences, part, strict=True))
+            y, h = backend.selective_scan(**part, A=A, D=D, initial_state=h)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), h
+
+    assert_all_close(gradients(in_pieces, inputs), gradients(backend.selective_scan, inputs))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 20, [17, 3], [2, 18]], ids=str)
+def test_convolution_in_pieces_equals_the_whole(pieces):
+    inputs = conv_inputs(2, 20, 70, 4)
+
+    def in_pieces(x, weight, bias, initial_tail):
+        outputs, tail = [], initial_tail
+        for piece in x.split(pieces, dim=1):
+            outputs.append(cpu.causal_conv1d(piece, weight, bias, tail))
+            tail = torch.cat([tail, piece], dim=1)[:, -3:]
+        return torch.cat(outputs, dim=1)
+
+    assert_all_close(gradients(in_pieces, inputs), gradients(cpu.causal_conv1d, inputs))
+
+
+def test_nothing_to_read():
+    """No steps leave the state alone; no rows give no rows; a gradient passes through both."""
+    inputs = scan_inputs(2, 0, 70, 3)
+    found = gradients(cpu.selective_scan, inputs)
+    assert found["result 0"].shape == (2, 0, 70)
+    assert torch.equal(found["result 1"], inputs["initial_state"])
+    assert found["initial_state"].any() and not found["A"].any()
+    _, h = cpu.selective_scan(**scan_inputs(2, 0, 70, 3, state=False))
+    assert h.shape == (2, 70, 3) and not h.any()
+    found = gradients(cpu.selective_scan, scan_inputs(0, 5, 70, 3))
+    assert found["result 0"].shape == (0, 5, 70) and not found["D"].any()
+    found = gradients(cpu.causal_conv1d, conv_inputs(2, 0, 70, 4))
+    assert found["result 0"].shape == (2, 0, 70) and not found["weight"].any()
+
+
+def test_padding_is_exact_whatever_stands_there():
+    inputs = scan_inputs(3, 20, 70, 4)
+    lengths = torch.tensor([20, 11, 0])
+    clean = gradients(cpu.selective_scan, inputs, lengths=lengths)
+    dirty = {name: v.clone() for name, v in inputs.items()}
+    for name in ("x", "delta", "B", "C", "z"):
+        for row, length in enumerate(lengths):
+            dirty[name][row, length:] = float("nan")
+    assert_all_equal(gradients(cpu.selective_scan, dirty, lengths=lengths), clean)
+    assert not clean["result 0"][1, 11:].any()
+    assert not clean["x"][1, 11:].any()
+    assert torch.equal(clean["result 1"][2], inputs["initial_state"][2])
+    for name in ("x", "delta", "B", "C", "z"):
+        inputs[name] = inputs[name][1:2, :11]
+    inputs["initial_state"] = inputs["initial_state"][1:2]
+    y, h = cpu.selective_scan(**inputs)
+    assert torch.equal(y[0], clean["result 0"][1, :11]) and torch.equal(h[0], clean["result 1"][1])
+
+
+def test_views_are_read_where_they_lie():
+    """Halves of one projection, parts of another, and layouts that have to be copied."""
+    torch.manual_seed(0)
+    b, l, d, n = 2, 19, 70, 5
+    inputs = scan_inputs(b, l, d, n, gate=False)
+    projected = {
+        "xz": torch.randn(b, l, 2 * d),
+        "bc": torch.randn(b, l, 3 + 2 * n),
+        "delta": inputs["delta"].transpose(1, 2).contiguous(),
+        "A": inputs["A"],
+        "D": inputs["D"],
+        "h": torch.randn(n, d, b),
+    }
+
+    def from_views(backend, copy):
+        def function(xz, bc, delta, A, D, h):
+            (x, z), (_, B, C) = xz.chunk(2, dim=2), bc.split((3, n, n), dim=2)
+            delta, h = delta.transpose(1, 2), h.permute(2, 1, 0)
+            x, z, B, C, delta, h = (copy(v) for v in (x, z, B, C, delta, h))
+            return backend.selective_scan(x, delta, A, B, C, D, z, h)
+
+        return function
+
+    got = gradients(from_views(cpu, lambda v: v), projected)
+    assert_all_equal(got, gradients(from_views(cpu, torch.Tensor.contiguous), projected))
+    exact = from_views(reference, lambda v: v)
+    assert_all_close(got, gradients(exact, projected, dtype=torch.float64))
+
+    def conv(xz, weight):
+        x, z = xz.chunk(2, dim=2)
+        return (
+            cpu.causal_conv1d(x, weight, None) + cpu.causal_conv1d(z[:, ::2], weight, None)[:, :1]
+        )
+
+    def copied_conv(xz, weight):
+        x, z = (v.contiguous() for v in xz.chunk(2, dim=2))
+        z = z[:, ::2].contiguous()
+        return cpu.causal_conv1d(x, weight, None) + cpu.causal_conv1d(z, weight, None)[:, :1]
+
+    projected = {"xz": projected["xz"], "weight": torch.randn(d, 4)}
+    assert_all_equal(gradients(conv, projected), gradients(copied_conv, projected))
+
+
+def test_expanded_tensors():
+    inputs = scan_inputs(2, 9, 70, 3)
+    for name in ("x", "delta", "B", "C", "z"):
+        inputs[name] = inputs[name][:1, :1]
+    inputs["initial_state"] = inputs["initial_state"][:1]
+
+    def expanded(x, delta, A, B, C, D, z, initial_state):
+        x, delta, B, C, z = (v.expand(2, 9, -1) for v in (x, delta, B, C, z))
+        return cpu.selective_scan(x, delta, A, B, C, D, z, initial_state.expand(2, -1, -1))
+
+    def copied(x, delta, A, B, C, D, z, initial_state):
+        x, delta, B, C, z = (v.expand(2, 9, -1).contiguous() for v in (x, delta, B, C, z))
+        h0 = initial_state.expand(2, -1, -1).contiguous()
+        return cpu.selective_scan(x, delta, A, B, C, D, z, h0)
+
+    assert_all_equal(gradients(expanded, inputs), gradients(copied, inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_comes_out_where_it_belongs(name):
+    """In the same entries as in the reference: not fewer, none of another row or channel."""
+    inputs = scan_inputs(3, 20, 70, 4)
+    inputs[name].view(-1)[inputs[name].numel() // 2] = float("nan")
+    got = gradients(cpu.selective_scan, inputs)
+    want = gradients(reference.selective_scan, inputs, dtype=torch.float64)
+    assert got["result 0"].isnan().any()
+    assert_all_equal(
+        {k: v.isnan() for k, v in got.items()}, {k: v.isnan() for k, v in want.items()}
+    )
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_tail"])
+def test_nan_passes_the_convolution(name):
+    inputs = conv_inputs(3, 20, 70, 4)
+    at = 75 if name == "initial_tail" else inputs[name].numel() // 2
+    inputs[name].view(-1)[at] = float("nan")
+    got = gradients(cpu.causal_conv1d, inputs)
+    want = gradients(reference.causal_conv1d, inputs, dtype=torch.float64)
+    assert got["result 0"].isnan().any()
+    assert_all_equal(
+        {k: v.isnan() for k, v in got.items()}, {k: v.isnan() for k, v in want.items()}
+    )
+
+
+EXTREMES = [
+    {"delta": 1e4}, {"delta": 1e30}, {"delta": 1e-30}, {"delta": 0.0},
+    {"A": -1e30}, {"A": -1e-30}, {"A": -1e30, "delta": 1e-30}, {"A": -1e30, "delta": 1e30},
+    {"z": 100.0}, {"z": -100.0}, {"z": 1e30}, {"z": -1e30},
+    {"x": 1e30}, {"x": -1e30}, {"x": 1e-30}, {"B": 1e30}, {"C": 1e30}, {"D": 1e30},
+    {"initial_state": 1e30}, {"initial_state": -1e30, "A": -1e30},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extremes", EXTREMES, ids=str)
+def test_extreme_inputs_stay_finite(extremes):
+    """Wherever the float64 result fits in float32, the kernels' is finite and right."""
+    inputs = scan_inputs(2, 20, 70, 4)
+    for name, value in extremes.items():
+        inputs[name] = torch.where(torch.rand_like(inputs[name]) < 0.3, value, inputs[name])
+    got = gradients(cpu.selective_scan, inputs)
+    want = gradients(reference.selective_scan, inputs, dtype=torch.float64)
+    for name, exact in want.items():
+        fits = exact.abs() < 1e37
+        assert got[name][fits].isfinite().all(), name
+        assert_close(got[name][fits], exact[fits], name, tolerance=1e-4)
+
+
+def test_same_bits_on_any_number_of_threads(threads):
+    lengths = torch.tensor([40] * 15 + [3])
+    scan, conv = scan_inputs(16, 40, 130, 16), conv_inputs(16, 40, 130, 4)
+
+    def run(count):
+        threads(count)
+        conv_found = gradients(cpu.causal_conv1d, conv)
+        return gradients(cpu.selective_scan, scan, lengths=lengths), conv_found
+
+    first = run(1)
+    for count in (1, 2, 2, 3):
+        for got, want in zip(run(count), first, strict=True):
+            assert_all_equal(got, want)
+
+
+def test_two_threads_at_once(threads):
+    threads(2)
+    jobs = [scan_inputs(4, 50 + i, 130, 16) for i in range(6)]
+    want = [gradients(cpu.selective_scan, inputs) for inputs in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(gradients, cpu.selective_scan, inputs) for inputs in jobs]
+        for future, expected in zip(futures, want, strict=True):
+            assert_all_equal(future.result(timeout=60), expected)
+
+
+class ScanInWorker(Dataset):
+    """Scans in a worker; its inputs are made before, as torch's own threads hang after a fork."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        torch.set_num_threads(1 + index)
+        return cpu.selective_scan(**self.inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_works_in_a_forked_worker(threads):
+    """Threads do not survive a fork: a pool that the parent used would wait for ever."""
+    threads(2)
+    inputs = scan_inputs(4, 50, 130, 16)
+    want_y, want_h = cpu.selective_scan(**inputs)
+    loader = DataLoader(
+        ScanInWorker(inputs), batch_size=None, num_workers=1, multiprocessing_context="fork",
+        timeout=30,
+    )  # fmt: skip
+    found = list(loader)
+    assert len(found) == 2
+    for y, h in found:
+        assert torch.equal(y, want_y) and torch.equal(h, want_h)
+
+
+@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
+def test_bfloat16_in_bfloat16_out_and_a_float32_state(backend):
+    inputs = scan_inputs(2, 30, 70, 5)
+    keep = ("A", "initial_state")
+    low = {name: v if name in keep else v.bfloat16() for name, v in inputs.items()}
+    low = {name: v.requires_grad_() for name, v in low.items()}
+    y, h = backend.selective_scan(**low)
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    want_y, want_h = reference.selective_scan(**{name: v.double() for name, v in low.items()})
+    assert_close(y, want_y.detach(), "y", tolerance=5e-3)
+    assert_close(h, want_h.detach(), "final state")
+    (y.float().sum() + h.sum()).backward()
+    assert all(v.grad.dtype == v.dtype for v in low.values())
+
+    conv = {name: v.bfloat16() for name, v in conv_inputs(2, 30, 70, 4).items()}
+    y = backend.causal_conv1d(**conv)
+    assert y.dtype == torch.bfloat16
+    want = reference.causal_conv1d(**{name: v.double() for name, v in conv.items()})
+    assert_close(y, want, "convolution", tolerance=1e-2)
+
+
+def test_the_backend_follows_device_and_dtype(monkeypatch):
+    monkeypatch.delenv("MAMBA_SCAN_BACKEND", raising=False)
+    assert backend_name(torch.device("cpu"), torch.float32) == "cpu"
+    assert backend_name(torch.device("cuda", 1), torch.bfloat16) == "cuda"
+    assert backend_name(torch.device("cpu"), torch.float64) == "reference"
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "reference")
+    assert backend_name(torch.device("cuda"), torch.float32) == "reference"
+
+
+def test_one_line_says_which_backend_runs(monkeypatch, capsys):
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "reference")
+    load_backend.cache_clear()
+    for _ in range(3):
+        y, h = selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))
+    assert capsys.readouterr().err == "selective scan: reference backend\n"
+    want_y, want_h = reference.selective_scan(**scan_inputs(1, 3, 2, 2))
+    assert torch.equal(y, want_y) and torch.equal(h, want_h)
+
+
+def test_an_unknown_backend_names_the_known_ones(monkeypatch):
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "tpu")
+    with pytest.raises(UserError, match="MAMBA_SCAN_BACKEND=tpu: use one of reference, cpu, cuda"):
+        selective_scan_module.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), None)
+
+
+def test_a_missing_backend_names_its_install_command(monkeypatch):
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, cpu.__name__)
+    load_backend.cache_clear()
+    with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):
+        selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))

@@ -1,0 +1,378 @@
+"""Training on forked prefixes is training on independent examples, step by step and bit by bit."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from errors import UserError
+from mamba_lm.checkpoint import load_model
+from mamba_lm.training import (
+    IGNORED,
+    Continuation,
+    PrefixSuffixLM,
+    PrefixSuffixTrainer,
+    collate,
+    training_arguments,
+)
+
+CPU = torch.device("cpu")
+TOKENIZER = Path(__file__).parents[2] / "data/demo/tokenizer"
+
+SHARED, LONE, NONE = [5, 4, 3, 2, 1, 0], [9, 8], []
+EXAMPLES = [
+    Continuation(SHARED, [11, 12, 13], [21, 30]),
+    Continuation(LONE, [14], [22, 23, 24, 30]),
+    Continuation(SHARED, [15, 16], [30]),
+    Continuation(NONE, [17, 18, 19, 20], [25, 26, 30]),
+    Continuation(list(SHARED), [14], [22, 23, 24, 30]),
+]
+SUBSETS = {
+    "all": EXAMPLES,
+    "one": EXAMPLES[:1],
+    "one context": [EXAMPLES[i] for i in (4, 0, 2)],
+    "context each": EXAMPLES[:2],
+    "no suffix token": EXAMPLES[2:3],
+}
+subsets = pytest.mark.parametrize("examples", SUBSETS.values(), ids=SUBSETS)
+
+
+class Listed(Sampler):
+    """Examples in the order of a list, and the epochs that were announced."""
+
+    def __init__(self, examples: list[Continuation]):
+        self.examples, self.epochs = examples, []
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self):
+        return iter(self.examples)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(model, examples, tokenizer=None, tokenize=lambda example: example, **settings):
+        defaults = {"disable_tqdm": True, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+        arguments = training_arguments(str(tmp_path / "out"), CPU, **defaults | settings)
+        sampler = examples if isinstance(examples, Sampler) else Listed(examples)
+        return PrefixSuffixTrainer(model, arguments, sampler, tokenize, tokenizer)
+
+    return make
+
+
+def random_examples(count: int, seed: int = 0) -> list[Continuation]:
+    """Every other one shares its prefix with the next; lengths vary."""
+    rng = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [rng.randrange(30) for _ in range(rng.randint(1, most))]
+
+    examples = []
+    for _ in range(count // 2):
+        prefix = ids(12)
+        examples += [Continuation(prefix, ids(5), [*ids(9), 30]) for _ in range(2)]
+    return examples
+
+
+def copy_task(count: int, seed: int = 0) -> list[Continuation]:
+    """Which of two words stood in the context?"""
+    rng = random.Random(seed)
+    return [Continuation([1, word, 2], [3], [word, 30]) for word in rng.choices([7, 8], k=count)]
+
+
+def independent_losses(model, examples: list[Continuation]) -> torch.Tensor:
+    """Cross-entropy of every target token, each example read alone, from its first token on."""
+    losses = []
+    for example in examples:
+        ids = torch.tensor([[*example.prefix, *example.prompt, *example.target]])
+        logits, _ = model(ids[:, :-1])
+        count = len(example.target)
+        losses.append(F.cross_entropy(logits[0, -count:], ids[0, -count:], reduction="none"))
+    return torch.cat(losses)
+
+
+# Batches
+
+
+@subsets
+def test_collate_aligns_labels_with_the_next_token(examples):
+    batch = collate(examples)
+    assert batch["suffixes"].shape == batch["labels"].shape
+    for row, example in enumerate(examples):
+        place = batch["prefix_index"][row]
+        prefix = batch["prefixes"][place, : batch["prefix_lengths"][place]].tolist()
+        suffix = batch["suffixes"][row, : batch["suffix_lengths"][row]].tolist()
+        whole = [*example.prefix, *example.prompt, *example.target]
+        assert prefix + suffix == whole[:-1]
+        following = whole[1:][len(prefix) :]
+        start = len(suffix) - len(example.target)
+        labels = [t if i >= start else IGNORED for i, t in enumerate(following)]
+        assert batch["labels"][row].tolist() == labels + [IGNORED] * (
+            batch["labels"].shape[1] - len(labels)
+        )
+        assert (batch["labels"][row] != IGNORED).sum() == len(example.target)
+
+
+def test_collate_reads_equal_prefixes_once():
+    batch = collate(EXAMPLES)
+    assert batch["prefixes"].shape == (3, len(SHARED))
+    assert batch["prefix_lengths"].tolist() == [len(SHARED), len(LONE), 0]
+    assert batch["prefix_index"].tolist() == [0, 1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("prompt, target", [([], [1, 2]), ([1, 2], [])], ids=["prompt", "target"])
+def test_a_continuation_without_prompt_or_target_is_refused(prompt, target):
+    """Labels could not be aligned with the suffix: better an error than a wrong loss."""
+    with pytest.raises(ValueError):
+        collate([Continuation([3], prompt, target), *EXAMPLES])
+
+
+# Loss
+
+
+@subsets
+@pytest.mark.parametrize("changes", [{}, {"bcdt_rms_eps": 1e-6, "tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("items", [None, 7])
+def test_loss_and_gradient_equal_those_of_independent_examples(
+    items, examples, changes, make_model, assert_near, gradients, float64_throughout
+):
+    model = make_model(**changes).double()
+    items_in_batch = None if items is None else torch.tensor(items)
+    loss = PrefixSuffixLM(model)(**collate(examples), num_items_in_batch=items_in_batch)["loss"]
+    losses = independent_losses(model, examples)
+    wanted = losses.sum() / (items or len(losses))
+    assert_near(loss, wanted, 1e-9)
+    assert_near(gradients(model, loss), gradients(model, wanted), 1e-9)
+
+
+def test_what_stands_under_the_padding_does_not_matter(make_model):
+    wrapped, batch = PrefixSuffixLM(make_model()), collate(EXAMPLES)
+    loss = wrapped(**batch)["loss"]
+    for name, lengths in [("prefixes", "prefix_lengths"), ("suffixes", "suffix_lengths")]:
+        padding = torch.arange(batch[name].shape[1]) >= batch[lengths][:, None]
+        assert padding.any()
+        batch[name] = batch[name].masked_fill(padding, 29)
+    assert torch.equal(wrapped(**batch)["loss"], loss)
+
+
+# Trainer
+
+
+def weights_after(trainer) -> dict[str, torch.Tensor]:
+    trainer.train()
+    return {name: w.detach().clone() for name, w in trainer.language_model.named_parameters()}
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
+       "warmup_steps": 0, "weight_decay": 0.0}  # fmt: skip
+
+
+def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, assert_near):
+    """Three steps, halves of unlike numbers of labels: the mean of means would be another loss."""
+    examples = random_examples(24)
+    halves = [sum(len(e.target) for e in examples[at : at + 4]) for at in range(0, 24, 4)]
+    assert all(first != second for first, second in zip(halves[::2], halves[1::2], strict=True))
+    settings = SGD | {"max_steps": 3}
+    big = make_trainer(make_model(), examples, per_device_train_batch_size=8, **settings)
+    small = make_trainer(make_model(), examples, gradient_accumulation_steps=2, **settings)
+    wanted, got = weights_after(big), weights_after(small)
+    start = dict(make_model().named_parameters())
+    moved = {name: wanted[name] - start[name] for name in start}
+    assert_near({name: got[name] - start[name] for name in start}, moved, 1e-3)
+
+
+def test_a_step_equals_one_by_hand(make_trainer, make_model, assert_near, gradients):
+    examples = random_examples(4)
+    model = make_model()
+    wanted = gradients(model, independent_losses(model, examples).mean())
+    got = weights_after(make_trainer(make_model(), examples, max_steps=1, **SGD))
+    for name, parameter in model.named_parameters():
+        assert_near((parameter - got[name]).detach(), 0.5 * wanted[name], 1e-3)
+
+
+def test_weight_decay_spares_the_ssms_own_norms_and_biases(make_trainer, make_model):
+    model = make_model(proj_bias=True)
+    trainer = make_trainer(model, EXAMPLES)
+    trainer.create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {
+        names.pop(parameter): group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert not names  # all of them are trained
+    spared = {name for name, decay in decays.items() if decay == 0.0}
+    assert {decays[name] for name in decays.keys() - spared} == {0.1}
+    layer = {"A_log", "D", "in_proj.bias", "conv1d.bias", "dt_proj.bias", "out_proj.bias"}
+    assert spared == {"backbone.norm_f.weight"} | {
+        f"backbone.layers.{i}.{name}"
+        for i in range(2)
+        for name in ("norm.weight", *(f"mixer.{own}" for own in layer))
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_training(value, make_trainer, make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.backbone.norm_f.weight[0] = value
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 1: .*--learning_rate"):
+        make_trainer(model, EXAMPLES, max_steps=3).train()
+
+
+def test_a_loss_that_turns_nan_later_stops_there(make_trainer, make_model):
+    trainer = make_trainer(make_model(), random_examples(40), max_steps=10, **SGD)
+    steps = iter(range(100))
+
+    def spoil(module, inputs, output):
+        return {"loss": output["loss"] * (math.nan if next(steps) == 4 else 1.0)}
+
+    trainer.model.register_forward_hook(spoil)
+    with pytest.raises(UserError, match="nan at step 5"):
+        trainer.train()
+
+
+def test_training_learns_a_copy_task(make_trainer, make_model):
+    trainer = make_trainer(make_model(), copy_task(240), max_steps=60, logging_steps=10)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6
+    assert losses[0] > 1.0 and losses[-1] < 0.05  # guessing between the two words: 0.35
+
+
+def test_the_same_seed_gives_the_same_bits(make_trainer, make_model):
+    first, second = (
+        weights_after(make_trainer(make_model(), random_examples(16), max_steps=4))
+        for _ in range(2)
+    )
+    start = dict(make_model().named_parameters())
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        assert not torch.equal(weight, start[name])
+
+
+def test_the_sampler_rules_the_order_and_hears_of_each_epoch(make_trainer, make_model):
+    seen = []
+    sampler = Listed(random_examples(8))
+
+    def tokenize(example):
+        seen.append(example)
+        return example
+
+    make_trainer(make_model(), sampler, tokenize=tokenize, num_train_epochs=3).train()
+    assert seen == sampler.examples * 3
+    assert sorted(set(sampler.epochs)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_model_is_saved_and_read_again(tied, make_trainer, make_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = make_model(tie_embeddings=tied)
+    trainer = make_trainer(model, EXAMPLES, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    for name, weight in load_model(str(folder)).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_trains_on_as_one_in_memory(tied, make_trainer, make_model, tmp_path):
+    """What one loses if reading a checkpoint splits tied embeddings."""
+    first = make_trainer(make_model(tie_embeddings=tied), random_examples(16), max_steps=2)
+    first.train()
+    first.save_model()
+    reread = load_model(str(tmp_path / "out"))
+    going_on = [
+        weights_after(make_trainer(model, random_examples(16, seed=1), max_steps=4))
+        for model in (first.language_model, reread)
+    ]
+    assert going_on[0].keys() == going_on[1].keys()
+    assert all(torch.equal(going_on[0][name], going_on[1][name]) for name in going_on[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resumed_run_equals_one_that_was_never_stopped(tied, make_trainer, make_model, tmp_path):
+    examples, settings = random_examples(24), {"save_steps": 2, "save_strategy": "steps"}
+    model = {"tie_embeddings": tied}
+    wanted = weights_after(make_trainer(make_model(**model), examples, max_steps=6, **settings))
+    checkpoint = tmp_path / "out/checkpoint-4"
+    assert load_model(str(checkpoint)) and (checkpoint / "optimizer.pt").exists()
+    resumed = make_trainer(make_model(**model, seed=5), examples, max_steps=6, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, parameter in resumed.language_model.named_parameters():
+        assert torch.equal(parameter, wanted[name])
+
+
+def test_a_spoilt_checkpoint_is_named(make_trainer, make_model, tmp_path):
+    settings = {"save_steps": 2, "save_strategy": "steps", "max_steps": 2}
+    make_trainer(make_model(), random_examples(8), **settings).train()
+    weights = tmp_path / "out/checkpoint-2/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    trainer = make_trainer(make_model(), random_examples(8), **settings)
+    with pytest.raises(UserError, match=str(weights)):
+        trainer.train(resume_from_checkpoint=str(weights.parent))
+
+
+# Arguments
+
+
+def test_defaults(tmp_path):
+    arguments = training_arguments(str(tmp_path), CPU)
+    assert arguments.use_cpu and not arguments.bf16
+    assert not arguments.logging_nan_inf_filter
+    assert arguments.report_to == []
+    assert arguments.n_gpu <= 1
+
+
+@pytest.mark.parametrize(
+    "override, field, value",
+    [
+        ("max_steps=7", "max_steps", 7),
+        ("weight_decay=0.25", "weight_decay", 0.25),
+        ("learning_rate=3e-4", "learning_rate", 3e-4),
+        ("save_strategy=epoch", "save_strategy", "epoch"),
+        ("run_name=a=b", "run_name", "a=b"),
+        ("dataloader_drop_last=true", "dataloader_drop_last", True),
+        ('optim_args="eps=1e-6"', "optim_args", "eps=1e-6"),
+    ],
+)
+def test_overrides_win_over_settings_and_defaults(override, field, value, tmp_path):
+    arguments = training_arguments(str(tmp_path), CPU, [override], learning_rate=0.5, max_steps=3)
+    assert getattr(arguments, field) == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["max_step=7", "max_steps", "", "=7", "_n_gpu=2", "learning-rate=1"],
+)
+def test_unknown_overrides_are_named(override, tmp_path):
+    with pytest.raises(UserError, match="KEY=VALUE") as caught:
+        training_arguments(str(tmp_path), CPU, [override])
+    assert override in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim=adamm", "max_steps=many", "lr_scheduler_type=flat", "output_dir=x", "save_strategy=3"],
+)
+def test_values_that_training_arguments_refuses_are_user_errors(override, tmp_path):
+    with pytest.raises(UserError, match="training arguments") as caught:
+        training_arguments(str(tmp_path), CPU, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_can_be_kept_as_json(tmp_path):
+    json.dumps(training_arguments(str(tmp_path), CPU).to_dict())

@@ -1,0 +1,352 @@
+"""The root scripts as a user runs them: from training to SQL, and what bad input gets."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from errors import run_script
+from squad_utils import NO_ANSWER
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = "data/demo/tokenizer"
+TRAIN, EVAL, N_SHOT = "train_mamba_with_context", "eval_mamba_with_context", "eval_n_shot_mamba"
+PROMPT, PROMPT_N_SHOT = "prompt_mamba_with_context", "prompt_mamba"
+
+HOMES = {"Ann": "Oslo", "Ben": "Rome", "Cy": "Bern", "Dee": "Paris"}
+CONTEXT = " ".join(f"{name} lives in {town}." for name, town in HOMES.items())
+ROWS = [
+    {"context": CONTEXT, "prompt": f"Where does {name} live?", "response": town}
+    for name, town in [*HOMES.items(), ("Eve", NO_ANSWER)]
+]
+TINY = {"d_model": 32, "n_layer": 1, "vocab_size": 1702, "ssm_cfg": {"d_state": 4}}
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, f"{script}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def run(script: str, *arguments: object, stdin: str = "") -> str:
+    """Run a script as a process that must succeed; its standard output."""
+    process = start(script, *arguments)
+    out, err = process.communicate(stdin, timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    return out
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> SimpleNamespace:
+    """A tiny model that has learned five answers by heart, with its data and its training's output."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    data = write_rows(folder / "data.jsonl", ROWS)
+    model = folder / "new" / "model"
+    out = run(
+        TRAIN,
+        *("--model", config, "--tokenizer", TOKENIZER, "--data_path", data, "--output", model),
+        *("--num_epochs", 60, "--learning_rate", 1e-2, "--negatives", "none", "--batch_size", 8),
+    )
+    return SimpleNamespace(folder=folder, data=data, model=model, out=out)
+
+
+def test_train_writes_a_model_with_its_arguments(trained):
+    assert "5 questions on 1 contexts, 5 examples an epoch" in trained.out
+    assert trained.out.rstrip().endswith(f"model written to {trained.model}")
+    record = json.loads((trained.model / "training_args.json").read_text())
+    assert record["arguments"]["learning_rate"] == 0.01
+    names = {path.name for path in trained.model.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_args.json",
+    }
+
+
+def test_evaluation_finds_what_training_taught_and_sql_and_prompt_agree(trained, tmp_path):
+    results = tmp_path / "new" / "folder" / "results.jsonl"
+    out = run(EVAL, trained.model, trained.data, results, "--batch_size", 2, "--max_new_tokens", 9)
+    rows = read_rows(results)
+    assert [(row["idx"], row["question"], row["answer"]) for row in rows] == [
+        (idx, row["prompt"], row["response"]) for idx, row in enumerate(ROWS)
+    ]
+    assert [row["guess"] for row in rows] == [row["response"] for row in ROWS]
+    assert re.search(r"^no answer exact match +100\.00 %$", out, re.MULTILINE)
+    summary = json.loads(results.with_name("results.jsonl.summary.json").read_text())
+    assert summary["scores"]["exact_match"] == 100.0
+    assert summary["arguments"]["batch_size"] == 2
+
+    sql = "SELECT is_correct, COUNT(*) AS n FROM df GROUP BY is_correct"
+    assert run("query_results", results, sql, "--format", "csv") == "is_correct,n\ntrue,5\n"
+
+    context = tmp_path / "context.txt"
+    context.write_text(CONTEXT)
+    questions = [argument for row in ROWS[3:] for argument in ("--question", row["prompt"])]
+    out = run(PROMPT, trained.model, "--context_file", context, *questions, "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["answer"] for answer in answers] == ["Paris", NO_ANSWER]
+    for answer, row in zip(answers, rows[3:], strict=True):
+        assert answer["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
+
+
+def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
+    results = tmp_path / "results.jsonl"
+    run(N_SHOT, trained.model, trained.data, results, "--limit", 2, "--max_new_tokens", 3)
+    rows = read_rows(results)
+    assert [row["question"] for row in rows] == [row["prompt"] for row in ROWS[:2]]
+    question = ROWS[1]["prompt"]
+    out = run(
+        PROMPT_N_SHOT, trained.model, "--json", "--max_new_tokens", 3, stdin=f"\n{question}\n"
+    )
+    [answer] = [json.loads(line) for line in out.splitlines()]
+    assert (answer["question"], answer["answer"]) == (question, rows[1]["guess"])
+
+
+def test_ctrl_c_leaves_whole_lines_and_says_so(trained, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", ROWS * 2000)
+    results = tmp_path / "results.jsonl"
+    process = start(EVAL, trained.model, data, results, "--batch_size", 1)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith("interrupted\n") and "Traceback" not in err
+    content = results.read_text()
+    assert content.endswith("\n")
+    rows = read_rows(results)
+    assert [row["idx"] for row in rows] == list(range(len(rows)))
+    assert 0 < len(rows) < len(ROWS) * 2000
+
+
+def test_an_error_is_the_only_line_that_a_process_prints(trained, tmp_path):
+    process = start(EVAL, "nobody/no-such-model", trained.data, tmp_path / "results.jsonl")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.fixture
+def fail(monkeypatch, capfd, tmp_path):
+    """Run a script in this process on input that cannot work; its one line of complaint."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def run_to_failure(script: str, *arguments: object) -> str:
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run_script(module.main, module.parse_args)
+        out, err = capfd.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith("selective scan: ")]
+        assert caught.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        assert out == ""
+        return lines[0]
+
+    return run_to_failure
+
+
+def reading(script: str, model: object, data: object, output: object = "output") -> list[object]:
+    """The arguments of a script that reads data and writes an output."""
+    if script == TRAIN:
+        return ["--model", model, "--data_path", data, "--output", output]
+    return [model, data, output]
+
+
+reads_data = pytest.mark.parametrize("script", [TRAIN, EVAL, N_SHOT])
+every_script = pytest.mark.parametrize("script", [TRAIN, EVAL, N_SHOT, PROMPT, PROMPT_N_SHOT])
+
+
+@reads_data
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "data.jsonl: cannot be read"),
+        (b"", "data.jsonl: no question in it"),
+        (b"GOOD\nGOOD\n{'context': 1}\nGOOD\n", "data.jsonl line 3: no JSON object"),
+        (b'GOOD\n{"context": "c", "prompt": "p"}\n', "data.jsonl line 2: 'response' is missing"),
+        (b'GOOD\n{"context": ["c"], "prompt": "p"}\n', "data.jsonl line 2: 'context' is ['c']"),
+        (b'{"context": "M\xe9xico"}\n', "data.jsonl line 1: not UTF-8"),
+    ],
+    ids=["missing", "empty", "not JSON", "missing key", "wrong type", "latin-1"],
+)
+def test_bad_data_is_named_with_its_line(fail, trained, tmp_path, script, content, complaint):
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_bytes(content.replace(b"GOOD", json.dumps(ROWS[0]).encode()))
+    assert complaint in fail(script, *reading(script, trained.model, data))
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "context.txt: cannot be read"),
+        (b"\n", "context.txt: the context is empty"),
+        (b"M\xe9xico", "context.txt: cannot be read"),
+    ],
+    ids=["missing", "empty", "latin-1"],
+)
+def test_a_bad_context_file_is_named(fail, trained, tmp_path, content, complaint):
+    context = tmp_path / "context.txt"
+    if content is not None:
+        context.write_bytes(content)
+    assert complaint in fail(PROMPT, trained.model, "--context_file", context)
+
+
+@every_script
+@pytest.mark.parametrize("model", ["nobody/no-such-model", "models/no/such/folder", "./none"])
+def test_an_unknown_model_is_named(fail, trained, script, model):
+    has_data = script in (TRAIN, EVAL, N_SHOT)
+    arguments = reading(script, model, trained.data) if has_data else [model]
+    assert fail(script, *arguments).startswith(f"error: {model}: ")
+
+
+@every_script
+def test_a_truncated_model_is_named(fail, trained, tmp_path, script):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in trained.model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = (
+        [model] if script in (PROMPT, PROMPT_N_SHOT) else reading(script, model, trained.data)
+    )
+    assert f"{weights}: truncated" in fail(script, *arguments)
+
+
+@reads_data
+@pytest.mark.parametrize("output", ["file", "file/below", "file/far/below"])
+def test_an_output_that_cannot_be_written_is_named(fail, trained, tmp_path, script, output):
+    (tmp_path / "file").write_text("kept")
+    complaint = fail(script, *reading(script, trained.model, trained.data, tmp_path / output))
+    assert complaint.startswith(f"error: {tmp_path / output}: ")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("script", [EVAL, N_SHOT])
+def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"idx": 0}\n')
+    arguments = reading(script, trained.model, trained.data, results)
+    assert "results.jsonl: holds results already" in fail(script, *arguments)
+    fail(script, *reading(script, "./none", trained.data, results), "--overwrite")
+    assert results.read_text() == '{"idx": 0}\n'
+
+
+def test_a_trained_model_is_not_overwritten(fail, trained):
+    arguments = reading(TRAIN, trained.model, trained.data, trained.model)
+    assert f"{trained.model}: holds a model already" in fail(TRAIN, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [
+        (EVAL, "--batch_size", 0),
+        (EVAL, "--batch_size", -1),
+        (EVAL, "--limit", -1),
+        (EVAL, "--limit", 0),
+        (EVAL, "--max_new_tokens", -1),
+        (TRAIN, "--batch_size", 0),
+        (TRAIN, "--num_epochs", 0),
+        (TRAIN, "--gradient_accumulation_steps", 0),
+        (TRAIN, "--optim", "no_such"),
+        (TRAIN, "--trainer", "no_such=1"),
+        (TRAIN, "--negatives", "same_article"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(fail, trained, script, flag, value):
+    complaint = fail(script, *reading(script, trained.model, trained.data), flag, value)
+    assert flag.strip("-") in complaint.replace(" ", "_")
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVAL, PROMPT_N_SHOT])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_path, script):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps(TINY | {"vocab_size": 100}))
+    arguments = [config] if script == PROMPT_N_SHOT else reading(script, config, trained.data)
+    assert "tokenizer" in fail(script, *arguments, "--tokenizer", ROOT / TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("script", "required"),
+    [
+        (TRAIN, ["--model", "m", "--data_path", "d", "--output", "o"]),
+        (EVAL, ["m", "d", "o"]),
+        (N_SHOT, ["m", "d", "o"]),
+        (PROMPT, ["m"]),
+        (PROMPT_N_SHOT, ["m"]),
+        ("query_results", ["r", "s"]),
+    ],
+)
+def test_help_fits_a_screen_and_says_each_default(script, required, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [script, *required])
+    defaults = {
+        name: value
+        for name, value in vars(module.parse_args()).items()
+        if f"--{name}" not in required and value not in (None, False, []) and name not in POSITIONAL
+    }
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        module.parse_args()
+    help_text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert len(help_text.splitlines()) <= 48
+    assert module.__doc__.strip().splitlines()[0] in help_text
+    assert help_text.count(f"python {script}.py") >= 2
+    about = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|\Z)", help_text, re.MULTILINE | re.DOTALL))
+    for name, value in defaults.items():
+        text = " ".join(about[name].split())
+        found = re.search(r"default: ([^\s)]+)", text) or re.search(r"(\w+) \(default\)", text)
+        assert found, f"--{name} {value}: no default in {text!r}"
+        assert found[1] == value or float(found[1]) == value
+
+
+POSITIONAL = {"model", "data", "output", "results", "sql"}
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path):
+    """As in `query_results.py ... | head -1`."""
+    from tests.test_query_results import row
+
+    results = write_rows(tmp_path / "results.jsonl", [row(idx, "x" * 1000) for idx in range(300)])
+    process = start("query_results", results, "SELECT idx, guess FROM df", "--format", "csv")
+    assert process.stdout.readline() == "idx,guess\n"
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=60)

@@ -1,0 +1,175 @@
+"""The house keeps its order: who may import whom, what a script looks like, how long files are."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {"errors", "squad_utils"}  # at the root, but no scripts
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in MODULES)
+FOLDERS = ("mamba_lm", "context_qa", "data", "benchmarks", "studies")
+SHARED = {"errors", "squad_utils", "mamba_lm", "context_qa"}
+
+# What each part may import, itself aside. A study is a part of its own: studies.<name>.
+ALLOWED = {
+    "errors": set(),
+    "squad_utils": {"errors"},
+    "mamba_lm": {"errors"},
+    "context_qa": {"errors", "squad_utils", "mamba_lm"},
+    "data": SHARED,
+    "benchmarks": SHARED,
+    "studies.numpy_mamba": set(),
+}
+NUMPY_STUDY = {"numpy", "pandas"}
+
+
+def sources() -> list[Path]:
+    paths = [*ROOT.glob("*.py"), *(path for f in FOLDERS for path in (ROOT / f).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT) for path in paths)
+
+
+def part_of(module: str) -> str:
+    """The part of the house that a dotted name belongs to."""
+    names = module.split(".")
+    return ".".join(names[:2]) if names[0] == "studies" else names[0]
+
+
+def imports(source: str, path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it."""
+    package = path.parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from studies import x` names a module by its last word.
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden_imports(source: str, path: Path) -> set[str]:
+    """Imports of other parts of this house that the file's own part may not have."""
+    own = part_of(".".join(path.with_suffix("").parts))
+    allowed = {own} | ALLOWED.get(own, SHARED)
+    house = {*FOLDERS, *MODULES, *SCRIPTS, "tests"}
+    local = {name for name in imports(source, path) if name.split(".")[0] in house}
+    return {name for name in local if part_of(name) not in allowed}
+
+
+def touches_sys_path(source: str) -> bool:
+    named = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            named.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return bool(named & {"sys.path", "site.addsitedir"})
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_imports_go_down_only(path):
+    assert not forbidden_imports((ROOT / path).read_text(), path)
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_no_sys_path_edits(path):
+    assert not touches_sys_path((ROOT / path).read_text())
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("errors.py", "import squad_utils"),
+        ("squad_utils.py", "from mamba_lm.model import MambaLM"),
+        ("squad_utils.py", "def f():\n    import context_qa.results"),
+        ("mamba_lm/model.py", "from squad_utils import Example"),
+        ("mamba_lm/selective_scan/cpu.py", "import context_qa"),
+        ("context_qa/dataset.py", "import train_mamba_with_context"),
+        ("context_qa/dataset.py", "from studies.lora_finetuning import train"),
+        ("context_qa/dataset.py", "from data.demo.make_demo import make_passage"),
+        ("prompt_mamba.py", "import eval_n_shot_mamba"),
+        ("prompt_mamba.py", "from studies.lora_finetuning import train"),
+        ("studies/lora_finetuning/train.py", "from studies.delta_filtering.probe import Probe"),
+        ("studies/lora_finetuning/train.py", "from ..delta_filtering import probe"),
+        ("studies/lora_finetuning/train.py", "from studies import delta_filtering"),
+        ("studies/numpy_mamba/generate.py", "from mamba_lm.model import MambaLM"),
+        ("benchmarks/scan.py", "import studies.lora_finetuning.train"),
+        ("benchmarks/scan.py", "from tests.mamba_lm import conftest"),
+    ],
+)
+def test_the_import_rule_catches(path, source):
+    assert forbidden_imports(source, Path(path))
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("mamba_lm/model.py", "import torch\nfrom mamba_lm.selective_scan import selective_scan"),
+        ("mamba_lm/selective_scan/cpu.py", "from . import reference\nfrom errors import UserError"),
+        ("context_qa/dataset.py", "from squad_utils import Example\nimport mamba_lm.training"),
+        ("studies/lora_finetuning/train.py", "from studies.lora_finetuning import news"),
+        ("studies/lora_finetuning/train.py", "from .news import x\nfrom context_qa import results"),
+        ("prompt_mamba.py", "import data_tools\nfrom datasets import load_dataset"),
+    ],
+)
+def test_the_import_rule_allows(path, source):
+    assert not forbidden_imports(source, Path(path))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import sys\nsys.path.insert(0, '..')", "from sys import path", "site.addsitedir('x')"],
+)
+def test_sys_path_edits_are_caught(source):
+    assert touches_sys_path(source)
+    assert not touches_sys_path("import os, sys\nos.path.join('a')\nsys.exit()")
+
+
+def test_the_numpy_study_imports_numpy_pandas_and_the_standard_library_only():
+    folder = Path("studies/numpy_mamba")
+    if not (ROOT / folder).exists():
+        pytest.skip(f"{folder} does not exist yet")
+    for path in (ROOT / folder).rglob("*.py"):
+        names = imports(path.read_text(), path.relative_to(ROOT))
+        others = {name.split(".")[0] for name in names if part_of(name) != "studies.numpy_mamba"}
+        assert others <= NUMPY_STUDY | sys.stdlib_module_names, path
+
+
+# Scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_reads_top_to_bottom(script):
+    """Docstring with its exact command, parse_args, main(args), and a guard that runs them."""
+    source = (ROOT / f"{script}.py").read_text()
+    tree = ast.parse(source)
+    assert f"python {script}.py" in (ast.get_docstring(tree) or "")
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    arguments = {f.name: [argument.arg for argument in f.args.args] for f in functions}
+    assert arguments["parse_args"] == []
+    assert arguments["main"] == ["args"]
+    guard = tree.body[-1]
+    assert isinstance(guard, ast.If) and ast.unparse(guard.test) == "__name__ == '__main__'"
+    assert [ast.unparse(line) for line in guard.body] == ["run_script(main, parse_args)"]
+
+
+@pytest.mark.parametrize(
+    "name, limit", [*((f"{script}.py", 160) for script in SCRIPTS), ("squad_utils.py", 300)]
+)
+def test_files_stay_short(name, limit):
+    assert len((ROOT / name).read_text().splitlines()) <= limit
+
+
+def test_the_fixed_scripts_are_there():
+    """Their names and positional arguments are what users type."""
+    assert {
+        "prompt_mamba",
+        "eval_n_shot_mamba",
+        "train_mamba_with_context",
+        "prompt_mamba_with_context",
+        "eval_mamba_with_context",
+    } <= set(SCRIPTS)
