@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    evaluate(args, lambda example: prompt_parts(example.context, example.question, args.prompt_order))
+    evaluate(args, lambda e: prompt_parts(e.context, e.question, args.prompt_order))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import functools
 import json
 from pathlib import Path
 
+from transformers import set_seed
+
 from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
 from errors import UserError, run_script
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     tokenizer = load_tokenizer(args.model, args.tokenizer)
+    set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model = load_model(args.model)
     sampler = GroupedSampler(
         examples, None if args.negatives == "none" else args.negatives, args.seed

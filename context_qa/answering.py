@@ -59,7 +59,8 @@ class Answerer:
 
     def _answer_batch(self, prompts: Sequence[tuple[str, str]]) -> list[Answer]:
         started = time.perf_counter()
-        places = {prefix: place for place, prefix in enumerate(dict.fromkeys(p for p, _ in prompts))}
+        distinct = dict.fromkeys(prefix for prefix, _ in prompts)
+        places = {prefix: place for place, prefix in enumerate(distinct)}
         state, lengths = self.read_prefixes(list(places))
         index = [places[prefix] for prefix, _ in prompts]
         state = state.fork(torch.tensor(index, device=state.ssm[0].device))

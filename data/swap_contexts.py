@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
-    parser.add_argument("--contexts", metavar="DATA", help="where contexts come from (default: DATA)")
+    parser.add_argument("--contexts", metavar="DATA", help="their source (default: DATA)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args()
 

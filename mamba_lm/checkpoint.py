@@ -33,7 +33,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def load_model(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MambaLM:
-    """The model of this name, in evaluation mode. UserError tells what is missing or does not fit."""
+    """The model of this name, in evaluation mode. UserError says what is missing or unfit."""
     if name.endswith(".json"):
         config = read_config(Path(name))
         return MambaLM(config).to(device, dtype).eval()
@@ -290,7 +290,7 @@ def load_tokenizer(model: str, tokenizer: str | None = None):
             loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>")
         else:
             loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one cause
+    except Exception as error:  # OSError, ValueError, KeyError, ... for one cause
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{tokenizer}: no tokenizer can be loaded from it ({reason[:120]}); "

@@ -13,13 +13,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that runs a model."""
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json or Hub name (default: the model's)")
+    parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where a GPU and its kernels are; an explicit device that is not is an error."""
+    """`auto` is CUDA where a GPU and its kernels are; an explicit device must be there."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

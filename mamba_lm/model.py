@@ -2,12 +2,12 @@
 
 Symbols, after Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023):
 
-    b   batch                         A (d, n)    state decay, -exp(A_log)          (section 3.6, eq. 2)
-    l   length                        B (b, l, n) input matrix, selected by x       (algorithm 2)
-    m   d_model, residual width       C (b, l, n) output matrix, selected by x      (algorithm 2)
-    d   d_inner = expand * d_model    D (d,)      skip connection                   (section 2)
-    n   d_state                       Δ (b, l, d) step size, softplus(dt_proj(dt))  (section 3.5.1)
-    r   dt_rank                       h (b, d, n) the state                         (eq. 2)
+    b   batch                         A (d, n)    state decay, -exp(A_log)        (eq. 2)
+    l   length                        B (b, l, n) input matrix, selected by x     (algorithm 2)
+    m   d_model, residual width       C (b, l, n) output matrix, selected by x    (algorithm 2)
+    d   d_inner = expand * d_model    D (d,)      skip connection                 (section 2)
+    n   d_state                       Δ (b, l, d) step, softplus(dt_proj(dt))     (section 3.5.1)
+    r   dt_rank                       h (b, d, n) the state                       (eq. 2)
     w   d_conv                        v           vocabulary rows
 
 Parameter names are those of `transformers`' MambaForCausalLM. Falcon-Mamba ("Falcon Mamba: The
@@ -161,12 +161,14 @@ def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | 
     if before is None:
         before = x.new_zeros(b, count, d)
     if lengths is None:
-        return x[:, l - count :] if l >= count else torch.cat([before[:, l:], x], dim=1)
+        # A copy in either case: a view would keep all of x alive as long as the state.
+        return torch.cat([before[:, l:], x[:, max(l - count, 0) :]], dim=1)
     if l == 0:
         return before
     at = lengths[:, None] + torch.arange(-count, 0, device=x.device)  # (b, count), < 0: in `before`
     in_x = x.gather(1, at.clamp(min=0).unsqueeze(-1).expand(b, count, d))
-    in_before = before.gather(1, (at + count).clamp(max=count - 1).unsqueeze(-1).expand(b, count, d))
+    in_tail = (at + count).clamp(max=count - 1).unsqueeze(-1).expand(b, count, d)
+    in_before = before.gather(1, in_tail)
     return torch.where((at >= 0).unsqueeze(-1), in_x, in_before)
 
 

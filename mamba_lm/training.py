@@ -8,6 +8,7 @@ the forked states, so that the result is that of independent examples.
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ class PrefixSuffixLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, labels: Tensor, num_items_in_batch=None, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, labels: Tensor, num_items_in_batch: Tensor | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
         """A batch as `collate` makes it. Returns loss: the sum of cross-entropy over the labels /
         num_items_in_batch, by default the labels of this batch."""
         losses, _ = self.token_losses(labels=labels, **batch)
@@ -152,10 +155,13 @@ class PrefixSuffixTrainer(Trainer):
         save_model(self.language_model, output_dir or self.args.output_dir, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_weights(self.language_model, read_weights(resume_from_checkpoint), resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.language_model, read_weights(folder), folder)
 
 
-def training_arguments(output: str, device: torch.device, overrides: Sequence[str] = (), **settings):
+def training_arguments(
+    output: str, device: torch.device, overrides: Sequence[str] = (), **settings
+) -> TrainingArguments:
     """TrainingArguments with this project's defaults.
 
     settings: fields of TrainingArguments. overrides: "KEY=VALUE" strings for any other field, the
@@ -165,7 +171,7 @@ def training_arguments(output: str, device: torch.device, overrides: Sequence[st
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or key not in fields:
-            raise UserError(f"--trainer {override}: give KEY=VALUE with a field of TrainingArguments")
+            raise UserError(f"--trainer {override}: give KEY=VALUE, a field of TrainingArguments")
         try:
             settings[key] = json.loads(value)
         except ValueError:
@@ -193,5 +199,3 @@ def training_arguments(output: str, device: torch.device, overrides: Sequence[st
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-

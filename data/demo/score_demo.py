@@ -17,7 +17,14 @@ from data.demo.domains import DOMAINS
 from data.demo.make_demo import POOLS
 from errors import run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
-from squad_utils import NO_ANSWER, Example, NegativeSampler, exact_match, prompt_parts, read_examples
+from squad_utils import (
+    NO_ANSWER,
+    Example,
+    NegativeSampler,
+    exact_match,
+    prompt_parts,
+    read_examples,
+)
 
 DATA = "data/demo/validation.jsonl"
 
@@ -76,7 +83,11 @@ def score(references: Sequence[Sequence[str]], guesses: Sequence[str]) -> float:
 
 
 def print_row(
-    name: str, examples: Sequence[Example], guesses: Sequence[str], suffix: str = "", width: int = 24
+    name: str,
+    examples: Sequence[Example],
+    guesses: Sequence[str],
+    suffix: str = "",
+    width: int = 24,
 ) -> None:
     shares = []
     for is_answerable in (True, False):

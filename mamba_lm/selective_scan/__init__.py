@@ -22,7 +22,7 @@ from errors import UserError
 BACKENDS = ("reference", "cpu", "cuda")
 _INSTALL = {
     "cpu": "pip install numba",
-    "cuda": "pip install -r requirements-cuda.txt  (see the README's GPU section)",
+    "cuda": "see the commands in requirements-cuda.txt",
 }
 
 
@@ -46,10 +46,21 @@ def selective_scan(
     from a row's length on leave the state alone and give y = 0.
 
     Returns y (b, l, d) in x's dtype and the final state (b, d, n), in float32 or float64.
-    Differentiable in every tensor, the initial and the final state included.
+    Differentiable in every tensor, the initial and the final state included. Raises ValueError on
+    shapes that do not fit: the kernels trust them.
     """
-    backend = _backend(x)
-    return backend.selective_scan(x, delta, A, B, C, D, z, initial_state, lengths)
+    (b, l, d), n = x.shape, A.shape[-1]
+    _check_shapes(
+        delta=(delta, (b, l, d)),
+        A=(A, (d, n)),
+        B=(B, (b, l, n)),
+        C=(C, (b, l, n)),
+        D=(D, (d,)),
+        z=(z, (b, l, d)),
+        initial_state=(initial_state, (b, d, n)),
+        lengths=(lengths, (b,)),
+    )
+    return _backend(x).selective_scan(x, delta, A, B, C, D, z, initial_state, lengths)
 
 
 def causal_conv1d(
@@ -58,8 +69,12 @@ def causal_conv1d(
     """SiLU of the depthwise causal convolution of x (b, l, d) with weight (d, w), bias (d,).
 
     initial_tail (b, w - 1, d) holds the inputs that came before x, zeros by default. Returns
-    (b, l, d), differentiable in every tensor.
+    (b, l, d), differentiable in every tensor. Raises ValueError on shapes that do not fit.
     """
+    (b, _, d), w = x.shape, weight.shape[-1]
+    _check_shapes(
+        weight=(weight, (d, w)), bias=(bias, (d,)), initial_tail=(initial_tail, (b, w - 1, d))
+    )
     return _backend(x).causal_conv1d(x, weight, bias, initial_tail)
 
 
@@ -80,7 +95,7 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def load_backend(name: str) -> ModuleType:
-    """Import a backend and say so on stderr; UserError with the install command if it is missing."""
+    """Import a backend and say so on stderr; UserError that says how to install a missing one."""
     try:
         module = importlib.import_module(f"mamba_lm.selective_scan.{name}")
     except ImportError as error:
@@ -89,6 +104,12 @@ def load_backend(name: str) -> ModuleType:
         ) from error
     print(f"selective scan: {name} backend", file=sys.stderr)
     return module
+
+
+def _check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 def _backend(x: Tensor) -> ModuleType:

@@ -14,8 +14,9 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -102,7 +103,8 @@ def _load(tiled, position, source, row_stride, step, steps, tiles, d):
     from `position` on.
 
     Whole rows in order, so that the processor prefetches them; read tile by tile, they would come
-    from main memory a quarter of a kilobyte at a time. Lanes past channel d keep their zeros.
+    from main memory a quarter of a kilobyte at a time. Lanes past channel d become zero: a NaN of
+    another row would stay in them, and sums over a tile would spread it.
     """
     for s in range(steps):
         at = (step + s) * row_stride
@@ -110,6 +112,8 @@ def _load(tiled, position, source, row_stride, step, steps, tiles, d):
             first = tile * TILE
             for c in range(min(TILE, d - first)):
                 tiled[tile, position + s, c] = source[at + first + c]
+            for c in range(d - first, TILE):
+                tiled[tile, position + s, c] = f32(0.0)
 
 
 @_kernel()
@@ -124,7 +128,9 @@ def _store(tiled, target, step, steps, tiles, d):
 
 
 @_kernel()
-def _scan_forward(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved):
+def _scan_forward(
+    jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
+):  # fmt: skip
     """Jobs [start, stop) of the scan. Flat arrays; `?s` is the distance between rows of `?`."""
     start, stop = jobs
     l, d, n = shape
@@ -160,7 +166,8 @@ def _scan_forward(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, 
             for tile in range(tiles[0], tiles[1]):
                 a_t, h_t = a[tile], h[tile]
                 for s in range(steps):
-                    delta_s, x_s, y_s, z_s = delta_c[tile, s], x_c[tile, s], y_c[tile, s], z_c[tile, s]
+                    delta_s, x_s = delta_c[tile, s], x_c[tile, s]
+                    y_s, z_s = y_c[tile, s], z_c[tile, s]
                     for c in range(TILE):
                         update[c] = delta_s[c] * x_s[c]
                         y_s[c] = skip[tile, 0, c] * x_s[c]
@@ -213,8 +220,7 @@ def _scan_backward(
             a[channel // TILE, i, channel % TILE] = A[channel * n + i]
     for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
         tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
-        ga[:] = f32(0.0)
-        gskip[:] = f32(0.0)
+        ga[:], gh[:], gskip[:] = f32(0.0), f32(0.0), f32(0.0)
         for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
             for i in range(n):
                 gh[channel // TILE, i, channel % TILE] = ghT[(row * d + channel) * n + i]
@@ -230,7 +236,8 @@ def _scan_backward(
                 a_t, ga_t, gh_t = a[tile], ga[tile], gh[tile]
                 history[0] = h0_c[tile]
                 for s in range(steps):
-                    delta_s, x_s, gy_s, z_s = delta_c[tile, s], x_c[tile, s], gy_c[tile, s], z_c[tile, s]
+                    delta_s, x_s = delta_c[tile, s], x_c[tile, s]
+                    gy_s, z_s = gy_c[tile, s], z_c[tile, s]
                     h_before, h_after, decay_s = history[s], history[s + 1], decays[s]
                     for c in range(TILE):
                         update[c] = delta_s[c] * x_s[c]
@@ -272,7 +279,7 @@ def _scan_backward(
                             gc_i += gy_s[c] * h_after[i, c]
                         gB[((tile * rows) * l + step + s) * n + i] = gb_i
                         gC[((tile * rows) * l + step + s) * n + i] = gc_i
-                    for c in range(TILE):  # x and Δ have been read: their gradients take their place
+                    for c in range(TILE):  # x and Δ have been read: gradients take their place
                         gskip[tile, 0, c] += gy_s[c] * x_s[c]
                         gdelta_s[c] += ginput[c] * x_s[c]
                         x_s[c] = ginput[c] * delta_s[c] + gy_s[c] * skip[tile, 0, c]
@@ -409,9 +416,8 @@ class _SelectiveScan(torch.autograd.Function):
         inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         outputs = (_flat(y), _flat(final_state), _flat(saved))
         _run(
-            lambda jobs: _scan_forward(
-                jobs, (l, d, n), *inputs, _flat(initial_state), _flat(lengths), *outputs
-            ),
+            _scan_forward,
+            ((l, d, n), *inputs, _flat(initial_state), _flat(lengths), *outputs),
             jobs=b * -(-d // TILE),
             work=b * l * d * n,
         )
@@ -433,10 +439,8 @@ class _SelectiveScan(torch.autograd.Function):
         inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         gradients = [_flat(g) for g in (gx, gdelta, gz, gA, gB, gC, gD, ginitial)]
         _run(
-            lambda jobs: _scan_backward(
-                jobs, (b, l, d, n), *inputs, _flat(lengths), _flat(saved),
-                _flat(gy.contiguous()), _flat(gfinal.contiguous()), *gradients,
-            ),  # fmt: skip
+            _scan_backward,
+            ((b, l, d, n), *inputs, *map(_flat, (lengths, saved, gy, gfinal)), *gradients),
             jobs=b * tiles,
             work=b * l * d * n,
         )
@@ -457,7 +461,8 @@ class _CausalConv1d(torch.autograd.Function):
         weight_t = weight.T.contiguous()
         arrays = (*_rows(x), _flat(weight_t), _flat(bias), _flat(tail), _flat(y))
         _run(
-            lambda jobs: _conv_forward(jobs, (l, d, w), *arrays),
+            _conv_forward,
+            ((l, d, w), *arrays),
             jobs=b * -(-d // TILE),
             work=b * l * d * w,
         )
@@ -477,7 +482,8 @@ class _CausalConv1d(torch.autograd.Function):
             _flat(gx), _flat(gweight), _flat(gbias), _flat(gtail),
         )  # fmt: skip
         _run(
-            lambda jobs: _conv_backward(jobs, (l, d, w), *arrays),
+            _conv_backward,
+            ((l, d, w), *arrays),
             jobs=b * -(-d // TILE),
             work=b * l * d * w,
         )
@@ -487,12 +493,16 @@ class _CausalConv1d(torch.autograd.Function):
 def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
+    if lengths is not None:
+        lengths = lengths.clamp(0, x.shape[1])
     y, final_state = _SelectiveScan.apply(*floats, lengths, torch.is_grad_enabled())
     return y.to(x.dtype), final_state
 
 
 def causal_conv1d(x, weight, bias, initial_tail=None):
     """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`; computes in float32."""
+    if weight.shape[1] > CHUNK:
+        raise ValueError(f"the cpu convolution is at most {CHUNK} wide, not {weight.shape[1]}")
     bias = torch.zeros(x.shape[2]) if bias is None else bias.float()
     tail = None if initial_tail is None else initial_tail.float().contiguous()
     return _CausalConv1d.apply(x.float(), weight.float(), bias, tail).to(x.dtype)
@@ -519,15 +529,16 @@ def _rows(tensor: Tensor | None) -> tuple[np.ndarray, int]:
     return torch.as_strided(tensor.detach(), (span,), (1,)).numpy(), stride
 
 
-def _run(kernel: Callable[[tuple[int, int]], None], jobs: int, work: int) -> None:
+def _run(kernel, arguments: tuple, jobs: int, work: int) -> None:
     """Spread jobs over the threads; small work stays on this one."""
     threads = min(torch.get_num_threads(), jobs) if work >= _PARALLEL_THRESHOLD else 1
-    with _announce_compilation():
+    with nullcontext() if kernel.signatures else _announce_compilation():
         if threads <= 1:
-            kernel((0, jobs))
+            kernel((0, jobs), *arguments)
             return
-        bounds = [jobs * i // threads for i in range(threads + 1)]
-        list(_pool(os.getpid(), threads).map(kernel, zip(bounds[:-1], bounds[1:], strict=True)))
+        bounds = pairwise(jobs * i // threads for i in range(threads + 1))
+        pool = _pool(os.getpid(), torch.get_num_threads())
+        list(pool.map(lambda bound: kernel(bound, *arguments), bounds))
 
 
 @functools.lru_cache(maxsize=1)

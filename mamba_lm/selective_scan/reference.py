@@ -43,6 +43,8 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None = None
 ) -> Tensor:
     """Depthwise causal convolution and SiLU; arguments as `mamba_lm.selective_scan`."""
+    if x.shape[1] == 0:
+        return x
     width = weight.shape[1]
     if initial_tail is None:
         initial_tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])

@@ -85,6 +85,20 @@ def test_no_typed_context(type_in, typed):
         read_context(None)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # those of Python's stdin
+def test_input_that_is_not_utf8_is_told(monkeypatch, errors):
+    def pipe_in(data: bytes) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    pipe_in(b"M\xe9xico\n\nWho?\n")
+    with pytest.raises(UserError, match=r"standard input: .*UTF-8"):
+        read_context(None)
+    pipe_in(b"M\xe9xico?\n")
+    with pytest.raises(UserError, match=r"standard input: .*UTF-8"):
+        list(typed_questions())
+
+
 def test_questions_come_as_they_are_typed(type_in, monkeypatch, capsys):
     """None is held back until the input ends, and each is asked for at a terminal."""
     type_in("Who?\nWhy?\n")

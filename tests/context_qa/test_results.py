@@ -93,6 +93,23 @@ def test_existing_results_are_kept_unless_told_to_overwrite(tmp_path):
     assert read(path) == [{"idx": 1}]
 
 
+def test_no_summary_of_other_results_is_left(tmp_path):
+    summary = tmp_path / "results.jsonl.summary.json"
+    write(tmp_path / "results.jsonl", {"idx": 0})
+    summary.write_text("{}")
+    write(tmp_path / "results.jsonl", {"idx": 1}, overwrite=True)
+    assert not summary.exists()
+
+
+def test_overwriting_waits_for_the_first_row(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write(path, {"idx": 0}, {"idx": 1})
+    with ResultsFile(str(path), overwrite=True) as results:
+        assert read(path) == [{"idx": 0}, {"idx": 1}]
+        results.write([{"idx": 2}])
+        assert read(path) == [{"idx": 2}]
+
+
 def test_an_empty_file_is_no_results(tmp_path):
     (tmp_path / "results.jsonl").touch()
     write(tmp_path / "results.jsonl", {"idx": 0})

@@ -191,6 +191,18 @@ def test_we_read_what_we_write(format, changes, dtype, make_model, tmp_path):
     assert torch.equal(logits(got), logits(model))
 
 
+@pytest.mark.parametrize("changes", [VARIANTS["untied"], VARIANTS["shape"]], ids=str)
+def test_a_model_goes_from_format_to_format(changes, make_model, as_transformers, tmp_path):
+    wanted = as_transformers(make_model(**changes))
+    wanted.save_pretrained(tmp_path / "0")
+    for step, format in enumerate(["state_spaces", "transformers", "state_spaces", "transformers"]):
+        save_model(load_model(str(tmp_path / f"{step}")), tmp_path / f"{step + 1}", format=format)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "4")
+    assert torch.equal(logits(got), logits(wanted))
+    for name in ("vocab_size", "expand", "tie_word_embeddings", "residual_in_fp32"):
+        assert getattr(got.config, name) == getattr(wanted.config, name)
+
+
 def test_weights_are_read_in_float32_unless_asked_otherwise(make_model, tmp_path):
     save_model(make_model().bfloat16(), tmp_path / "model")
     assert load_model(str(tmp_path / "model")).lm_head.weight.dtype == torch.float32
@@ -499,13 +511,28 @@ def test_a_write_that_fails_changes_nothing(existed, fails, error, format, make_
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_is_a_user_error(format, make_model, tmp_path):
     """Weights are written by libraries that raise other kinds than OSError."""
+    model = make_model()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
         with pytest.raises(UserError, match=f"{tmp_path}/model: cannot be written"):
-            save_model(make_model(), tmp_path / "model", format=format)
+            save_model(model, tmp_path / "model", format=format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_new_folder_appears_whole_by_one_rename(make_model, tmp_path, monkeypatch):
+    seen = []
+
+    def failing_rename(self, target):
+        seen.append((sorted(path.name for path in self.iterdir()), Path(target).exists()))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(UserError, match=f"{tmp_path}/model: cannot be written"):
+        save_model(make_model(), tmp_path / "model")
+    assert seen == [(["config.json", "model.safetensors"], False)]
     assert not any(tmp_path.iterdir())
 
 

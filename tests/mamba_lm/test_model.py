@@ -295,16 +295,25 @@ def test_gradients_through_a_fork_equal_those_of_independent_examples(
     assert_near(gradients(model, loss), gradients(model, wanted), tolerance)
 
 
-def test_gradients_of_a_fork_are_reproducible_to_the_bit(make_model, gradients):
-    model = make_model()
-    prefixes, suffixes, index = random_ids(3, 6), random_ids(64, 4), torch.randint(0, 3, (64,))
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
-    def run():
-        _, state = model(prefixes)
-        return gradients(model, model(suffixes, state.fork(index))[0].square().mean())
 
-    first, second = run(), run()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_gradients_of_a_fork_are_reproducible_to_the_bit(four_threads):
+    """Those of h[index] are not, where threads add into one row: nine times of ten at this size."""
+    h, index, weight = torch.randn(3, 48, 7), torch.randint(0, 3, (4096,)), torch.randn(4096, 48, 7)
+    h.requires_grad_()
+
+    def run() -> torch.Tensor:
+        forked = MambaState((h,), (h,)).fork(index)
+        return torch.autograd.grad((forked.ssm[0] * weight).sum(), h)[0]
+
+    first = run()
+    assert all(torch.equal(run(), first) for _ in range(20))
 
 
 # What callers ask of forward
