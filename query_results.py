@@ -69,7 +69,7 @@ def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> 
     if bad is not None and (bad < len(lines) or bad == 1):
         needed = ", ".join(COLUMNS)
         raise UserError(f"{path} line {bad}: no results row; mend or remove it, it needs {needed}")
-    select = "SELECT unnest(row) FROM parsed WHERE row IS NOT NULL ORDER BY number"
+    select = "SELECT unnest(row) FROM parsed WHERE row IS NOT NULL"
     database.execute(f"CREATE TABLE {table} AS {select}; DROP TABLE parsed")
 
 

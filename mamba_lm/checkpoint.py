@@ -7,12 +7,13 @@ A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or
 (models/configs/*.json, in the state_spaces layout), which gives random weights.
 """
 
+import functools
 import json
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,9 @@ FORMATS = ("transformers", "state_spaces")
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_UNREADABLE = (
+    SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile
+)  # fmt: skip
 
 
 def load_model(
@@ -42,6 +46,8 @@ def load_model(
     with torch.device("meta"):
         model = MambaLM(config)
     model.to_empty(device="cpu")
+    if config.tie_embeddings:  # to_empty gave each name a parameter of its own
+        model.lm_head.weight = model.backbone.embeddings.weight
     weights = {_our_name(key): value for key, value in read_weights(folder).items()}
     load_weights(model, weights, source=folder)
     return model.to(device, dtype).eval()
@@ -97,7 +103,7 @@ def read_config(path: Path) -> MambaConfig:
             return _from_transformers(raw)
         if "d_model" in raw:
             return _from_state_spaces(raw, path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a whole Mamba config ({error!r})") from error
     raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r})")
 
@@ -150,7 +156,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder, by their names in its files."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            try:
+                shards = json.loads((folder / index).read_text())["weight_map"].values()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{folder / index}: not an index of weights ({error!r})") from error
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(shards)):
                 tensors |= _read_tensors(folder / shard)
@@ -165,13 +174,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict):
+            raise EOFError(f"it holds a {type(tensors).__name__}")
+        return tensors
     except FileNotFoundError as error:
         raise UserError(f"{path}: named by the index, but missing") from error
-    except (
-        SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0]
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: truncated or not a weights file ({reason[:120]})") from error
 
 
@@ -188,18 +198,30 @@ def save_model(
         if format == "state_spaces":
             if model.config.bcdt_rms_eps is not None:
                 raise UserError("the state_spaces format cannot hold Falcon-Mamba's RMS norms")
+            if model.config.d_inner != model.config.expand * model.config.d_model:
+                raise UserError("the state_spaces format cannot hold an inner width of its own")
+            if model.config.norm_eps != 1e-5:
+                raise UserError("the state_spaces format cannot hold a norm epsilon but 1e-5")
             config = _to_state_spaces(model.config)
             renamed = {k.replace(".embeddings.", ".embedding."): v for k, v in weights.items()}
-            torch.save(renamed, partial / "pytorch_model.bin")
+            _write(torch.save, renamed, partial / "pytorch_model.bin")
         else:
             config = _to_transformers(model.config, next(iter(weights.values())).dtype)
             if model.config.tie_embeddings:
                 del weights["lm_head.weight"]
-            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            save = functools.partial(save_file, metadata={"format": "pt"})
+            _write(save, weights, partial / "model.safetensors")
             (partial / "model.safetensors").chmod(0o644)  # safetensors makes files private
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def _write(save: Callable, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        save(weights, path)
+    except (SafetensorError, RuntimeError) as error:  # what both libraries make of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _to_transformers(config: MambaConfig, dtype: torch.dtype) -> dict:
@@ -260,13 +282,15 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     A new folder appears whole, by one rename. In one that exists (it may hold checkpoints) the old
     config.json goes first and the new one comes last: without it a folder is not a model.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
             (folder / "config.json").unlink(missing_ok=True)
+            for stale in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
+                stale.unlink()
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(folder / path.name)
         else:

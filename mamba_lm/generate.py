@@ -60,7 +60,7 @@ def decode(
     A row stops before the first token of `stop_ids`, whose probabilities count as one: that of
     stopping.
     """
-    stops = torch.tensor(sorted(stop_ids), device=_device(model))
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
     tokens: list[list[int]] = [[] for _ in range(len(reading.log_probs))]
     log_probs = [0.0] * len(tokens)
     rows = list(range(len(tokens)))  # the batch's rows, by their place in the answer
@@ -94,7 +94,7 @@ def continuation_log_prob(
     vocab_size: int | None = None,
 ) -> Tensor:
     """Log-probability (b,) that each row goes on with token_ids and then stops."""
-    stops = torch.tensor(sorted(stop_ids), device=_device(model))
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
     ids = torch.tensor([list(token_ids)], device=stops.device).expand(len(reading.log_probs), -1)
     hidden, _ = model.encode(ids, reading.state)
     following = _log_probs(model, hidden, vocab_size)  # (b, l, v)

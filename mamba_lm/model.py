@@ -53,6 +53,10 @@ class MambaConfig:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "dt_rank", "d_inner"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
     @property
     def vocab_rows(self) -> int:

@@ -32,6 +32,10 @@ class Continuation:
     prompt: Sequence[int]
     target: Sequence[int]
 
+    def __post_init__(self):
+        if not self.prompt or not self.target:
+            raise ValueError("a continuation needs a prompt and a target of one token at least")
+
 
 def collate(examples: Iterable[Continuation]) -> dict[str, Tensor]:
     """A batch for `PrefixSuffixLM`: equal prefixes are read once.
@@ -167,7 +171,7 @@ def training_arguments(
     settings: fields of TrainingArguments. overrides: "KEY=VALUE" strings for any other field, the
     value as JSON or plain text. UserError on a field that TrainingArguments does not have.
     """
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or key not in fields:
@@ -176,6 +180,8 @@ def training_arguments(
             settings[key] = json.loads(value)
         except ValueError:
             settings[key] = value
+        if isinstance(fields[key], int | float) and isinstance(settings[key], str):
+            raise UserError(f"training arguments: {override}: give a number, true or false")
     defaults = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps

@@ -131,6 +131,8 @@ def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
     )
     [answer] = [json.loads(line) for line in out.splitlines()]
     assert (answer["question"], answer["answer"]) == (question, rows[1]["guess"])
+    assert answer["confidence"] == pytest.approx(rows[1]["confidence"], rel=1e-4)
+    assert rows[0]["confidence"] != pytest.approx(rows[1]["confidence"], rel=1e-3)
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_so(trained, tmp_path):

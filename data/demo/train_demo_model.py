@@ -31,7 +31,7 @@ LEVELS = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (5, 3)]
 THRESHOLD = 0.8  # share of answerable questions right: the next level begins
 QUESTIONS = 12  # of a passage, at most
 UNANSWERABLE = (0.1, 1 / 3)  # share of the questions: at the first level, at the last
-LOUD = 0.3  # share of the questions with loss on their own words
+LOUD = 0.5  # share of the questions with loss on their own words
 
 
 class Curriculum(Sampler[Pairing]):

@@ -76,7 +76,7 @@ def as_transformers():
 
 @pytest.fixture
 def float64_throughout(monkeypatch):
-    """Casts to float32 inside a model give float64: `transformers` has several, our losses one."""
+    """Casts to float32 give float64: `transformers`' models have several in their forward."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
 

@@ -90,15 +90,15 @@ def copy_task(count: int, seed: int = 0) -> list[Continuation]:
     return [Continuation([1, word, 2], [3], [word, 30]) for word in rng.choices([7, 8], k=count)]
 
 
-def independent_losses(model, examples: list[Continuation]) -> torch.Tensor:
-    """Cross-entropy of every target token, each example read alone, from its first token on."""
+def independent_losses(model, examples: list[Continuation]) -> list[torch.Tensor]:
+    """Cross-entropy of each example's target tokens, read alone, from its first token on."""
     losses = []
     for example in examples:
         ids = torch.tensor([[*example.prefix, *example.prompt, *example.target]])
         logits, _ = model(ids[:, :-1])
         count = len(example.target)
         losses.append(F.cross_entropy(logits[0, -count:], ids[0, -count:], reduction="none"))
-    return torch.cat(losses)
+    return losses
 
 
 # Batches
@@ -144,15 +144,24 @@ def test_a_continuation_without_prompt_or_target_is_refused(prompt, target):
 @pytest.mark.parametrize("changes", [{}, {"bcdt_rms_eps": 1e-6, "tie_embeddings": False}], ids=str)
 @pytest.mark.parametrize("items", [None, 7])
 def test_loss_and_gradient_equal_those_of_independent_examples(
-    items, examples, changes, make_model, assert_near, gradients, float64_throughout
+    items, examples, changes, make_model, assert_near, gradients
 ):
     model = make_model(**changes).double()
     items_in_batch = None if items is None else torch.tensor(items)
     loss = PrefixSuffixLM(model)(**collate(examples), num_items_in_batch=items_in_batch)["loss"]
-    losses = independent_losses(model, examples)
+    losses = torch.cat(independent_losses(model, examples))
     wanted = losses.sum() / (items or len(losses))
     assert_near(loss, wanted, 1e-9)
     assert_near(gradients(model, loss), gradients(model, wanted), 1e-9)
+
+
+@subsets
+def test_token_losses_belong_to_their_examples(examples, make_model, assert_near):
+    model = make_model().double()
+    losses, rows = PrefixSuffixLM(model).token_losses(**collate(examples))
+    for row, wanted in enumerate(independent_losses(model, examples)):
+        assert_near(losses[rows == row], wanted, 1e-9)
+    assert len(losses) == len(rows) == sum(len(example.target) for example in examples)
 
 
 def test_what_stands_under_the_padding_does_not_matter(make_model):
@@ -194,7 +203,7 @@ def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, asser
 def test_a_step_equals_one_by_hand(make_trainer, make_model, assert_near, gradients):
     examples = random_examples(4)
     model = make_model()
-    wanted = gradients(model, independent_losses(model, examples).mean())
+    wanted = gradients(model, torch.cat(independent_losses(model, examples)).mean())
     got = weights_after(make_trainer(make_model(), examples, max_steps=1, **SGD))
     for name, parameter in model.named_parameters():
         assert_near((parameter - got[name]).detach(), 0.5 * wanted[name], 1e-3)
