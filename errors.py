@@ -1,5 +1,7 @@
 """What the user can mend, told in one line: raised anywhere, printed once, exit code 2."""
 
+import argparse
+import os
 import sys
 
 
@@ -11,10 +13,21 @@ def run_script(main, parse_args) -> None:
     """Run a script's `main(parse_args())`: exit 2 with one line on a UserError, 130 on Ctrl-C."""
     try:
         main(parse_args())
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(_report(f"error: {error}", code=2))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted", code=130))
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of 1 or more")
+    return int(text)
 
 
 def _report(line: str, code: int) -> int:

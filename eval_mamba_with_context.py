@@ -15,7 +15,12 @@ from squad_utils import PROMPT_ORDERS, prompt_parts
 
 def parse_args() -> argparse.Namespace:
     parser = parse_evaluation_args(__doc__)
-    parser.add_argument("--prompt_order", choices=PROMPT_ORDERS, default=PROMPT_ORDERS[0])
+    parser.add_argument(
+        "--prompt_order",
+        choices=PROMPT_ORDERS,
+        default=PROMPT_ORDERS[0],
+        help="default: context_first",
+    )
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ the state after it.
 import argparse
 
 from context_qa.console import answer_questions, load_answerer, one_row, typed_questions
-from errors import run_script
+from errors import positive_int, run_script
 from mamba_lm.device import add_model_flags
 from squad_utils import n_shot_parts
 
@@ -21,7 +21,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument("--json", action="store_true", help="one JSON object an answer")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="an answer (default: 64)")
+    parser.add_argument(
+        "--max_new_tokens", type=positive_int, default=64, help="tokens (default: 64)"
+    )
     add_model_flags(parser)
     return parser.parse_args()
 

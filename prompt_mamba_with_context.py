@@ -16,7 +16,7 @@ from context_qa.console import (
     read_context,
     typed_questions,
 )
-from errors import run_script
+from errors import positive_int, run_script
 from mamba_lm.device import add_model_flags
 from squad_utils import prompt_parts
 
@@ -29,14 +29,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context_file", metavar="F", help="the context (default: typed in)")
     parser.add_argument("--question", metavar="Q", action="append", help="repeatable")
     parser.add_argument("--json", action="store_true", help="one JSON object an answer")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="an answer (default: 64)")
+    parser.add_argument(
+        "--max_new_tokens", type=positive_int, default=64, help="tokens (default: 64)"
+    )
     add_model_flags(parser)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    answerer = load_answerer(args)
-    context = read_context(args.context_file)
+    context = read_context(args.context_file) if args.context_file else None
+    answerer = load_answerer(args)  # before anything is typed
+    context = context or read_context(None)
     state, num_tokens = one_row(answerer, prompt_parts(context, "")[0])
     questions = ((q, prompt_parts(context, q)[1]) for q in args.question or typed_questions())
     answer_questions(answerer, state, num_tokens, questions, args.json)

@@ -18,8 +18,8 @@ from transformers import set_seed
 
 from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
-from errors import UserError, run_script
-from mamba_lm.checkpoint import load_model, load_tokenizer
+from errors import UserError, positive_int, run_script
+from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
@@ -35,8 +35,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_epochs", type=float, default=10.0, help="default: 10")
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="default: 1e-4")
-    parser.add_argument("--batch_size", type=int, default=32, help="questions (default: 32)")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=32, help="questions (default: 32)"
+    )
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="default: 1"
+    )
     parser.add_argument("--optim", default="adamw_torch", help="default: adamw_torch")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
@@ -69,9 +73,8 @@ def main(args: argparse.Namespace) -> None:
         optim=args.optim,
         seed=args.seed,
     )
-    tokenizer = load_tokenizer(args.model, args.tokenizer)
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
-    model = load_model(args.model)
+    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
     sampler = GroupedSampler(
         examples, None if args.negatives == "none" else args.negatives, args.seed
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from context_qa.answering import Answer, Answerer
 from errors import UserError
-from mamba_lm.checkpoint import load_model, load_tokenizer
+from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.model import MambaState
 
@@ -18,8 +18,8 @@ NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 def load_answerer(args: argparse.Namespace) -> Answerer:
     """The model that the command line names, ready to answer; its note goes to stderr."""
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.model, args.tokenizer)
-    model = load_model(args.model, device, choose_dtype(args.dtype, device))
+    dtype = choose_dtype(args.dtype, device)
+    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
     note = Path(args.model) / NOTE
     if note.is_file():
         print(note.read_text(encoding="utf-8").strip(), file=sys.stderr)
@@ -35,7 +35,7 @@ def read_context(path: str | None) -> str:
             raise UserError(f"{path}: cannot be read ({error})") from error
     else:
         _say("Context, ended by an empty line:")
-        lines = iter(sys.stdin.readline, "")
+        lines = iter(_line, "")
         context = "".join(iter(lambda: next(lines, "\n"), "\n"))
     if not context.strip():
         raise UserError(f"{path or 'standard input'}: the context is empty")
@@ -47,7 +47,7 @@ def typed_questions() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             _say("Question (Ctrl-D ends): ", end="")
-        line = sys.stdin.readline()
+        line = _line()
         if not line:
             return
         if line.strip():
@@ -70,8 +70,17 @@ def answer_questions(
 def one_row(answerer: Answerer, prefix: str) -> tuple[MambaState, int]:
     """The state after a prefix and the prefix's length in tokens; on stderr, how long that is."""
     state, [length] = answerer.read_prefixes([prefix])
-    _say(f"read {length} tokens into a state of {state.num_bytes / 1e6:.1f} MB")
+    _say(f"read {length} tokens into a state of {state.num_bytes / 1e3:,.0f} kB")
     return state, length
+
+
+def _line() -> str:
+    try:
+        line = sys.stdin.readline()
+        line.encode()  # what is not UTF-8 fails here if the locale let it through
+    except UnicodeError as error:
+        raise UserError("standard input: not UTF-8; convert it to UTF-8") from error
+    return line
 
 
 def _as_json(question: str, answer: Answer) -> str:

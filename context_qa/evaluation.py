@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from context_qa.answering import Answerer
 from context_qa.results import ResultsFile, print_scores, result_row
-from mamba_lm.checkpoint import load_model, load_tokenizer
+from errors import positive_int
+from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples
 
@@ -23,9 +24,13 @@ def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="a guess (default: 64)")
-    parser.add_argument("--batch_size", type=int, default=32, help="questions (default: 32)")
-    parser.add_argument("--limit", type=int, help="score the first LIMIT questions only")
+    parser.add_argument(
+        "--max_new_tokens", type=positive_int, default=64, help="tokens (default: 64)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=32, help="questions (default: 32)"
+    )
+    parser.add_argument("--limit", type=positive_int, help="first questions only (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace results at OUTPUT")
     add_model_flags(parser)
     return parser
@@ -36,18 +41,21 @@ def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, st
     examples = read_examples(args.data)[: args.limit]
     device = choose_device(args.device)
     with ResultsFile(args.output, args.overwrite) as results:
-        tokenizer = load_tokenizer(args.model, args.tokenizer)
-        model = load_model(args.model, device, choose_dtype(args.dtype, device))
+        dtype = choose_dtype(args.dtype, device)
+        model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
         answerer = Answerer(model, tokenizer, args.max_new_tokens, args.batch_size)
         numbered = enumerate(examples)
         with tqdm(total=len(examples), unit="question") as progress:
             while window := list(itertools.islice(numbered, WINDOW * args.batch_size)):
                 answers = {}
-                for batch in answerer.answer([prompt(example) for _, example in window]):
-                    answers |= batch
-                    progress.update(len(batch))
-                results.write(
-                    result_row(idx, example, answers[place])
-                    for place, (idx, example) in enumerate(window)
-                )
+                try:
+                    for batch in answerer.answer([prompt(example) for _, example in window]):
+                        answers |= batch
+                        progress.update(len(batch))
+                finally:  # Ctrl-C too keeps what was computed
+                    results.write(
+                        result_row(idx, example, answers[place])
+                        for place, (idx, example) in enumerate(window)
+                        if place in answers
+                    )
         print_scores(results.summarize(args, str(device))["scores"])

@@ -1,6 +1,7 @@
 """The results file, one JSON object a line as it is computed, and the summary beside it."""
 
 import argparse
+import contextlib
 import json
 import resource
 import sys
@@ -44,13 +45,14 @@ class ResultsFile:
 
     def __init__(self, path: str, overwrite: bool = False):
         self.path = Path(path)
+        self.summary_path = self.path.with_name(f"{self.path.name}.summary.json")
         self.started = time.time()
         self.rows: list[dict] = []
         if not overwrite and self.path.exists() and self.path.stat().st_size > 0:
             raise UserError(f"{path}: holds results already; give another path or --overwrite")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("w", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -58,16 +60,20 @@ class ResultsFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # told by write, which flushes
+            self.file.close()
 
     def write(self, rows: Iterable[dict]) -> None:
-        for row in rows:
-            try:
+        try:
+            if not self.rows and self.path.stat().st_size:  # now that there are new results
+                self.file.truncate(0)
+                self.summary_path.unlink(missing_ok=True)
+            for row in rows:
                 self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-            self.rows.append(row)
-        self.file.flush()
+                self.rows.append(row)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def summarize(self, args: argparse.Namespace, device: str) -> dict:
         """Write OUTPUT.summary.json: scores, and all one needs to make them again."""
@@ -79,8 +85,7 @@ class ResultsFile:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024),
         }
-        path = self.path.with_name(f"{self.path.name}.summary.json")
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        self.summary_path.write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
 

@@ -323,3 +323,20 @@ def load_tokenizer(model: str, tokenizer: str | None = None):
     if loaded.eos_token_id is None:
         raise UserError(f"{tokenizer}: the tokenizer has no end-of-text token")
     return loaded
+
+
+def load_model_and_tokenizer(
+    name: str,
+    tokenizer: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+):
+    """Both, as `load_model` and `load_tokenizer` find them; UserError where they do not fit."""
+    model = load_model(name, device, dtype)
+    loaded = load_tokenizer(name, tokenizer)
+    if len(loaded) > model.config.vocab_rows:
+        raise UserError(
+            f"{name}: has {model.config.vocab_rows} vocabulary rows, the tokenizer "
+            f"{loaded.name_or_path} {len(loaded)} tokens; give --tokenizer the model's own"
+        )
+    return model, loaded

@@ -14,8 +14,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that runs a model."""
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+    )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: auto")
 
 
 def choose_device(name: str) -> torch.device:
