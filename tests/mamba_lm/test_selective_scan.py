@@ -432,6 +432,7 @@ def test_a_missing_backend_names_its_install_command(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, cpu.__name__)
+    monkeypatch.delitem(sys.modules, "mamba_lm.selective_scan.cpu_kernels")
     load_backend.cache_clear()
     with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):
         selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))
