@@ -149,6 +149,7 @@ def _from_state_spaces(raw: dict, path: Path) -> MambaConfig:
         tie_embeddings=raw.get("tie_embeddings", True),
         residual_in_fp32=raw.get("residual_in_fp32", True),
         pad_vocab_size_multiple=raw.get("pad_vocab_size_multiple", 8),
+        initializer_range=(raw.get("initializer_cfg") or {}).get("initializer_range", 0.02),
     )
 
 

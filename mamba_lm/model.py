@@ -45,6 +45,7 @@ class MambaConfig:
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
+    initializer_range: float = 0.02  # standard deviation of fresh embeddings
 
     def __post_init__(self):
         derived = {
@@ -266,8 +267,8 @@ def right_pad(sequences: Sequence[Sequence[int]], value: int = 0) -> tuple[Tenso
 
 def initialize(model: MambaLM, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
     """The initialisation of the paper (section 3.6) and its code, `mamba_ssm`: Δ starts between
-    dt_min and dt_max, residual outputs are scaled by 1 / sqrt(n_layer), embeddings by 0.02."""
-    nn.init.normal_(model.backbone.embeddings.weight, std=0.02)
+    dt_min and dt_max, residual outputs are scaled by 1 / sqrt(n_layer)."""
+    nn.init.normal_(model.backbone.embeddings.weight, std=model.config.initializer_range)
     for block in model.backbone.layers:
         mixer = block.mixer
         for projection in (mixer.in_proj, mixer.out_proj):

@@ -27,6 +27,7 @@ from squad_utils import (
 )
 
 DATA = "data/demo/validation.jsonl"
+HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, written by a person
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +59,10 @@ def main(args: argparse.Namespace) -> None:
     swapped = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
     pairs = list(zip(swapped, (e.question for e in answerable), strict=True))
     print(f"contexts swapped: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
+
+    handwritten = read_examples(HANDWRITTEN)
+    said = answers(answerer, [(e.context, e.question) for e in handwritten])
+    print_row(f"{len(handwritten)} handwritten questions", handwritten, said)
 
     print("\nfacts in passage  answerable  unanswerable  questions")
     by_facts = defaultdict(list)

@@ -1,12 +1,12 @@
 """Train the demo checkpoint from random weights, on passages that are written on the way.
 
     python -m data.demo.train_demo_model models/demo_new
-    python -m data.demo.train_demo_model models/demo_new --steps 200       # a quick look
+    python -m data.demo.train_demo_model models/demo_new --steps 200 --recital_steps 200   # a look
 
-A small Mamba finds recall in steps: first that the answer stands in the passage, then which entity
-it belongs to, then many facts. So passages grow from one fact to fifteen, each time the model
-answers THRESHOLD of fresh questions at its level. Some questions carry loss on their own words too:
-the name in a question recurs from the passage, and predicting it is the easiest lesson in recall.
+A small Mamba finds recall in steps. First it learns to say a passage again, word for word: every
+token is a lesson in finding what followed the last one. Then come questions, on passages that grow
+from one fact to fifteen each time the model answers THRESHOLD of fresh ones at its level. Some
+questions carry loss on their own words too, since the name in a question recurs from the passage.
 All names, values and phrasings are those of training; no passage is seen twice.
 """
 
@@ -29,6 +29,8 @@ from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_p
 # Entities in a passage, facts of each.
 LEVELS = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (5, 3)]
 THRESHOLD = 0.8  # share of answerable questions right: the next level begins
+RECITALS, RECITAL_LEVEL = 12, 3  # passages a step, and their size
+BATCH = 32  # questions a step
 QUESTIONS = 12  # of a passage, at most
 UNANSWERABLE = (0.1, 1 / 3)  # share of the questions: at the first level, at the last
 LOUD = 0.5  # share of the questions with loss on their own words
@@ -40,8 +42,8 @@ class Curriculum(Sampler[Pairing]):
     A passage is of the present level with probability 0.8, else of an easier one.
     """
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.level = length, seed, 0
+    def __init__(self, length: int, questions: int, seed: int):
+        self.length, self.questions, self.seed, self.level = length, questions, seed, 0
 
     def __len__(self) -> int:
         return self.length
@@ -54,7 +56,7 @@ class Curriculum(Sampler[Pairing]):
 
     def passage(self, rng: random.Random, level: int) -> list[Pairing]:
         passage = make_passage(rng, "train", *LEVELS[level])
-        total = min(QUESTIONS, 4 * len(passage.facts))
+        total = min(self.questions, 4 * len(passage.facts))
         first, last = UNANSWERABLE
         share = first + (last - first) * level / (len(LEVELS) - 1)
         without = sum(rng.random() < share for _ in range(total))
@@ -100,49 +102,70 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("output", metavar="DIR", help="folder of the new model")
     parser.add_argument("--model", default="models/configs/mamba-demo.json", help="a config")
-    parser.add_argument("--steps", type=int, default=40_000, help="default: 40000")
-    parser.add_argument("--batch_size", type=int, default=64, help="questions (default: 64)")
+    parser.add_argument("--recital_steps", type=int, default=3000, help="default: 3000")
+    parser.add_argument("--steps", type=int, default=40_000, help="of questions (default: 40000)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="default: 3e-3")
-    parser.add_argument("--level", type=int, default=0, help="first level (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer("data/demo/tokenizer")
-    arguments = training_arguments(
-        args.output,
-        choose_device("cpu"),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(0.3 * args.steps)},
-        warmup_steps=100,
-        logging_steps=250,
-        save_strategy="steps",
-        save_steps=2000,
-        save_total_limit=2,
-        seed=args.seed,
-    )
     set_seed(args.seed)  # before the random weights
+    tokenizer = load_tokenizer("data/demo/tokenizer")
     model = load_model(args.model)
-    curriculum = Curriculum(args.steps * args.batch_size, args.seed)
-    curriculum.level = args.level
     rng = random.Random(args.seed)
 
-    def tokenize(pairing: Pairing) -> Continuation:
+    def recite(pairing: Pairing) -> Continuation:
+        example = continuation(pairing, tokenizer, PROMPT_ORDERS[0])
+        return Continuation(example.prefix, example.prompt[:1], example.prefix)
+
+    def ask(pairing: Pairing) -> Continuation:
         example = continuation(pairing, tokenizer, PROMPT_ORDERS[0])
         if rng.random() >= LOUD:
             return example
         start, words = example.prompt[:3], example.prompt[3:]
         return Continuation(example.prefix, start, [*words, *example.target])
 
-    trainer = PrefixSuffixTrainer(model, arguments, curriculum, tokenize, tokenizer)
+    recital = Curriculum(RECITALS * args.recital_steps, questions=1, seed=args.seed)
+    recital.level = RECITAL_LEVEL
+    trainer(args, model, tokenizer, recital, recite, RECITALS, args.recital_steps, 0.1).train()
+
+    questions = Curriculum(BATCH * args.steps, QUESTIONS, seed=args.seed + 1)
+    training = trainer(args, model, tokenizer, questions, ask, BATCH, args.steps, 0.3)
     answerer = Answerer(model, tokenizer, max_new_tokens=16, batch_size=96)
-    trainer.add_callback(Promotion(answerer, curriculum, interval=250))
-    trainer.train()
-    trainer.save_model()
+    training.add_callback(Promotion(answerer, questions, interval=250))
+    training.train()
+    training.save_model()
+
+
+def trainer(
+    args,
+    model,
+    tokenizer,
+    curriculum: Curriculum,
+    tokenize,
+    batch_size: int,
+    steps: int,
+    decay: float,
+) -> PrefixSuffixTrainer:
+    """A trainer at a constant learning rate that falls over the last share `decay` of the steps."""
+    arguments = training_arguments(
+        args.output,
+        choose_device("cpu"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(decay * steps)},
+        warmup_steps=100,
+        weight_decay=0.05,
+        logging_steps=250,
+        save_strategy="steps",
+        save_steps=2000,
+        save_total_limit=2,
+        seed=args.seed,
+    )
+    return PrefixSuffixTrainer(model, arguments, curriculum, tokenize, tokenizer)
 
 
 if __name__ == "__main__":
