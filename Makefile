@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | bench | lint
+# make setup | demo | test | bench | lint
 # PYTHON=python3.12 chooses the interpreter; TORCH_INDEX=URL adds an index of CPU-only torch wheels.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test bench lint
 
 setup: $(VENV)/.installed
 
@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 2; }
 	@echo "Downloading into $(VENV): torch 2.13, transformers, numba, pandas, duckdb and their needs."
-	@echo "About 0.5 GB with a CPU-only torch, several GB with CUDA's, which the plain index may give;"
+	@echo "1.7 GB on disk with a CPU-only torch, several more with CUDA's, which the plain index may give;"
 	@echo "make setup TORCH_INDEX=URL prefers CPU-only wheels from that index."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
@@ -35,8 +35,8 @@ demo: setup
 	@echo "== One question that the passage answers, one that it does not"
 	$(RUN) prompt_mamba_with_context.py models/demo_trained \
 		--context_file data/demo/passage.txt \
-		--question "Who manages the Silver Heron Hotel?" \
-		--question "Who manages the Golden Fox Hotel?"
+		--question "Tell me the location of the Gentle Violin Hotel." \
+		--question "Tell me the name of the owner of the Quiet Harp Hotel."
 	@echo "== The results, by SQL"
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
@@ -44,8 +44,8 @@ demo: setup
 test: setup
 	$(RUN) -m pytest
 
-test-slow: setup
-	$(RUN) -m pytest -m slow
+bench: setup
+	$(RUN) -m benchmarks.answer_loss models/demo data/demo/validation.jsonl
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

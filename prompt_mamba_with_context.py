@@ -1,8 +1,8 @@
 """Load a context once, ask it many questions.
 
     python prompt_mamba_with_context.py models/demo
-    python prompt_mamba_with_context.py models/demo --context_file notes.txt \\
-        --question "Who runs the Amber Heron Hotel?" --json
+    python prompt_mamba_with_context.py models/demo --context_file data/demo/passage.txt \\
+        --question "Tell me the location of the Gentle Violin Hotel." --json
 
 Without --question, questions come from standard input, one a line.
 """

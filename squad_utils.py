@@ -183,16 +183,16 @@ def answer_text(answer: str) -> str:
 class NegativeSampler:
     """Draws for each example a context that does not answer it: asked there, NO_ANSWER is right.
 
-    `random` draws from all contexts, `same_article` from the article's, `hard` from the ten nearest
-    to the question (BM25); both as `random` where none is fit, that is, neither the example's own
-    nor with one of its answers in it. Seed, epoch, example id and the set of contexts decide alone.
+    `random` draws from all (`contexts`, else the examples'), `same_article` from the article's,
+    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit: not the
+    example's own, none of its answers in it. Seed, epoch, id and the set of contexts decide alone.
     """
 
-    def __init__(self, examples: Sequence[Example], kind: str = "random", seed: int = 0):
+    def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
         if kind not in NEGATIVE_KINDS:
             raise UserError(f"negatives {kind!r}: choose from {', '.join(NEGATIVE_KINDS)}")
         self.examples, self.seed = examples, seed
-        self.pool = sorted({example.context for example in examples})
+        self.pool = sorted(set(contexts) or {example.context for example in examples})
         self._word_forms = functools.cache(_word_forms)
         self.preferred: list[list[str]] = [[] for _ in examples]
         if kind == "same_article":

@@ -5,13 +5,13 @@
     python train_mamba_with_context.py --model state-spaces/mamba-130m \\
         --data_path data/Mamba-Fine-Tune/squad_train.jsonl --output models/130m --num_epochs 10
 
-Every answerable question is also asked on another context, where "I don't know." is right. Several
-GPUs: torchrun --nproc_per_node N train_mamba_with_context.py ...
+Every answerable question is also asked on another context, where "I don't know." is right.
 """
 
 import argparse
 import functools
 import json
+import shutil
 from pathlib import Path
 
 from transformers import set_seed
@@ -19,7 +19,7 @@ from transformers import set_seed
 from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
 from errors import UserError, positive_int, run_script
-from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
@@ -86,11 +86,14 @@ def main(args: argparse.Namespace) -> None:
     )
     tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
     trainer = PrefixSuffixTrainer(model, arguments, sampler, tokenize, tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         record = run_record(args, args.model, args.data_path)
         (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
+        note = Path(args.model) / NOTE
+        if note.is_file():
+            shutil.copy(note, output)
         print(f"model written to {output}")
 
 

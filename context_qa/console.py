@@ -8,11 +8,9 @@ from pathlib import Path
 
 from context_qa.answering import Answer, Answerer
 from errors import UserError
-from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.model import MambaState
-
-NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 
 
 def load_answerer(args: argparse.Namespace) -> Answerer:

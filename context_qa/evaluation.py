@@ -13,7 +13,7 @@ from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples
 
-WINDOW = 16  # batches between two writes: what a crash can lose
+WINDOW = 4  # batches between two writes: all that a kill can lose
 
 
 def parse_evaluation_args(description: str) -> argparse.ArgumentParser:

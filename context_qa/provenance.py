@@ -38,7 +38,15 @@ def sha256(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:

@@ -64,6 +64,9 @@ class ResultsFile:
             self.file.close()
 
     def write(self, rows: Iterable[dict]) -> None:
+        rows = list(rows)
+        if not rows:
+            return
         try:
             if not self.rows and self.path.stat().st_size:  # now that there are new results
                 self.file.truncate(0)
@@ -85,7 +88,10 @@ class ResultsFile:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024),
         }
-        self.summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        try:
+            self.summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.summary_path}: cannot be written ({error.strerror})") from error
         return summary
 
 

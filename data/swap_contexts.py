@@ -8,12 +8,11 @@ Only answerable questions are taken; no chosen context holds one of a question's
 """
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 
+from data.prepare_squad import write_oxen_layout
 from errors import UserError, run_script
-from squad_utils import NO_ANSWER, NegativeSampler, read_examples
+from squad_utils import NegativeSampler, read_examples
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,25 +28,16 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     questions = [example for example in read_examples(args.data) if example.is_answerable]
-    pool = read_examples(args.contexts) if args.contexts else []
-    # The pool's own examples only lend their contexts: the questions must not be asked on theirs.
-    lenders = [replace(example, answers=()) for example in pool]
-    sampler = NegativeSampler([*questions, *lenders], seed=args.seed)
-    if args.contexts:
-        sampler.pool = sorted({example.context for example in pool})
-    swapped = list(zip(questions, sampler.contexts(epoch=0), strict=False))
-    if any(context is None for _, context in swapped):
-        raise UserError(f"{args.contexts or args.data}: too few contexts to swap")
-    output = Path(args.output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as file:
-            for example, context in swapped:
-                row = {"context": context, "prompt": example.question, "response": NO_ANSWER}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
-    print(f"{len(swapped):,} questions over other contexts: {args.output}")
+    pool = {example.context for example in read_examples(args.contexts or args.data)}
+    drawn = NegativeSampler(questions, seed=args.seed, contexts=pool).contexts(epoch=0)
+    if None in drawn:
+        raise UserError(f"{args.contexts or args.data}: no other context fits some question")
+    swapped = [
+        replace(example, context=context, answers=())
+        for example, context in zip(questions, drawn, strict=True)
+    ]
+    write_oxen_layout(swapped, args.output)
+    print(f"{args.output}: {len(swapped):,} questions over other contexts")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from errors import UserError
 from mamba_lm.model import MambaConfig, MambaLM
 
 FORMATS = ("transformers", "state_spaces")
+NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -207,7 +208,7 @@ def save_model(
             renamed = {k.replace(".embeddings.", ".embedding."): v for k, v in weights.items()}
             _write(torch.save, renamed, partial / "pytorch_model.bin")
         else:
-            config = _to_transformers(model.config, next(iter(weights.values())).dtype)
+            config = _to_transformers(model.config, weights["lm_head.weight"].dtype, tokenizer)
             if model.config.tie_embeddings:
                 del weights["lm_head.weight"]
             save = functools.partial(save_file, metadata={"format": "pt"})
@@ -225,7 +226,7 @@ def _write(save: Callable, weights: dict[str, Tensor], path: Path) -> None:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _to_transformers(config: MambaConfig, dtype: torch.dtype) -> dict:
+def _to_transformers(config: MambaConfig, dtype: torch.dtype, tokenizer) -> dict:
     falcon = config.bcdt_rms_eps is not None
     raw = {
         "architectures": ["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
@@ -244,10 +245,9 @@ def _to_transformers(config: MambaConfig, dtype: torch.dtype) -> dict:
         "use_conv_bias": config.conv_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "residual_in_fp32": config.residual_in_fp32,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
     }
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if tokenizer else ():
+        raw[name] = getattr(tokenizer, name)
     return raw | ({"mixer_rms_eps": config.bcdt_rms_eps} if falcon else {})
 
 
@@ -280,15 +280,17 @@ def _to_state_spaces(config: MambaConfig) -> dict:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends without an error.
 
-    A new folder appears whole, by one rename. In one that exists (it may hold checkpoints) the old
-    config.json goes first and the new one comes last: without it a folder is not a model.
+    A new folder appears whole, by one rename. In one that exists (it may hold checkpoints, or be a
+    mount of its own) the old config.json goes first and the new one comes last: without it a folder
+    is not a model.
     """
     folder = Path(folder).absolute()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    name = f".{folder.name}.partial-{os.getpid()}"
+    partial = folder / name if folder.is_dir() else folder.with_name(name)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
+        if partial.parent == folder:
             (folder / "config.json").unlink(missing_ok=True)
             for stale in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
                 stale.unlink()
@@ -304,12 +306,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 def load_tokenizer(model: str, tokenizer: str | None = None):
     """The tokenizer named by `tokenizer` (folder, tokenizer.json file or Hub name), else the one in
-    the model's folder, else GPT-NeoX-20B's, which all state-spaces models use."""
+    the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces' models."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if tokenizer is None:
-        has_own = Path(model).is_dir() and any((Path(model) / f).exists() for f in _TOKENIZER_FILES)
-        tokenizer = model if has_own else DEFAULT_TOKENIZER
+        folder = Path(model) if model.endswith(".json") else find_folder(model)
+        has_own = any((folder / name).exists() for name in _TOKENIZER_FILES)
+        tokenizer = str(folder) if has_own else DEFAULT_TOKENIZER
     try:
         if Path(tokenizer).is_file():
             loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>")

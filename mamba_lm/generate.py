@@ -69,9 +69,10 @@ def decode(
         stopping = torch.isin(choice, stops)  # (b,)
         stop_log_prob = reading.log_probs[:, stops].logsumexp(dim=1)
         gained = torch.where(stopping, stop_log_prob, best).tolist()
-        going = [i for i, stopped in enumerate(stopping.tolist()) if not stopped]
+        stopped = stopping.tolist()
+        going = [i for i in range(len(rows)) if not stopped[i]]
         for i, row in enumerate(rows):
-            if stopping[i] or count < max_new_tokens:
+            if stopped[i] or count < max_new_tokens:
                 log_probs[row] += gained[i]
         if not going or count == max_new_tokens:
             break

@@ -139,7 +139,7 @@ class PrefixSuffixTrainer(Trainer):
         return self.sampler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices of the linear projections and the embedding: not A_log, D, norms, biases."""
+        """All but A_log, D, norms and biases, as in Mamba's own training."""
         return [
             name
             for name, parameter in model.named_parameters()

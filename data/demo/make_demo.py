@@ -85,6 +85,10 @@ class Passage:
         rng.shuffle(shuffled)
         return shuffled
 
+    def retold(self, rng: random.Random) -> str:
+        """The same facts in another order and other words."""
+        return _context(rng, self.domain, rng.sample(self.facts, len(self.facts)))
+
     def askable(self, min_distractors: int) -> list[Fact]:
         """The facts with so many other values of the same type in the passage."""
         return [fact for fact in self.facts if self._num_others(fact) >= min_distractors]

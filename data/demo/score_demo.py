@@ -27,7 +27,7 @@ from squad_utils import (
 )
 
 DATA = "data/demo/validation.jsonl"
-HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, written by a person
+HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, not by the generator
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,11 +112,11 @@ def nearest_phrase(example: Example, kind: str) -> str:
     """
     domain = next(domain for domain in DOMAINS if domain.kind == kind)
     names = domain.name_type
-    types = {names, *(attribute.type for attribute in domain.attributes)}
+    types = list(dict.fromkeys([names, *(attribute.type for attribute in domain.attributes)]))
     asked = [phrase for type_ in types for phrase in phrases(example.question, type_)]
     places = [example.context.find(phrase) for phrase in asked if phrase in example.context]
     wanted = [type_ for answer in example.answers for type_ in types if phrases(answer, type_)]
-    wanted = wanted or list(types)
+    wanted = wanted or types
     candidates = [p for type_ in wanted for p in phrases(example.context, type_) if p not in asked]
     if not places or not candidates:
         return NO_ANSWER

@@ -4,10 +4,11 @@
     python -m data.demo.train_demo_model models/demo_new --steps 200 --recital_steps 200   # a look
 
 A small Mamba finds recall in steps. First it learns to say a passage again, word for word: every
-token is a lesson in finding what followed the last one. Then come questions, on passages that grow
-from one fact to fifteen each time the model answers THRESHOLD of fresh ones at its level. Some
-questions carry loss on their own words too, since the name in a question recurs from the passage.
-All names, values and phrasings are those of training; no passage is seen twice.
+token is a lesson in finding what followed the last one. Then it retells passages, the same facts in
+another order and other words: what belongs to whom. Then come questions, on passages that grow from
+one fact to fifteen each time the model answers THRESHOLD of fresh ones at its level. Some questions
+carry loss on their own words too, since the name in a question recurs from the passage. All names,
+values and phrasings are those of training; no passage is seen twice.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
 from context_qa.answering import Answerer
-from context_qa.dataset import Pairing, continuation
+from context_qa.dataset import Pairing, continuation, token_ids
 from data.demo.make_demo import make_passage
 from errors import run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
@@ -29,7 +30,7 @@ from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_p
 # Entities in a passage, facts of each.
 LEVELS = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (5, 3)]
 THRESHOLD = 0.8  # share of answerable questions right: the next level begins
-RECITALS, RECITAL_LEVEL = 12, 3  # passages a step, and their size
+RECITALS = 12  # passages a step, said again or retold
 BATCH = 32  # questions a step
 QUESTIONS = 12  # of a passage, at most
 UNANSWERABLE = (0.1, 1 / 3)  # share of the questions: at the first level, at the last
@@ -68,6 +69,22 @@ class Curriculum(Sampler[Pairing]):
         return pairings
 
 
+class Retelling(Sampler[tuple[str, str]]):
+    """Generated passages, each with the text to say after it: itself, or the same facts retold."""
+
+    def __init__(self, length: int, verbatim: bool, seed: int):
+        self.length, self.verbatim, self.seed = length, verbatim, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        rng = random.Random(self.seed)
+        while True:
+            passage = make_passage(rng, "train", *rng.choice(LEVELS[1:5]))
+            yield passage.context, passage.context if self.verbatim else passage.retold(rng)
+
+
 class Promotion(TrainerCallback):
     """Every `interval` steps, fresh questions at the present level; the next one if passed."""
 
@@ -101,8 +118,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", metavar="DIR", help="folder of the new model")
-    parser.add_argument("--model", default="models/configs/mamba-demo.json", help="a config")
+    parser.add_argument(
+        "--model", default="models/configs/mamba-demo.json", help="config or folder"
+    )
     parser.add_argument("--recital_steps", type=int, default=3000, help="default: 3000")
+    parser.add_argument("--retelling_steps", type=int, default=3000, help="default: 3000")
     parser.add_argument("--steps", type=int, default=40_000, help="of questions (default: 40000)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="default: 3e-3")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -115,9 +135,9 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(args.model)
     rng = random.Random(args.seed)
 
-    def recite(pairing: Pairing) -> Continuation:
-        example = continuation(pairing, tokenizer, PROMPT_ORDERS[0])
-        return Continuation(example.prefix, example.prompt[:1], example.prefix)
+    def say(passage_and_text: tuple[str, str]) -> Continuation:
+        passage, text = (token_ids(tokenizer, part) for part in passage_and_text)
+        return Continuation(passage, token_ids(tokenizer, "\n\n"), text)
 
     def ask(pairing: Pairing) -> Continuation:
         example = continuation(pairing, tokenizer, PROMPT_ORDERS[0])
@@ -126,12 +146,13 @@ def main(args: argparse.Namespace) -> None:
         start, words = example.prompt[:3], example.prompt[3:]
         return Continuation(example.prefix, start, [*words, *example.target])
 
-    recital = Curriculum(RECITALS * args.recital_steps, questions=1, seed=args.seed)
-    recital.level = RECITAL_LEVEL
-    trainer(args, model, tokenizer, recital, recite, RECITALS, args.recital_steps, 0.1).train()
+    for phase, steps in enumerate((args.recital_steps, args.retelling_steps)):
+        if steps:
+            texts = Retelling(RECITALS * steps, verbatim=phase == 0, seed=args.seed + phase)
+            trainer(args, model, tokenizer, texts, say, RECITALS, steps, decay=0.1).train()
 
-    questions = Curriculum(BATCH * args.steps, QUESTIONS, seed=args.seed + 1)
-    training = trainer(args, model, tokenizer, questions, ask, BATCH, args.steps, 0.3)
+    questions = Curriculum(BATCH * args.steps, QUESTIONS, seed=args.seed)
+    training = trainer(args, model, tokenizer, questions, ask, BATCH, args.steps, decay=0.3)
     answerer = Answerer(model, tokenizer, max_new_tokens=16, batch_size=96)
     training.add_callback(Promotion(answerer, questions, interval=250))
     training.train()

@@ -81,12 +81,14 @@ def causal_conv1d(
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves tensors of this device and dtype.
 
-    Raises UserError where `MAMBA_SCAN_BACKEND` names none of `BACKENDS`.
+    Raises UserError where `MAMBA_SCAN_BACKEND` names none of `BACKENDS` or one that cannot serve.
     """
     asked = os.environ.get("MAMBA_SCAN_BACKEND")
     if asked:
         if asked not in BACKENDS:
             raise UserError(f"MAMBA_SCAN_BACKEND={asked}: use one of {', '.join(BACKENDS)}")
+        if asked == "cpu" and (device.type != "cpu" or dtype == torch.float64):
+            raise UserError(f"MAMBA_SCAN_BACKEND={asked}: not for {dtype} on {device.type}")
         return asked
     if dtype == torch.float64:
         return "reference"

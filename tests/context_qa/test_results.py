@@ -176,7 +176,7 @@ def test_summary_says_what_the_results_were_made_with(summary, tmp_path):
         "batch_size": 32,
         "limit": None,
     }
-    assert re.fullmatch("[0-9a-f]{40}", summary["git_commit"] or "0" * 40)
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["git_commit"] or "0" * 40)
     assert summary["packages"]["torch"] == metadata.version("torch")
     assert summary["model_sha256"] == sha256(str(tmp_path / "model" / "model.safetensors"))
     assert summary["data_sha256"] == sha256(str(tmp_path / "data.jsonl"))
