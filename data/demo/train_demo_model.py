@@ -31,6 +31,7 @@ from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_p
 LEVELS = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (5, 3)]
 THRESHOLD = 0.8  # share of answerable questions right: the next level begins
 RECITALS = 12  # passages a step, said again or retold
+RETOLD = [(4, 1), (8, 1), (10, 1), (6, 2)]  # their entities, and facts of each
 BATCH = 32  # questions a step
 QUESTIONS = 12  # of a passage, at most
 UNANSWERABLE = (0.1, 1 / 3)  # share of the questions: at the first level, at the last
@@ -81,7 +82,7 @@ class Retelling(Sampler[tuple[str, str]]):
     def __iter__(self) -> Iterator[tuple[str, str]]:
         rng = random.Random(self.seed)
         while True:
-            passage = make_passage(rng, "train", *rng.choice(LEVELS[1:5]))
+            passage = make_passage(rng, "train", *rng.choice(RETOLD))
             yield passage.context, passage.context if self.verbatim else passage.retold(rng)
 
 
