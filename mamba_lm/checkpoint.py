@@ -129,6 +129,7 @@ def _from_transformers(raw: dict) -> MambaConfig:
         tie_embeddings=raw.get("tie_word_embeddings", True),
         residual_in_fp32=raw.get("residual_in_fp32", True),
         pad_vocab_size_multiple=1,
+        initializer_range=raw.get("initializer_range", 0.02),
     )
 
 
@@ -245,6 +246,7 @@ def _to_transformers(config: MambaConfig, dtype: torch.dtype, tokenizer) -> dict
         "use_conv_bias": config.conv_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "residual_in_fp32": config.residual_in_fp32,
+        "initializer_range": config.initializer_range,
     }
     for name in ("bos_token_id", "eos_token_id", "pad_token_id") if tokenizer else ():
         raw[name] = getattr(tokenizer, name)

@@ -108,10 +108,9 @@ def test_question_phrasings_are_disjoint(train, stream, validation):
             assert len(frame.statements) >= 4
             assert len(frame.questions["train"]) >= 6
             assert len(frame.questions["validation"]) >= 3
-            for templates in (frame.questions, frame.reverse):
-                for pattern in map(as_pattern, templates["validation"]):
-                    assert not any(map(pattern.fullmatch, templates["train"])), pattern
-                    assert not any(map(pattern.fullmatch, prompts[domain.kind])), pattern
+            for pattern in map(as_pattern, frame.questions["validation"]):
+                assert not any(map(pattern.fullmatch, frame.questions["train"])), pattern
+                assert not any(map(pattern.fullmatch, prompts[domain.kind])), pattern
     assert not {row["prompt"] for row in validation} & {row["prompt"] for row in train + stream}
 
 
@@ -144,16 +143,14 @@ def test_validation_is_hard_enough(validation, tokenizer):
         assert row["num_distractors"] >= 2 or row["response"] == NO_ANSWER
 
 
-def parse(prompt: str, split: str, domain) -> tuple[int, str, bool]:
-    """Which attribute is asked for, what is in the slot, and whether the question is reverse."""
+def parse(prompt: str, split: str, domain) -> tuple[int, str]:
+    """Which attribute is asked for, and of which entity."""
     for index, attribute in enumerate(domain.attributes):
-        frame = attribute.frame
-        for is_reverse, by_split in ((False, frame.questions), (True, frame.reverse)):
-            for template in by_split[split]:
-                literal = re.escape(template.replace("{e}", domain.mention.format("{e}")))
-                pattern = literal.replace(r"\{e\}", "(.+)").replace(r"\{v\}", "(.+)")
-                if match := re.fullmatch(pattern, prompt, re.IGNORECASE):
-                    return index, match[1], is_reverse
+        for template in attribute.frame.questions[split]:
+            literal = re.escape(template.replace("{e}", domain.mention.format("{e}")))
+            pattern = literal.replace(r"\{e\}", "(.+)")
+            if match := re.fullmatch(pattern, prompt, re.IGNORECASE):
+                return index, match[1]
     raise AssertionError(prompt)
 
 
@@ -165,24 +162,21 @@ def test_questions_agree_with_the_facts(split):
         passage = make_demo.make_passage(rng, split, rng.randint(2, 6), rng.randint(1, 4))
         attributes = passage.domain.attributes
         stated = {(attributes.index(f.attribute), f.entity): f.value for f in passage.facts}
-        stated_reverse = {(index, value): entity for (index, entity), value in stated.items()}
         by_type = Counter((fact.attribute.type, fact.value) for fact in passage.facts)
         assert max(by_type.values()) == 1
         assert not any(passage.context.startswith(entity) for entity in passage.entities)
         for row in passage.questions(rng, 4, 4):
-            index, slot, is_reverse = parse(row["prompt"], split, passage.domain)
-            facts = stated_reverse if is_reverse else stated
-            assert facts.get((index, slot), NO_ANSWER) == row["response"], row
+            index, entity = parse(row["prompt"], split, passage.domain)
+            assert stated.get((index, entity), NO_ANSWER) == row["response"], row
             type_ = attributes[index].type
             same_type = sum(fact.attribute.type == type_ for fact in passage.facts)
-            others = len(passage.entities) if is_reverse else same_type
-            assert row["num_distractors"] == others - (row["response"] != NO_ANSWER)
-            is_gap = row["response"] == NO_ANSWER and slot in passage.entities
-            seen[is_reverse, row["response"] == NO_ANSWER, is_gap] += 1
+            assert row["num_distractors"] == same_type - (row["response"] != NO_ANSWER)
+            is_gap = row["response"] == NO_ANSWER and entity in passage.entities
+            seen[row["response"] == NO_ANSWER, is_gap] += 1
             if is_gap:
-                asked = [entity for stated_index, entity in stated if stated_index == index]
+                asked = [other for stated_index, other in stated if stated_index == index]
                 assert len(asked) >= min(2, len(passage.entities) - 1)
-    assert len(seen) == 5, "forward and reverse, answerable, absent, and gaps all occur"
+    assert len(seen) == 3, "answerable, absent, and gaps all occur"
 
 
 def test_pools_are_large_enough():

@@ -29,7 +29,7 @@ ROWS = [
     {"context": CONTEXT, "prompt": f"Where does {name} live?", "response": town}
     for name, town in [*HOMES.items(), ("Eve", NO_ANSWER)]
 ]
-TINY = {"d_model": 64, "n_layer": 1, "vocab_size": 1702, "ssm_cfg": {"d_state": 4}}
+TINY = {"d_model": 64, "n_layer": 1, "vocab_size": 1696, "ssm_cfg": {"d_state": 4}}
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -132,7 +132,7 @@ def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
     [answer] = [json.loads(line) for line in out.splitlines()]
     assert (answer["question"], answer["answer"]) == (question, rows[1]["guess"])
     assert answer["confidence"] == pytest.approx(rows[1]["confidence"], rel=1e-4)
-    assert rows[0]["confidence"] != pytest.approx(rows[1]["confidence"], rel=1e-3)
+    assert rows[0]["confidence"] != pytest.approx(rows[1]["confidence"], rel=1e-4)
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_so(trained, tmp_path):
@@ -329,7 +329,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_
     has_data = script in (TRAIN, EVAL, N_SHOT)
     arguments = reading(script, config, trained.data) if has_data else [config]
     complaint = fail(script, *arguments, "--tokenizer", ROOT / TOKENIZER)
-    assert "tokenizer" in complaint and "1702" in complaint
+    assert "tokenizer" in complaint and "1696" in complaint
 
 
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(trained, monkeypatch):

@@ -5,7 +5,7 @@ A frame holds the sentences for one sort of fact, with {e} for the entity, {v} f
 of questions per frame are kept apart: one is asked in training only, the other in validation only.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 def _words(text: str) -> list[str]:
@@ -110,11 +110,10 @@ FILLERS = [
 
 @dataclass(frozen=True)
 class Frame:
-    """The sentences of one sort of fact; in a reverse question {e} reads "which {kind}"."""
+    """The sentences of one sort of fact, and the questions for its value."""
 
     statements: list[str]
     questions: dict[str, list[str]]
-    reverse: dict[str, list[str]]
 
     def filled(self, **words: str) -> "Frame":
         """The same frame with these slots filled in every sentence."""
@@ -127,8 +126,28 @@ class Frame:
         return Frame(
             fill(self.statements),
             {split: fill(templates) for split, templates in self.questions.items()},
-            {split: fill(templates) for split, templates in self.reverse.items()},
         )
+
+    def plainest(self, statements: int, questions: int) -> "Frame":
+        """The frame with so many phrasings of each list at most: those first that name the value
+        soon after the entity, and that end soon after the entity."""
+        return Frame(
+            sorted(self.statements, key=_words_between)[:statements],
+            {
+                split: sorted(templates, key=lambda text: _words_from(text, "{e}"))[:questions]
+                for split, templates in self.questions.items()
+            },
+        )
+
+
+def _words_from(template: str, slot: str) -> int:
+    return len(template[template.index(slot) :].split())
+
+
+def _words_between(template: str) -> tuple[bool, int]:
+    value_first = template.index("{v}") < template.index("{e}")
+    first, second = ("{v}", "{e}") if value_first else ("{e}", "{v}")
+    return value_first, _words_from(template, first) - _words_from(template, second)
 
 
 PERSON = Frame(
@@ -156,19 +175,6 @@ PERSON = Frame(
             "The {noun} of {e} is which person?",
         ],
     },
-    reverse={
-        "train": [
-            "Which {kind} is {done} by {v}?",
-            "{v} is the {noun} of {e}?",
-            "What is the name of the {kind} that {v} {does}?",
-            "Tell me which {kind} {v} {does}.",
-        ],
-        "validation": [
-            "What {kind} is {done} by {v}?",
-            "{v} {does} {e}?",
-            "Tell me which {kind} is {done} by {v}.",
-        ],
-    },
 )
 PLACE = Frame(
     statements=[
@@ -194,14 +200,6 @@ PLACE = Frame(
             "Which town is it that {e} {does}?",
         ],
     },
-    reverse={
-        "train": [
-            "Which {kind} {does} {v}?",
-            "{v} is the {noun} of {e}?",
-            "What is the name of the {kind} that {does} {v}?",
-        ],
-        "validation": ["What {kind} {does} {v}?", "Tell me which {kind} {does} {v}."],
-    },
 )
 COUNT = Frame(
     statements=[
@@ -225,14 +223,6 @@ COUNT = Frame(
             "There are how many {things} {prep} {e}?",
         ],
     },
-    reverse={
-        "train": [
-            "Which {kind} has {v} {things}?",
-            "What is the name of the {kind} that has {v} {things}?",
-            "There are {v} {things} {prep} {e}?",
-        ],
-        "validation": ["What {kind} has {v} {things}?", "Tell me which {kind} has {v} {things}."],
-    },
 )
 MEASURE = Frame(
     statements=[
@@ -255,17 +245,6 @@ MEASURE = Frame(
             "Which {noun} does {e} have?",
             "The {noun} of {e} is what?",
             "{e} is how {how}?",
-        ],
-    },
-    reverse={
-        "train": [
-            "Which {kind} has a {noun} of {v}?",
-            "Tell me which {kind} has a {noun} of {v}.",
-            "{v} is the {noun} of {e}?",
-        ],
-        "validation": [
-            "What {kind} has a {noun} of {v}?",
-            "What is the name of the {kind} that has a {noun} of {v}?",
         ],
     },
 )
@@ -293,10 +272,6 @@ PRICE = Frame(
             "What do you pay for {thing}?",
         ],
     },
-    reverse={
-        "train": ["{v} is the price of {thing}?", "You pay {v} for {thing}?"],
-        "validation": ["For {v}, you get {thing}?", "The price of {thing} is {v}?"],
-    },
 )
 YEAR = Frame(
     statements=[
@@ -319,17 +294,6 @@ YEAR = Frame(
             "Tell me the year when {e} was {done}.",
             "When was it that {e} was {done}?",
             "{e} was {done} in what year?",
-        ],
-    },
-    reverse={
-        "train": [
-            "Which {kind} was {done} in {v}?",
-            "What is the name of the {kind} that was {done} in {v}?",
-            "In {v}, which {kind} was {done}?",
-        ],
-        "validation": [
-            "What {kind} was {done} in {v}?",
-            "Tell me which {kind} was {done} in {v}.",
         ],
     },
 )
@@ -356,17 +320,6 @@ WHEN = Frame(
             "{e} {does} {prep} what {unit}?",
         ],
     },
-    reverse={
-        "train": [
-            "Which {kind} {does} {prep} {v}?",
-            "{prep} {v}, which {kind} {does}?",
-            "What is the name of the {kind} that {does} {prep} {v}?",
-        ],
-        "validation": [
-            "What {kind} {does} {prep} {v}?",
-            "Tell me which {kind} {does} {prep} {v}.",
-        ],
-    },
 )
 LOOK = Frame(
     statements=[
@@ -391,14 +344,6 @@ LOOK = Frame(
             "Which {noun} is {e} {done}?",
         ],
     },
-    reverse={
-        "train": [
-            "Which {kind} is {done} {v}?",
-            "What is the name of the {kind} that is {done} {v}?",
-            "Which {kind} has {v} as its {noun}?",
-        ],
-        "validation": ["What {kind} is {done} {v}?", "Tell me which {kind} is {done} {v}."],
-    },
 )
 JOB = Frame(
     statements=[
@@ -422,14 +367,6 @@ JOB = Frame(
             "Which job does {e} have?",
             "The job of {e} is what?",
         ],
-    },
-    reverse={
-        "train": [
-            "Who works as a {v}?",
-            "Which person has a job as a {v}?",
-            "What is the name of the person that works as a {v}?",
-        ],
-        "validation": ["Tell me who works as a {v}.", "Which person works as a {v}?"],
     },
 )
 
@@ -456,16 +393,6 @@ class Domain:
     name: str
     mention: str
     attributes: list[Attribute]
-
-    def __post_init__(self) -> None:
-        for index, attribute in enumerate(self.attributes):
-            frame = attribute.frame
-            which = {
-                split: [template.replace("{e}", "which {kind}") for template in templates]
-                for split, templates in frame.reverse.items()
-            }
-            frame = replace(frame, reverse=which).filled(kind=self.kind)
-            self.attributes[index] = Attribute(attribute.type, frame)
 
 
 def _person(noun: str, does: str, done: str) -> Attribute:

@@ -54,10 +54,13 @@ def reciter(tokenizer, text: str, logit: float = 10.0) -> MambaLM:
     Its layers add nothing, so that the last token alone decides: each token of the text has a
     dimension of its own, from which the head gives the next token `logit` and all others 0.
     """
-    chain = [ids(tokenizer, "A:")[-1], *ids(tokenizer, text), tokenizer.eos_token_id]
+    chain = [ids(tokenizer, "?\nA:")[-1], *ids(tokenizer, text), tokenizer.eos_token_id]
     assert len(set(chain)) == len(chain), "a token comes twice: it cannot tell what is next"
     size = len(chain)
-    config = MambaConfig(len(tokenizer), d_model=size, n_layer=1, d_state=4, tie_embeddings=False)
+    config = MambaConfig(
+        len(tokenizer), d_model=size, n_layer=1, d_state=4, tie_embeddings=False,
+        pad_vocab_size_multiple=64,
+    )  # fmt: skip
     model = MambaLM(config).eval()
     with torch.no_grad():
         model.backbone.layers[0].mixer.out_proj.weight.zero_()
