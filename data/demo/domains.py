@@ -1,8 +1,8 @@
 """What the demo data can talk about: word pools, sentence frames and ten domains.
 
-A frame holds the sentences for one sort of fact, with {e} for the entity, {v} for the value and
-{kind} for the sort of entity; its other slots are filled by each attribute's own words. Two lists
-of questions per frame are kept apart: one is asked in training only, the other in validation only.
+A frame holds the sentences for one sort of fact, with {e} for the entity and {v} for the value; its
+other slots are filled by each attribute's own words. Two lists of questions per frame are kept
+apart: one is asked in training only, the other in validation only.
 """
 
 from dataclasses import dataclass
@@ -383,8 +383,8 @@ class Attribute:
 class Domain:
     """One kind of entity: where its names come from, how they are written, what is said of it.
 
-    `name` turns one of the VALUES of `name_type` into the full name (the answer to a reverse
-    question), `mention` turns the full name into a noun phrase.
+    `name` turns one of the VALUES of `name_type` into the full name, `mention` turns the full name
+    into a noun phrase.
     """
 
     kind: str

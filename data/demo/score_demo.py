@@ -106,22 +106,19 @@ def print_row(
 
 
 def nearest_phrase(example: Example, kind: str) -> str:
-    """The phrase of the asked-for type that stands nearest to what the question names.
+    """The phrase of the asked-for type that stands nearest to the name in the question.
 
     The type is taken from the reference, where there is one: an upper bound on this heuristic.
     """
     domain = next(domain for domain in DOMAINS if domain.kind == kind)
-    names = domain.name_type
-    types = list(dict.fromkeys([names, *(attribute.type for attribute in domain.attributes)]))
-    asked = [phrase for type_ in types for phrase in phrases(example.question, type_)]
-    places = [example.context.find(phrase) for phrase in asked if phrase in example.context]
+    types = list(dict.fromkeys(attribute.type for attribute in domain.attributes))
+    names = phrases(example.question, domain.name_type)
+    places = [example.context.find(name) for name in names if name in example.context]
     wanted = [type_ for answer in example.answers for type_ in types if phrases(answer, type_)]
-    wanted = wanted or types
-    candidates = [p for type_ in wanted for p in phrases(example.context, type_) if p not in asked]
+    candidates = [phrase for type_ in wanted or types for phrase in phrases(example.context, type_)]
     if not places or not candidates:
         return NO_ANSWER
-    best = min(candidates, key=lambda phrase: abs(example.context.find(phrase) - places[0]))
-    return domain.name.format(best) if wanted[0] == names else best
+    return min(candidates, key=lambda phrase: abs(example.context.find(phrase) - places[0]))
 
 
 def phrases(text: str, type_: str) -> list[str]:
