@@ -18,8 +18,8 @@ from transformers import set_seed
 
 from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
-from errors import UserError, positive_int, run_script
-from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
+from errors import positive_int, run_script
+from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
@@ -95,21 +95,6 @@ def main(args: argparse.Namespace) -> None:
         if note.is_file():
             shutil.copy(note, output)
         print(f"model written to {output}")
-
-
-def new_folder(name: str) -> Path:
-    """The output folder, made now: a run must not end in a path that cannot be written."""
-    folder = Path(name)
-    if (folder / "config.json").exists():
-        raise UserError(f"{name}: holds a model already; give --output another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be written ({error.strerror})") from error
-    return folder
 
 
 if __name__ == "__main__":

@@ -220,6 +220,21 @@ def save_model(
             tokenizer.save_pretrained(partial)
 
 
+def new_folder(name: str) -> Path:
+    """The output folder, made now: a run must not end in a path that cannot be written."""
+    folder = Path(name)
+    if (folder / "config.json").exists():
+        raise UserError(f"{name}: holds a model already; give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror})") from error
+    return folder
+
+
 def _write(save: Callable, weights: dict[str, Tensor], path: Path) -> None:
     try:
         save(weights, path)

@@ -9,6 +9,7 @@ import torch
 from context_qa.answering import Answer
 from data.demo import train_demo_model as demo
 from data.demo.domains import DOMAINS
+from errors import UserError
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER
 
@@ -113,11 +114,15 @@ def test_the_next_stage_begins_when_answers_are_right(curriculum, capsys, is_rig
             assert len(texts) == len(prompts)
             yield {place: Answer(text, 1.0, 0.0, 0.1, 9, 1) for place, text in enumerate(texts)}
 
-    promotion = demo.Promotion(Oracle(), curriculum, interval=10)
+    saved = []
+    promotion = demo.Promotion(
+        Oracle(), curriculum, interval=10, save=lambda: saved.append(curriculum.stage)
+    )
     promotion.on_step_end(None, SimpleNamespace(global_step=9), None)
     assert curriculum.stage == 0 and not capsys.readouterr().out
     promotion.on_step_end(None, SimpleNamespace(global_step=10), None)
     assert curriculum.stage == int(is_right)
+    assert saved == [0] * is_right
     assert f"answerable {float(is_right):.2f}" in capsys.readouterr().out
 
 
@@ -136,3 +141,5 @@ def test_a_short_training_leaves_a_whole_model(tmp_path):
         "training_args.json", "NOTE.txt",
     }  # fmt: skip
     assert load_model(str(tmp_path / "model")).config == load_model(CONFIG).config
+    with pytest.raises(UserError, match="holds a model already"):
+        demo.main(arguments)
