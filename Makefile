@@ -35,8 +35,8 @@ demo: setup
 	@echo "== One question that the passage answers, one that it does not"
 	$(RUN) prompt_mamba_with_context.py models/demo_trained \
 		--context_file data/demo/passage.txt \
-		--question "Tell me the location of the Gentle Violin Hotel." \
-		--question "Tell me the name of the owner of the Quiet Harp Hotel."
+		--question "Tell me the name of the owner of the Bright Feather Hotel." \
+		--question "What number of rooms does the Wild Swan Hotel have?"
 	@echo "== The results, by SQL"
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"

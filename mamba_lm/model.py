@@ -265,19 +265,25 @@ def right_pad(sequences: Sequence[Sequence[int]], value: int = 0) -> tuple[Tenso
     return padded, lengths
 
 
-def initialize(model: MambaLM, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+def initialize(model: MambaLM) -> None:
     """The initialisation of the paper (section 3.6) and its code, `mamba_ssm`: Δ starts between
-    dt_min and dt_max, residual outputs are scaled by 1 / sqrt(n_layer)."""
+    0.001 and 0.1, residual outputs are scaled by 1 / sqrt(n_layer)."""
     nn.init.normal_(model.backbone.embeddings.weight, std=model.config.initializer_range)
     for block in model.backbone.layers:
         mixer = block.mixer
         for projection in (mixer.in_proj, mixer.out_proj):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
-        bound = mixer.dt_proj.in_features**-0.5
-        nn.init.uniform_(mixer.dt_proj.weight, -bound, bound)
+        initialize_delta(mixer.dt_proj, 1e-3, 0.1)
         with torch.no_grad():
             mixer.out_proj.weight /= math.sqrt(model.config.n_layer)
-            low, high = math.log(dt_min), math.log(dt_max)
-            dt = torch.exp(torch.rand_like(mixer.dt_proj.bias) * (high - low) + low).clamp(min=1e-4)
-            mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus's inverse
+
+
+def initialize_delta(dt_proj: DeltaProjection, dt_min: float, dt_max: float) -> None:
+    """Let Δ start between dt_min and dt_max, log-uniformly over the channels."""
+    bound = dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, -bound, bound)
+    with torch.no_grad():
+        low, high = math.log(dt_min), math.log(dt_max)
+        dt = torch.exp(torch.rand_like(dt_proj.bias) * (high - low) + low).clamp(min=1e-4)
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus's inverse

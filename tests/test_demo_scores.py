@@ -13,7 +13,7 @@ from squad_utils import NO_ANSWER, Example, read_examples
 NAMES = POOLS["validation"]["title"][:3]
 PEOPLE = POOLS["validation"]["person"][:2]
 CONTEXT = (
-    f"{PEOPLE[0]} owns the {NAMES[0]} Hotel. The {NAMES[1]} Hotel was opened in 1702. "
+    f"{PEOPLE[0]} owns the {NAMES[0]} Hotel. The {NAMES[1]} Hotel was opened in 1902. "
     f"The manager of the {NAMES[1]} Hotel is {PEOPLE[1]}."
 )
 

@@ -62,9 +62,10 @@ def _pairs(firsts: list[str], lasts: list[str]) -> list[str]:
     return [f"{first} {last}" for first in firsts for last in lasts]
 
 
-# Every value that can be the answer to a question, by its type. A type's own form (two words, three
-# or four digits, a colon, ...) keeps its values from occurring inside values of another type.
-VALUES: dict[str, list[str]] = {
+# Every value that can be the answer to a question, by its type: names and other phrases of several
+# words, and figures. A type's own form (two words, three or four digits, a colon, ...) keeps its
+# values from being values of another type too.
+PHRASES: dict[str, list[str]] = {
     "person": _pairs(FIRST_NAMES, LAST_NAMES),
     "title": _pairs(ADJECTIVES, NOUNS),
     "town": _pairs(TOWN_FIRST, TOWN_LAST),
@@ -75,10 +76,12 @@ VALUES: dict[str, list[str]] = {
     "job": _pairs(WORKPLACES, TRADES),
     "weekday": _pairs(WEEKDAYS, DAY_PARTS),
     "date": [f"{day} {month}" for month in MONTHS for day in range(1, 29)],
-    "year": [str(year) for year in range(1600, 2000)],
-    "time": [f"{hour}:{minute:02}" for hour in range(6, 23) for minute in range(0, 60, 5)],
-    "number": [str(number) for number in range(100, 1000)],
-    "price": [f"${dollars}" for dollars in range(12, 500)],
+}
+FIGURES: dict[str, list[str]] = {
+    "year": [str(year) for year in range(1800, 2000)],
+    "time": [f"{hour}:{minute:02}" for hour in range(6, 23) for minute in range(0, 60, 15)],
+    "number": [str(number) for number in range(100, 300)],
+    "price": [f"${dollars}" for dollars in range(12, 100)],
     "metres": [f"{number} metres" for number in range(10, 100)],
     "inches": [f"{number} inches" for number in range(10, 100)],
     "kilos": [f"{number} kg" for number in range(10, 100)],
@@ -110,7 +113,7 @@ FILLERS = [
 
 @dataclass(frozen=True)
 class Frame:
-    """The sentences of one sort of fact, and the questions for its value."""
+    """The sentences of one sort of fact, entity before value, and the questions for the value."""
 
     statements: list[str]
     questions: dict[str, list[str]]
@@ -144,19 +147,16 @@ def _words_from(template: str, slot: str) -> int:
     return len(template[template.index(slot) :].split())
 
 
-def _words_between(template: str) -> tuple[bool, int]:
-    value_first = template.index("{v}") < template.index("{e}")
-    first, second = ("{v}", "{e}") if value_first else ("{e}", "{v}")
-    return value_first, _words_from(template, first) - _words_from(template, second)
+def _words_between(template: str) -> int:
+    return _words_from(template, "{e}") - _words_from(template, "{v}")
 
 
 PERSON = Frame(
     statements=[
         "{e} is {done} by {v}.",
-        "{v} {does} {e}.",
         "The {noun} of {e} is {v}.",
-        "{v} is the {noun} of {e}.",
         "These days, {e} is {done} by {v}.",
+        "As for {e}, its {noun} is {v}.",
     ],
     questions={
         "train": [
@@ -180,9 +180,8 @@ PLACE = Frame(
     statements=[
         "{e} {does} {v}.",
         "The {noun} of {e} is {v}.",
-        "{v} is the {noun} of {e}.",
-        "{v} is the town that {e} {does}.",
         "As everyone knows, {e} {does} {v}.",
+        "The {noun} given for {e} is {v}.",
     ],
     questions={
         "train": [
@@ -204,9 +203,9 @@ PLACE = Frame(
 COUNT = Frame(
     statements=[
         "{e} has {v} {things}.",
-        "There are {v} {things} {prep} {e}.",
         "The number of {things} {prep} {e} is {v}.",
-        "In all, {v} {things} are {prep} {e}.",
+        "In all, {e} has {v} {things}.",
+        "The {things} {prep} {e} number {v}.",
     ],
     questions={
         "train": [
@@ -220,7 +219,7 @@ COUNT = Frame(
         "validation": [
             "How many {things} are {prep} {e}?",
             "Tell me the number of {things} {prep} {e}.",
-            "There are how many {things} {prep} {e}?",
+            "What number of {things} does {e} have?",
         ],
     },
 )
@@ -228,8 +227,8 @@ MEASURE = Frame(
     statements=[
         "{e} has a {noun} of {v}.",
         "The {noun} of {e} is {v}.",
-        "{v} is the {noun} of {e}.",
-        "With a {noun} of {v}, {e} is well known.",
+        "As for {e}, its {noun} is {v}.",
+        "They say {e} has a {noun} of {v}.",
     ],
     questions={
         "train": [
@@ -252,9 +251,8 @@ PRICE = Frame(
     statements=[
         "{thing} costs {v}.",
         "The price of {thing} is {v}.",
-        "{v} is the price of {thing}.",
-        "You pay {v} for {thing}.",
-        "For {v}, you get {thing}.",
+        "For {thing}, you pay {v}.",
+        "These days, {thing} costs {v}.",
     ],
     questions={
         "train": [
@@ -276,9 +274,9 @@ PRICE = Frame(
 YEAR = Frame(
     statements=[
         "{e} was {done} in {v}.",
-        "In {v}, {e} was {done}.",
-        "{v} is the year when {e} was {done}.",
-        "It was in {v} that {e} was {done}.",
+        "The year when {e} was {done} is {v}.",
+        "As everyone knows, {e} was {done} in {v}.",
+        "They say {e} was {done} in {v}.",
     ],
     questions={
         "train": [
@@ -300,9 +298,9 @@ YEAR = Frame(
 WHEN = Frame(
     statements=[
         "{e} {does} {prep} {v}.",
-        "{prep} {v}, {e} {does}.",
-        "{v} is the {unit} when {e} {does}.",
-        "It is {prep} {v} that {e} {does}.",
+        "The {unit} when {e} {does} is {v}.",
+        "These days, {e} {does} {prep} {v}.",
+        "They say {e} {does} {prep} {v}.",
     ],
     questions={
         "train": [
@@ -325,8 +323,8 @@ LOOK = Frame(
     statements=[
         "{e} is {done} {v}.",
         "The {noun} of {e} is {v}.",
-        "With {v} as its {noun}, {e} is easy to find.",
-        "They chose {v} as the {noun} of {e}.",
+        "As for {e}, its {noun} is {v}.",
+        "They say {e} is {done} {v}.",
     ],
     questions={
         "train": [
@@ -350,8 +348,7 @@ JOB = Frame(
         "{e} works as a {v}.",
         "{e} is a {v}.",
         "{e} has a job as a {v}.",
-        "As a {v}, {e} is well known.",
-        "Work as a {v} keeps {e} busy.",
+        "These days, {e} works as a {v}.",
     ],
     questions={
         "train": [
@@ -383,7 +380,7 @@ class Attribute:
 class Domain:
     """One kind of entity: where its names come from, how they are written, what is said of it.
 
-    `name` turns one of the VALUES of `name_type` into the full name, `mention` turns the full name
+    `name` turns one of the PHRASES of `name_type` into the full name, `mention` turns the full name
     into a noun phrase.
     """
 

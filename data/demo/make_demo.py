@@ -3,9 +3,10 @@
     python -m data.demo.make_demo                  # rewrites data/demo/, the same bytes each time
     python -m data.demo.make_demo --output DIR
 
-Every name and value belongs to either training or validation, by a hash of its text, and so does
-every question phrasing: what validation asks about, and how, never occurs in training. Single words
-and the statements are shared. `training_passages` streams as many training passages as one likes.
+Every name belongs to either training or validation, by a hash of its text, and so does every other
+value of two words and every question phrasing: what validation asks about, and how, never occurs in
+training. Single words, figures and the statements are shared. `training_passages` streams as many
+training passages as one likes.
 """
 
 import argparse
@@ -18,26 +19,26 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 
-from data.demo.domains import DOMAINS, FILLERS, OPENERS, VALUES, Attribute, Domain
+from data.demo.domains import DOMAINS, FIGURES, FILLERS, OPENERS, PHRASES, Attribute, Domain
 from errors import run_script
 from squad_utils import NO_ANSWER
 
 END_OF_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 2048  # at most: training ends earlier once every word is one token
+VOCAB_SIZE = 2560  # at most: training ends earlier once every word is one token
 TRAIN_SEED, VALIDATION_SEED, TOKENIZER_SEED = 1, 2, 3
 
 
-def split_of(value: str) -> str:
-    """The split that owns this value. "$145" goes with "145": one occurs inside the other."""
-    # The salt leaves two training years for each ending (a token) and enough of each small pool.
-    digest = hashlib.sha256(f"2:{value.lstrip('$')}".encode()).digest()
+def split_of(phrase: str) -> str:
+    """The split that owns this name or other phrase."""
+    digest = hashlib.sha256(f"2:{phrase}".encode()).digest()  # the salt leaves enough of each pool
     return "validation" if digest[0] % 5 == 0 else "train"
 
 
 POOLS: dict[str, dict[str, list[str]]] = {
-    split: {
-        type_: [value for value in values if split_of(value) == split]
-        for type_, values in VALUES.items()
+    split: FIGURES
+    | {
+        type_: [phrase for phrase in phrases if split_of(phrase) == split]
+        for type_, phrases in PHRASES.items()
     }
     for split in ("train", "validation")
 }
@@ -256,9 +257,9 @@ def train_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # The words around a question are one token each: a short way from a name to the answer. At most
-    # two digits a token, so that a number is copied piece by piece.
-    words = r"\n\nQ:|[?.]\nA:| ?\d{1,2}| ?\p{L}+| ?[^\s\p{L}\d]+|\s+"
+    # The words around a question are one token each: a short way from a name to the answer. So is a
+    # figure: of pieces, each would have to be found in its own right.
+    words = r"\n\nQ:|[?.]\nA:| ?\$?\d+(?::\d\d)?| ?\p{L}+| ?[^\s\p{L}\d]+|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(words), "isolated"),
