@@ -1,6 +1,7 @@
 """What the user can mend, told in one line: raised anywhere, printed once, exit code 2."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -28,6 +29,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of 1 or more")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+    return value
 
 
 def _report(line: str, code: int) -> int:

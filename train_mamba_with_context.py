@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from context_qa.dataset import GroupedSampler, continuation
 from context_qa.provenance import run_record
-from errors import positive_int, run_script
+from errors import positive_float, positive_int, run_script
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
@@ -32,9 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="local folder, Hub name or config file")
     parser.add_argument("--data_path", required=True, help="JSONL or SQuAD JSON, or Hub name:split")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the new model")
-    parser.add_argument("--num_epochs", type=float, default=10.0, help="default: 10")
+    parser.add_argument("--num_epochs", type=positive_float, default=10.0, help="default: 10")
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="default: 1e-4")
+    parser.add_argument("--learning_rate", type=positive_float, default=1e-4, help="default: 1e-4")
     parser.add_argument(
         "--batch_size", type=positive_int, default=32, help="questions (default: 32)"
     )

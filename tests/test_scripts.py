@@ -292,6 +292,8 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
     ("script", "flag", "value"),
     [
         (TRAIN, "--batch_size", 0),
+        (TRAIN, "--learning_rate", -1),
+        (TRAIN, "--num_epochs", "nan"),
         (TRAIN, "--gradient_accumulation_steps", 0),
         (EVAL, "--batch_size", 0),
         (EVAL, "--batch_size", -1),

@@ -33,7 +33,7 @@ from context_qa.dataset import Pairing, continuation, token_ids
 from context_qa.provenance import run_record
 from data.demo.domains import DOMAINS, Domain
 from data.demo.make_demo import Passage, make_passage, sentence
-from errors import positive_int, run_script
+from errors import positive_float, positive_int, run_script
 from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
@@ -219,7 +219,7 @@ def parse_args() -> argparse.Namespace:
         "--first_stage", type=int, choices=range(len(STAGES)), default=0, help="default: 0"
     )
     parser.add_argument("--steps", type=positive_int, default=7000, help="default: 7000")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="default: 4e-3")
+    parser.add_argument("--learning_rate", type=positive_float, default=4e-3, help="default: 4e-3")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args()
 
