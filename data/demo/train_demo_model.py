@@ -3,16 +3,16 @@
     python -m data.demo.train_demo_model models/demo_new
     python -m data.demo.train_demo_model models/demo_new --steps 200   # a look
 
-7,000 steps took 22 minutes on one thread and got as far as stage 3 of 5. The model is saved each
-time it passes a stage; `--model DIR --first_stage 3` goes on from there into another folder.
+10,000 steps took 61 minutes on one thread of a machine busy with another run. The model is saved
+every 250 steps; `--model DIR --first_stage 3` goes on from there into another folder.
 
 A small Mamba left to itself answers "I don't know." for a hundred thousand questions, then copies
 any value of the right kind for as many. Three things shorten that (docs/LOG.md has the figures).
-The weights start as a rough memory (`start_as_memory`). Beside the questions, the model says the
-passage's facts again, where every word is a lesson in finding what it has read. And passages grow
-along STAGES each time the model answers THRESHOLD of fresh questions: first with one plain phrasing
-for each fact, so that a name and its value stand close together. All names, values and phrasings
-are those of training; no passage is seen twice.
+The weights start as a rough memory behind a layer that forgets (`start_as_memory`). Beside the
+questions, the model says the passage's facts again, where every word is a lesson in finding what it
+has read. And passages grow along STAGES each time the model answers THRESHOLD of fresh questions:
+first with one plain phrasing for each fact, so that a name and its value stand close together. All
+names, values and phrasings are those of training; no passage is seen twice.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--first_stage", type=int, choices=range(len(STAGES)), default=0, help="default: 0"
     )
-    parser.add_argument("--steps", type=positive_int, default=7000, help="default: 7000")
+    parser.add_argument("--steps", type=positive_int, default=10_000, help="default: 10000")
     parser.add_argument("--learning_rate", type=positive_float, default=4e-3, help="default: 4e-3")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args()
