@@ -106,6 +106,7 @@ def test_question_phrasings_are_disjoint(train, stream, validation):
         for attribute in domain.attributes:
             frame = attribute.frame
             assert len(frame.statements) >= 4
+            assert all(text.index("{e}") < text.index("{v}") for text in frame.statements)
             assert len(frame.questions["train"]) >= 6
             assert len(frame.questions["validation"]) >= 3
             for pattern in map(as_pattern, frame.questions["validation"]):

@@ -3,10 +3,10 @@
     python -m data.demo.make_demo                  # rewrites data/demo/, the same bytes each time
     python -m data.demo.make_demo --output DIR
 
-Every name belongs to either training or validation, by a hash of its text, and so does every other
-value of two words and every question phrasing: what validation asks about, and how, never occurs in
-training. Single words, figures and the statements are shared. `training_passages` streams as many
-training passages as one likes.
+Every name and every other value of two words belongs to either training or validation, by a hash
+of its text, and so does every question phrasing, by the lists in domains.py: what validation asks
+about, and how, never occurs in training. Single words, figures and the statements are shared.
+`training_passages` streams as many training passages as one likes.
 """
 
 import argparse
