@@ -3,7 +3,7 @@
     python -m data.demo.train_demo_model models/demo_new
     python -m data.demo.train_demo_model models/demo_new --steps 200   # a look
 
-10,000 steps took 61 minutes on one thread of a machine busy with another run. The model is saved
+10,000 steps took 61 minutes on one thread of a machine busy with other work. The model is saved
 every 250 steps; `--model DIR --first_stage 3` goes on from there into another folder.
 
 A small Mamba left to itself answers "I don't know." for a hundred thousand questions, then copies
