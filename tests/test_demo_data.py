@@ -11,8 +11,8 @@ from statistics import median
 import pytest
 from transformers import AutoTokenizer
 
-from data.demo import make_demo
-from data.demo.domains import DOMAINS, FIGURES, PHRASES
+from data.demo import domains, make_demo
+from data.demo.domains import DOMAINS, FIGURES, PHRASES, Frame
 from squad_utils import NO_ANSWER
 
 DEMO = Path(make_demo.__file__).parent
@@ -115,13 +115,29 @@ def test_question_phrasings_are_disjoint(train, stream, validation):
     assert not {row["prompt"] for row in validation} & {row["prompt"] for row in train + stream}
 
 
+def skeleton(question: str) -> str:
+    """The question with "_" for whatever is asked for and E for the entity."""
+    asked_for = r"number of {things}|{noun}|{unit}|{things}|price|job|year|town|person"
+    text = question.replace("{thing}", "{e}").replace("{e}", "E").replace("{prep}", "of")
+    return re.sub(asked_for, "_", text)
+
+
+def test_no_frame_asks_in_training_as_another_does_in_validation():
+    frames = [value for value in vars(domains).values() if isinstance(value, Frame)]
+    train, validation = (
+        {skeleton(question) for frame in frames for question in frame.questions[split]}
+        for split in ("train", "validation")
+    )
+    assert not train & validation
+
+
 def test_validation_words_and_tokens_are_known(train, stream, validation, tokenizer):
     def token_ids(rows):
         parts = {f" {row['response']}" for row in rows} | {row["context"] for row in rows}
         parts |= {f"\n\nQ: {row['prompt']}\nA:" for row in rows}
         return set(chain.from_iterable(tokenizer(sorted(parts)).input_ids))
 
-    assert words(validation) <= words(train)
+    assert words(validation) <= words(train + stream)
     assert token_ids(validation) <= token_ids(stream)
 
 

@@ -73,9 +73,10 @@ def test_plain_domains_keep_all_but_the_phrasings():
 def test_questions_of_each_stage(curriculum, stage):
     rng = random.Random(stage)
     answerable = total = 0
+    sizes = set()
     for _ in range(60):
         passage = curriculum.passage(rng, demo.STAGES[stage])
-        assert len(passage.entities) == demo.STAGES[stage].entities
+        sizes.add((len(passage.entities), len(passage.facts) // len(passage.entities)))
         pairings = curriculum.questions(rng, passage, demo.STAGES[stage])
         assert 1 <= len(pairings) <= demo.QUESTIONS
         for pairing in pairings:
@@ -84,6 +85,12 @@ def test_questions_of_each_stage(curriculum, stage):
         answerable += sum(pairing.example.is_answerable for pairing in pairings)
         total += len(pairings)
     assert 0.5 < answerable / total < 1
+    most_entities, most_facts, *_ = demo.STAGES[stage]
+    assert sizes == {
+        (entities, facts)
+        for entities in range(3, most_entities + 1)
+        for facts in range(min(2, most_facts), most_facts + 1)
+    }
 
 
 def test_examples_are_facts_and_questions_of_their_passage(curriculum, tokenizer):

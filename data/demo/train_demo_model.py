@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from context_qa.dataset import Pairing, continuation, token_ids
 from context_qa.provenance import run_record
 from data.demo.domains import DOMAINS, Domain
 from data.demo.make_demo import Passage, make_passage, sentence
-from errors import positive_float, positive_int, run_script
+from errors import UserError, positive_float, positive_int, run_script
 from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
@@ -42,7 +42,7 @@ from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_p
 
 
 class Stage(NamedTuple):
-    """What the passages of a stage hold, at most; shares are of the questions."""
+    """What the passages of a stage hold, at most; `unanswerable` is a share of the questions."""
 
     entities: int
     facts: int  # of each entity
@@ -124,8 +124,9 @@ class Curriculum(Sampler[Continuation]):
     A passage is of the present stage with probability 0.85, else of one up to it.
     """
 
-    def __init__(self, tokenizer, length: int, seed: int):
-        self.tokenizer, self.length, self.seed, self.stage = tokenizer, length, seed, 0
+    def __init__(self, tokenizer, length: int, seed: int, stages: Sequence[Stage] = STAGES):
+        self.tokenizer, self.length, self.seed, self.stages = tokenizer, length, seed, stages
+        self.stage = 0
 
     def __len__(self) -> int:
         return self.length
@@ -134,7 +135,7 @@ class Curriculum(Sampler[Continuation]):
         rng = random.Random(self.seed)
         while True:
             at = self.stage if rng.random() < 0.85 else rng.randint(0, self.stage)
-            stage = STAGES[at]
+            stage = self.stages[at]
             passage = self.passage(rng, stage)
             yield from self.facts(rng, passage)
             for pairing in self.questions(rng, passage, stage):
@@ -187,7 +188,7 @@ class Promotion(TrainerCallback):
         if state.global_step % self.interval:
             return
         self.save()
-        curriculum, stage = self.curriculum, STAGES[self.curriculum.stage]
+        curriculum, stage = self.curriculum, self.curriculum.stages[self.curriculum.stage]
         asked = [
             pairing
             for _ in range(PROMOTION_PASSAGES)
@@ -203,11 +204,11 @@ class Promotion(TrainerCallback):
                 right[example.is_answerable].append(exact_match(answer.text, example.answers))
         shares = {key: sum(values) / max(len(values), 1) for key, values in right.items()}
         print(
-            f"step {state.global_step}: stage {curriculum.stage} of {len(STAGES) - 1}, "
+            f"step {state.global_step}: stage {curriculum.stage} of {len(curriculum.stages) - 1}, "
             f"answerable {shares[True]:.2f}, unanswerable {shares[False]:.2f}",
             flush=True,
         )
-        if shares[True] >= THRESHOLD and stage is not STAGES[-1]:
+        if shares[True] >= THRESHOLD and stage is not curriculum.stages[-1]:
             curriculum.stage += 1
 
 
@@ -220,6 +221,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--first_stage", type=int, choices=range(len(STAGES)), default=0, help="default: 0"
     )
+    parser.add_argument(
+        "--unanswerable",
+        metavar="SHARE",
+        type=positive_float,
+        default=STAGES[-1].unanswerable,
+        help="of the questions of the last stage (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=positive_int, default=12_000, help="default: 12000")
     parser.add_argument("--learning_rate", type=positive_float, default=4e-3, help="default: 4e-3")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -227,13 +235,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.unanswerable >= 1:
+        raise UserError(f"--unanswerable {args.unanswerable}: give a share below 1")
+    stages = [*STAGES[:-1], STAGES[-1]._replace(unanswerable=args.unanswerable)]
     output = new_folder(args.output)
     set_seed(args.seed)  # before the random weights
     tokenizer = load_tokenizer("data/demo/tokenizer")
     model = load_model(args.model or CONFIG)
     if not args.model:
         start_as_memory(model)
-    curriculum = Curriculum(tokenizer, BATCH * args.steps, args.seed)
+    curriculum = Curriculum(tokenizer, BATCH * args.steps, args.seed, stages)
     curriculum.stage = args.first_stage
     arguments = training_arguments(
         args.output,
