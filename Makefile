@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | lint
+# make setup | demo | demo_model | test | bench | lint
 # PYTHON=python3.12 chooses the interpreter; TORCH_INDEX=URL adds an index of CPU-only torch wheels.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test bench lint
+.PHONY: setup demo demo_model test bench lint
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,11 @@ demo: setup
 	@echo "== The results, by SQL"
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
+
+demo_model: setup  # models/demo from scratch, into models/demo_new
+	$(RUN) -m data.demo.train_demo_model models/demo_first
+	$(RUN) -m data.demo.train_demo_model models/demo_new --model models/demo_first \
+		--first_stage 3 --unanswerable 0.5 --steps 4000 --learning_rate 2e-3 --seed 1
 
 test: setup
 	$(RUN) -m pytest

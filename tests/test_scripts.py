@@ -29,7 +29,7 @@ ROWS = [
     {"context": CONTEXT, "prompt": f"Where does {name} live?", "response": town}
     for name, town in [*HOMES.items(), ("Eve", NO_ANSWER)]
 ]
-TINY = {"d_model": 64, "n_layer": 1, "vocab_size": 2153, "ssm_cfg": {"d_state": 4}}
+TINY = {"d_model": 64, "n_layer": 1, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -331,7 +331,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_
     has_data = script in (TRAIN, EVAL, N_SHOT)
     arguments = reading(script, config, trained.data) if has_data else [config]
     complaint = fail(script, *arguments, "--tokenizer", ROOT / TOKENIZER)
-    assert "tokenizer" in complaint and "2153" in complaint
+    assert "tokenizer" in complaint and "2156" in complaint
 
 
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(trained, monkeypatch):
