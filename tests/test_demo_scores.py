@@ -1,15 +1,20 @@
-"""The demo's baselines and swapped contexts, on cases small enough to check by eye."""
+"""The demo's scores: the shipped checkpoint's, the baselines', and swapped contexts."""
 
 import json
+from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
 
+from context_qa.answering import Answerer
 from data import swap_contexts
 from data.demo.make_demo import POOLS
-from data.demo.score_demo import nearest_phrase
-from squad_utils import NO_ANSWER, Example, read_examples
+from data.demo.score_demo import DATA, answers, nearest_phrase
+from mamba_lm.checkpoint import load_model, load_tokenizer
+from squad_utils import NO_ANSWER, Example, exact_match, read_examples
 
+ROOT = Path(__file__).parent.parent
 NAMES = POOLS["validation"]["title"][:3]
 PEOPLE = POOLS["validation"]["person"][:2]
 CONTEXT = (
@@ -29,6 +34,18 @@ CONTEXT = (
 def test_nearest_phrase(name, answers, expected):
     example = Example("", CONTEXT, f"Who is the owner of the {name} Hotel?", answers)
     assert nearest_phrase(example, "hotel") == expected
+
+
+def test_the_shipped_checkpoint_answers_and_abstains():
+    model = ROOT / "models/demo"
+    answerer = Answerer(load_model(str(model)), load_tokenizer(str(model)), max_new_tokens=16)
+    examples = read_examples(str(ROOT / DATA))
+    guesses = answers(answerer, [(example.context, example.question) for example in examples])
+    right = {True: [], False: []}
+    for example, guess in zip(examples, guesses, strict=True):
+        right[example.is_answerable].append(exact_match(guess, example.answers))
+    assert {key: len(scores) for key, scores in right.items()} == {True: 800, False: 400}
+    assert all(mean(scores) >= 0.9 for scores in right.values())
 
 
 def test_swapped_contexts_are_unanswerable_and_another_draw_by_seed(tmp_path):

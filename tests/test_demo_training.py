@@ -46,8 +46,8 @@ def test_weights_start_as_a_memory():
     demo.start_as_memory(model)
     assert before > 4.0, "by chance: the middle of 11"
     assert mean_rank_of_recalled_token(model) < before / 2
-    first, second = (block.mixer.A_log.exp() for block in model.backbone.layers)
-    assert first.max() > 100 * second.max(), "the first layer can forget"
+    first, *others = (block.mixer.A_log.exp() for block in model.backbone.layers)
+    assert all(first.max() > 100 * A.max() for A in others), "the first layer can forget"
 
 
 def test_stages_grow():
@@ -140,6 +140,7 @@ def test_a_short_training_leaves_a_whole_model(tmp_path):
         output=str(tmp_path / "model"),
         model=None,
         first_stage=0,
+        unanswerable=0.5,
         steps=3,
         learning_rate=1e-3,
         seed=0,
@@ -152,3 +153,20 @@ def test_a_short_training_leaves_a_whole_model(tmp_path):
     assert load_model(str(tmp_path / "model")).config == load_model(CONFIG).config
     with pytest.raises(UserError, match="holds a model already"):
         demo.main(arguments)
+    arguments.unanswerable = 1.0
+    with pytest.raises(UserError, match="give a share below 1"):
+        demo.main(arguments)
+
+
+def test_the_last_stage_has_the_share_of_unanswerable_questions_given(tokenizer):
+    few, many = (
+        demo.Curriculum(tokenizer, 0, 0, [demo.STAGES[-1]._replace(unanswerable=share)])
+        for share in (0.2, 0.8)
+    )
+
+    def share_of_unanswerable(curriculum):
+        examples = [example for example, _ in zip(curriculum, range(600), strict=False)]
+        targets = [tokenizer.decode(example.target) for example in examples]
+        return sum(NO_ANSWER in target for target in targets) / len(targets)
+
+    assert 2 * share_of_unanswerable(few) < share_of_unanswerable(many)

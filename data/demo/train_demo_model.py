@@ -1,10 +1,11 @@
 """Train the demo checkpoint from random weights, on passages that are written on the way.
 
-    python -m data.demo.train_demo_model models/demo_new
-    python -m data.demo.train_demo_model models/demo_new --steps 200   # a look
+    make demo_model
+    python -m data.demo.train_demo_model models/demo_look --steps 200   # a look
 
-12,000 steps, TIME. The model is saved
-every 250 steps; `--model DIR --first_stage 3` goes on from there into another folder.
+`make demo_model` runs this script twice: from random weights (67 minutes on one core beside another
+such run), then on the last stage with more unanswerable questions (18 minutes on two cores). The
+model is saved every 250 steps.
 
 A small Mamba left to itself answers "I don't know." for a hundred thousand questions, then copies
 any value of the right kind for as many. Three things shorten that (docs/LOG.md has the figures).
