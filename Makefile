@@ -41,10 +41,13 @@ demo: setup
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
 
-demo_model: setup  # models/demo from scratch, into models/demo_new
-	$(RUN) -m data.demo.train_demo_model models/demo_first
+demo_model: setup models/demo_first/.finished  # models/demo from scratch, into models/demo_new
 	$(RUN) -m data.demo.train_demo_model models/demo_new --model models/demo_first \
 		--first_stage 3 --unanswerable 0.5 --steps 4000 --learning_rate 2e-3 --seed 1
+
+models/demo_first/.finished: | setup
+	$(RUN) -m data.demo.train_demo_model models/demo_first
+	@touch $@
 
 test: setup
 	$(RUN) -m pytest

@@ -16,7 +16,7 @@ from context_qa.console import (
     read_context,
     typed_questions,
 )
-from errors import positive_int, run_script
+from errors import UserError, positive_int, run_script
 from mamba_lm.device import add_model_flags
 from squad_utils import prompt_parts
 
@@ -37,6 +37,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if not all(question.strip() for question in args.question or ()):
+        raise UserError("--question: is empty; ask something")
     context = read_context(args.context_file) if args.context_file else None
     answerer = load_answerer(args)  # before anything is typed
     context = context or read_context(None)

@@ -20,7 +20,7 @@ def load_answerer(args: argparse.Namespace) -> Answerer:
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
     note = Path(args.model) / NOTE
     if note.is_file():
-        print(note.read_text(encoding="utf-8").strip(), file=sys.stderr)
+        print(note.read_text(encoding="utf-8", errors="replace").strip(), file=sys.stderr)
     return Answerer(model, tokenizer, args.max_new_tokens)
 
 

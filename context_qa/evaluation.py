@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from context_qa.answering import Answerer
 from context_qa.results import ResultsFile, print_scores, result_row
-from errors import positive_int
+from errors import keep_inputs, positive_int
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples
@@ -38,6 +38,7 @@ def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, str]]) -> None:
     """Answer every example of args.data by its prompt (prefix, suffix); write, score, print."""
+    keep_inputs(args.output, args.data)
     examples = read_examples(args.data)[: args.limit]
     device = choose_device(args.device)
     with ResultsFile(args.output, args.overwrite) as results:

@@ -48,6 +48,9 @@ class ResultsFile:
         self.summary_path = self.path.with_name(f"{self.path.name}.summary.json")
         self.started = time.time()
         self.rows: list[dict] = []
+        for file in (self.path, self.summary_path):
+            if file.is_dir():
+                raise UserError(f"{file}: cannot be written (a folder); give another path")
         if not overwrite and self.path.exists() and self.path.stat().st_size > 0:
             raise UserError(f"{path}: holds results already; give another path or --overwrite")
         try:

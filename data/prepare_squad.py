@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from errors import UserError, run_script
+from errors import UserError, keep_inputs, run_script
 from squad_utils import Example, read_examples
 
 
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: give 1 or more")
+    keep_inputs(args.output, args.source, args.ids)
     examples = read_examples(args.source)
     if args.ids:
         examples = select_by_id(examples, args.ids, args.source)
@@ -64,7 +65,10 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
 
 def write_oxen_layout(examples: list[Example], output: str) -> None:
     """Write the file, whole or not at all, byte for byte as Oxen's are written."""
-    path, partial = Path(output), Path(f"{output}.partial")
+    if Path(output).exists() and not Path(output).is_file():  # a folder, a pipe, a device
+        raise UserError(f"{output}: cannot be written (not a file); give another OUTPUT")
+    path = Path(output).resolve()  # a link stays one
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

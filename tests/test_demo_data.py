@@ -7,12 +7,14 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from data.demo import domains, make_demo
 from data.demo.domains import DOMAINS, FIGURES, PHRASES, Frame
+from errors import UserError
 from squad_utils import NO_ANSWER
 
 DEMO = Path(make_demo.__file__).parent
@@ -139,6 +141,13 @@ def test_validation_words_and_tokens_are_known(train, stream, validation, tokeni
 
     assert words(validation) <= words(train + stream)
     assert token_ids(validation) <= token_ids(stream)
+
+
+def test_an_output_that_is_no_folder_is_told(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        make_demo.main(SimpleNamespace(output=file))
 
 
 def test_a_third_is_unanswerable(train, validation, stream):

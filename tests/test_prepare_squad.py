@@ -112,6 +112,28 @@ def test_output_that_cannot_be_a_file(source, tmp_path, output):
         prepare(source, tmp_path / output)
 
 
+def test_the_source_is_kept(source, tmp_path):
+    before = Path(source).read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(source)
+    for output in (Path(source), link):
+        with pytest.raises(UserError, match="is read too and would be lost"):
+            prepare(source, output, limit=1)
+    assert Path(source).read_bytes() == before
+
+
+def test_links_stay_links_and_pipes_pipes(source, tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    target.write_text("old")
+    link.symlink_to(target)
+    prepare(source, link)
+    assert link.is_symlink() and target.read_bytes() == "".join(LINES).encode()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="not a file"):
+        prepare(source, pipe)
+    assert pipe.is_fifo()
+
+
 def test_runs_as_a_module_from_the_root(source, tmp_path):
     def run(*args: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "data.prepare_squad", *args]

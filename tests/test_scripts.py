@@ -334,6 +334,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_
     assert "tokenizer" in complaint and "2156" in complaint
 
 
+@pytest.mark.parametrize("script", [EVAL, N_SHOT])
+def test_the_data_is_kept_where_it_is_the_output_too(fail, trained, script):
+    before = trained.data.read_bytes()
+    complaint = fail(script, trained.model, trained.data, trained.data, "--overwrite")
+    assert "is read too and would be lost" in complaint
+    assert trained.data.read_bytes() == before
+
+
+def test_an_empty_question_is_refused(fail, trained):
+    arguments = [trained.model, "--context_file", trained.data, "--question", " "]
+    assert "--question" in fail(PROMPT, *arguments)
+
+
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(trained, monkeypatch):
     train = importlib.import_module(TRAIN)
     weights = []

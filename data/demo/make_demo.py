@@ -20,7 +20,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from data.demo.domains import DOMAINS, FIGURES, FILLERS, OPENERS, PHRASES, Attribute, Domain
-from errors import run_script
+from errors import UserError, run_script
 from squad_utils import NO_ANSWER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -317,10 +317,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
-    write_rows(args.output / "validation.jsonl", validation_passages(300))
-    write_tokenizer(args.output / "tokenizer")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
+        write_rows(args.output / "validation.jsonl", validation_passages(300))
+        write_tokenizer(args.output / "tokenizer")
+    except OSError as error:
+        raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

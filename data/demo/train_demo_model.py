@@ -239,12 +239,12 @@ def main(args: argparse.Namespace) -> None:
     if args.unanswerable >= 1:
         raise UserError(f"--unanswerable {args.unanswerable}: give a share below 1")
     stages = [*STAGES[:-1], STAGES[-1]._replace(unanswerable=args.unanswerable)]
-    output = new_folder(args.output)
     set_seed(args.seed)  # before the random weights
     tokenizer = load_tokenizer("data/demo/tokenizer")
     model = load_model(args.model or CONFIG)
     if not args.model:
         start_as_memory(model)
+    output = new_folder(args.output)
     curriculum = Curriculum(tokenizer, BATCH * args.steps, args.seed, stages)
     curriculum.stage = args.first_stage
     arguments = training_arguments(

@@ -172,7 +172,7 @@ def test_a_models_note_goes_to_stderr(answerer, tmp_path, capsys):
     )
     loaded = load_answerer(args)
     assert capsys.readouterr().out == "" and loaded.max_new_tokens == 3
-    (folder / NOTE).write_text("Made for tests.\n")
+    (folder / NOTE).write_bytes(b"Made for tests\xe9\n")
     load_answerer(args)
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "Made for tests.\n")
+    assert (out, err) == ("", "Made for tests\ufffd\n")

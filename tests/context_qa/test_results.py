@@ -126,6 +126,12 @@ def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwri
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_summary_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "results.jsonl.summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary\.json: cannot be written \(a folder\)"):
+        ResultsFile(str(tmp_path / "results.jsonl"))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_told_in_one_line():
     with pytest.raises(UserError, match="/dev/full: cannot be written"):
