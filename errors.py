@@ -11,7 +11,8 @@ class UserError(Exception):
 
 
 def run_script(main, parse_args) -> None:
-    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError, 130 on Ctrl-C."""
+    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError or a path that the
+    system refuses, 130 on Ctrl-C."""
     try:
         main(parse_args())
         sys.stdout.flush()
@@ -22,6 +23,10 @@ def run_script(main, parse_args) -> None:
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a path that cannot even be looked at: too long, not permitted
+        if error.filename is None:
+            raise
+        sys.exit(_report(f"error: {error.filename}: {error.strerror}", code=2))
 
 
 def keep_inputs(output: str, *inputs: str | None) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -48,10 +49,9 @@ class ResultsFile:
         self.summary_path = self.path.with_name(f"{self.path.name}.summary.json")
         self.started = time.time()
         self.rows: list[dict] = []
-        for file in (self.path, self.summary_path):
-            if file.is_dir():
-                raise UserError(f"{file}: cannot be written (a folder); give another path")
-        if not overwrite and self.path.exists() and self.path.stat().st_size > 0:
+        if os.path.isdir(self.summary_path):  # else told only after all is computed
+            raise UserError(f"{self.summary_path}: cannot be written (a folder)")
+        if not overwrite and os.path.isfile(path) and os.path.getsize(path) > 0:
             raise UserError(f"{path}: holds results already; give another path or --overwrite")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,9 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
 
 def write_oxen_layout(examples: list[Example], output: str) -> None:
     """Write the file, whole or not at all, byte for byte as Oxen's are written."""
-    if Path(output).exists() and not Path(output).is_file():  # a folder, a pipe, a device
+    if os.path.exists(output) and not os.path.isfile(output):  # a folder, a pipe, a device
         raise UserError(f"{output}: cannot be written (not a file); give another OUTPUT")
-    path = Path(output).resolve()  # a link stays one
+    path = Path(os.path.realpath(output))  # a link stays one
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,7 @@ def save_model(
 def new_folder(name: str) -> Path:
     """The output folder, made now: a run must not end in a path that cannot be written."""
     folder = Path(name)
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):
         raise UserError(f"{name}: holds a model already; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

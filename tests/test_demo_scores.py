@@ -14,7 +14,7 @@ from data.demo.score_demo import DATA, answers, nearest_phrase
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, read_examples
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 NAMES = POOLS["validation"]["title"][:3]
 PEOPLE = POOLS["validation"]["person"][:2]
 CONTEXT = (

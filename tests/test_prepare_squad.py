@@ -106,7 +106,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(source, tmp_path, m
     assert os.listdir(output.parent) == ["out.jsonl"]
 
 
-@pytest.mark.parametrize("output", [".", "source.jsonl/out.jsonl"])
+@pytest.mark.parametrize("output", [".", "source.jsonl/out.jsonl", "a" * 300])
 def test_output_that_cannot_be_a_file(source, tmp_path, output):
     with pytest.raises(UserError, match="cannot be written"):
         prepare(source, tmp_path / output)

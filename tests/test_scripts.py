@@ -243,7 +243,9 @@ def test_a_bad_context_file_is_named(fail, trained, tmp_path, content, complaint
 
 
 @every_script
-@pytest.mark.parametrize("model", ["nobody/no-such-model", "models/no/such/folder", "./none"])
+@pytest.mark.parametrize(
+    "model", ["nobody/no-such-model", "models/no/such/folder", "./none", "a" * 300]
+)
 def test_an_unknown_model_is_named(fail, trained, script, model):
     has_data = script in (TRAIN, EVAL, N_SHOT)
     arguments = reading(script, model, trained.data) if has_data else [model]
@@ -265,7 +267,7 @@ def test_a_truncated_model_is_named(fail, trained, tmp_path, script):
 
 
 @reads_data
-@pytest.mark.parametrize("output", ["file", "file/below", "file/far/below"])
+@pytest.mark.parametrize("output", ["file", "file/below", "file/far/below", "a" * 300])
 def test_an_output_that_cannot_be_written_is_named(fail, trained, tmp_path, script, output):
     (tmp_path / "file").write_text("kept")
     complaint = fail(script, *reading(script, trained.model, trained.data, tmp_path / output))

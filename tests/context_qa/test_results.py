@@ -116,7 +116,9 @@ def test_an_empty_file_is_no_results(tmp_path):
     assert read(tmp_path / "results.jsonl") == [{"idx": 0}]
 
 
-@pytest.mark.parametrize("output", [".", "file/results.jsonl", "file/deeper/results.jsonl"])
+@pytest.mark.parametrize(
+    "output", [".", "file/results.jsonl", "file/deeper/results.jsonl", "a" * 300]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwrite):
     (tmp_path / "file").write_text("kept")
