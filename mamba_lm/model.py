@@ -7,7 +7,7 @@ Symbols, after Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective St
     m   d_model, residual width       C (b, l, n) output matrix, selected by x    (algorithm 2)
     d   d_inner = expand * d_model    D (d,)      skip connection                 (section 2)
     n   d_state                       Δ (b, l, d) step, softplus(dt_proj(dt))     (section 3.5.1)
-    r   dt_rank                       h (b, d, n) the state                       (eq. 2)
+    r   dt_rank                       h (b, n, d) the state                       (eq. 2)
     w   d_conv                        v           vocabulary rows
 
 Parameter names are those of `transformers`' MambaForCausalLM. Falcon-Mamba ("Falcon Mamba: The
@@ -70,7 +70,7 @@ class MambaState(NamedTuple):
     """Everything a model remembers of what it has read. A value: no call changes one in place.
 
     conv: per layer (b, w - 1, d), the last inputs of the convolution, oldest first.
-    ssm: per layer (b, d, n), the state h, in float32 or float64.
+    ssm: per layer (b, n, d), the state h, in float32 or float64; d innermost, as kernels read it.
     """
 
     conv: tuple[Tensor, ...]
@@ -144,7 +144,7 @@ class MambaMixer(nn.Module):
     def forward(
         self, u: Tensor, conv: Tensor | None, ssm: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, d, n)."""
+        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, n, d)."""
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
         new_conv = last_inputs(x, conv, self.conv1d.kernel_size[0] - 1, lengths)
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv)  # (b, l, d)

@@ -42,10 +42,10 @@ def selective_scan(
         h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t x_t        y_t = (C_t h_t + D x_t) ∘ SiLU(z_t)
 
     Shapes: x, delta, z (b, l, d); A (d, n), negative; B, C (b, l, n); D (d,); initial_state
-    (b, d, n); lengths (b,) int64, the number of real positions of each right-padded row. Positions
+    (b, n, d); lengths (b,) int64, the number of real positions of each right-padded row. Positions
     from a row's length on leave the state alone and give y = 0.
 
-    Returns y (b, l, d) in x's dtype and the final state (b, d, n), in float32 or float64.
+    Returns y (b, l, d) in x's dtype and the final state (b, n, d), in float32 or float64.
     Differentiable in every tensor, the initial and the final state included. Raises ValueError on
     shapes that do not fit: the kernels trust them.
     """
@@ -57,7 +57,7 @@ def selective_scan(
         C=(C, (b, l, n)),
         D=(D, (d,)),
         z=(z, (b, l, d)),
-        initial_state=(initial_state, (b, d, n)),
+        initial_state=(initial_state, (b, n, d)),
         lengths=(lengths, (b,)),
     )
     return _backend(x).selective_scan(x, delta, A, B, C, D, z, initial_state, lengths)

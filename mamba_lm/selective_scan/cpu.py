@@ -1,17 +1,20 @@
 """Fused selective scan and causal convolution for the CPU, in float32; no (b, l, d, n) tensor.
 
-The kernels' jobs run on a thread pool of our own with the interpreter lock released: as many
-threads as torch uses, safe after a fork, and independent of Numba's threading layers.
+The kernels' jobs run with the interpreter lock released on the threads that torch computes on: those
+of any other pool would wait for a core while torch's own, which spin after a matrix product until
+the next one, keep it busy.
 """
 
+import ctypes
 import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,12 +39,12 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx, x, delta, A, B, C, D, z, initial_state, lengths, keep):
         b, l, d = x.shape
         n = A.shape[1]
-        y = torch.zeros(b, l, d) if lengths is not None else torch.empty(b, l, d)
-        final_state = torch.empty(b, d, n)
+        y = torch.empty(b, l, d)
+        final_state = torch.empty(b, n, d)
         saved = torch.empty(b, -(-l // CHUNK), n, d) if keep else torch.empty(0)
         if lengths is None:
             lengths = torch.full((b,), l)
-        inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
+        inputs = (*_rows(x), *_rows(delta), _flat(A.T), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         outputs = (_flat(y), _flat(final_state), _flat(saved))
         _run(
             scan_forward,
@@ -59,12 +62,11 @@ class _SelectiveScan(torch.autograd.Function):
         b, l, d = x.shape
         n = A.shape[1]
         tiles = -(-d // TILE)
-        # Padded positions are not visited: their gradients stay at zero.
-        gx, gdelta = torch.zeros(b, l, d), torch.zeros(b, l, d)
-        gz = torch.zeros(b, l, d) if z is not None else torch.empty(0)
+        gx, gdelta = torch.empty(b, l, d), torch.empty(b, l, d)
+        gz = torch.empty(b, l, d) if z is not None else torch.empty(0)
         gB, gC = torch.zeros(tiles, b, l, n), torch.zeros(tiles, b, l, n)
-        gA, gD, ginitial = torch.empty(b, d, n), torch.empty(b, d), torch.empty(b, d, n)
-        inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
+        gA, gD, ginitial = torch.empty(b, n, d), torch.empty(b, d), torch.empty(b, n, d)
+        inputs = (*_rows(x), *_rows(delta), _flat(A.T), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         gradients = [_flat(g) for g in (gx, gdelta, gz, gA, gB, gC, gD, ginitial)]
         _run(
             scan_backward,
@@ -73,7 +75,7 @@ class _SelectiveScan(torch.autograd.Function):
             work=b * l * d * n,
         )
         return (
-            gx, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0),
+            gx, gdelta, gA.sum(0).T, gB.sum(0), gC.sum(0), gD.sum(0),
             gz if z is not None else None,
             ginitial if initial_state is not None else None,
             None, None,
@@ -165,13 +167,47 @@ def _run(kernel, arguments: tuple, jobs: int, work: int) -> None:
             kernel((0, jobs), *arguments)
             return
         bounds = pairwise(jobs * i // threads for i in range(threads + 1))
-        pool = _pool(os.getpid(), torch.get_num_threads())
-        list(pool.map(lambda bound: kernel(bound, *arguments), bounds))
+        shares = [functools.partial(kernel, bound, *arguments) for bound in bounds]
+        if _openmp() is not None and os.getpid() == _PROCESS:
+            _run_on_openmp(shares)
+        else:
+            list(_pool(os.getpid(), threads).map(lambda share: share(), shares))
+
+
+_PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP runtime that torch brought along; None where it has another."""
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    return ctypes.CDLL(str(libraries[0])) if libraries else None
+
+
+def _run_on_openmp(shares: list[Callable[[], None]]) -> None:
+    """Run functions on torch's own threads, in any order; the first error is raised at the end."""
+    waiting, errors = list(shares), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def work(_):
+        # A team may be smaller than asked for: whoever is here works until nothing is left.
+        while waiting:
+            with suppress(IndexError):  # another thread has taken the last one
+                share = waiting.pop()
+                try:
+                    share()
+                except BaseException as error:  # no Python above this frame would see it
+                    errors.append(error)
+
+    _openmp().GOMP_parallel(work, None, len(shares), 0)
+    if errors:
+        raise errors[0]
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One pool per process: threads do not survive a fork, so the process id is part of the key."""
+    """A pool where torch's threads cannot be had, one per process: threads do not survive a fork,
+    so the process id is part of the key."""
     return ThreadPoolExecutor(threads, thread_name_prefix="selective-scan")
 
 

@@ -1,11 +1,14 @@
-"""The CPU backend's kernels, compiled by Numba: float32, vectorised over tiles of channels.
+"""The CPU backend's kernels, compiled by Numba: float32, vectorised over channels.
 
-A job is one row of the batch and one tile of `TILE` channels; what it needs at a time step lives in
-small contiguous arrays, so that LLVM turns each inner loop over the tile into vector instructions.
-The forward pass keeps the state at the start of every `CHUNK` steps; the backward pass replays a
-chunk from there and then walks it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
+A job is one row of the batch and one tile of `TILE` channels, read in chunks of `CHUNK` steps, so
+that all it touches stays in the processor's nearest cache. Every inner loop runs over the channels
+of a tile, which LLVM turns into vector instructions; the loop over the state's n stands outside
+that over the steps, for one i's part of the state is then all that moves. The forward pass keeps
+the state at the start of every chunk; the backward pass replays a chunk from there and then walks
+it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
 
-Arrays come flat and in float32, lengths in int64. A kernel does jobs [start, stop), rows first.
+Arrays come flat and in float32, lengths in int64; `?s` is the distance between the rows of `?`, d
+where it is not given. A kernel does jobs [start, stop), rows of the batch first.
 """
 
 import functools
@@ -16,12 +19,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-TILE = 64
+TILE = 128
 CHUNK = 16
 
 f32 = np.float32
-_LOG2E, _LN2_HIGH, _LN2_LOW = f32(1.4426950408889634), f32(0.693359375), f32(-2.12194440e-4)
-_EXP_LOWEST, _EXP_HIGHEST = f32(-86.6), f32(88.72)
+_LOG2E, _LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
+_LOWEST, _HIGHEST = f32(-125.0), f32(126.0)
 # Adding 1.5 * 2^23 rounds a float32 to an integer that stands in its lowest mantissa bits.
 _ROUND = f32(12582912.0)
 
@@ -46,33 +49,30 @@ def _bits_float(typing_context, value):
     return types.float32(types.int32), generate
 
 
-# The rounding trick below does not survive reassociation: this function allows contraction alone.
+# The rounding trick below does not survive reassociation: these functions allow contraction alone.
 @numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)
-def _exp(x):
-    """exp(x) within 2 ulp, branch-free so that it vectorises (Cephes expf's polynomial).
+def _exp2(x):
+    """2^x for x <= 126 within 2 ulp, branch-free so that it vectorises; NaN stays NaN.
 
-    NaN stays NaN; exp(x) < 2.5e-38 gives 0, an overflow the largest float.
+    The polynomial is the minimax one of 2^r - 1 on [-1/2, 1/2]: 9e-8 off at most. Below 2^-125 it
+    stays there, since subnormal numbers are slow.
     """
-    clamped = min(max(x, _EXP_LOWEST), _EXP_HIGHEST)
-    shifted = clamped * _LOG2E + _ROUND
-    k = shifted - _ROUND
-    r = (clamped - k * _LN2_HIGH) - k * _LN2_LOW
-    p = f32(1.9875691500e-4)
-    p = p * r + f32(1.3981999507e-3)
-    p = p * r + f32(8.3334519073e-3)
-    p = p * r + f32(4.1665795894e-2)
-    p = p * r + f32(1.6666665459e-1)
-    p = p * r + f32(5.0000001201e-1)
-    p = p * r * r + r + f32(1.0)
-    # 2^128 is not a float32: scale by 2^(k - 1), then by 2.
-    scale = _bits_float((_float_bits(shifted) + numba.int32(126)) << numba.int32(23))
-    result = p * scale * f32(2.0)
-    return result if x >= _EXP_LOWEST else (f32(0.0) if x < _EXP_LOWEST else x)
+    clamped = _LOWEST if x < _LOWEST else x
+    shifted = clamped + _ROUND
+    r = clamped - (shifted - _ROUND)
+    p = f32(1.3264727e-3)
+    p = p * r + f32(9.6715130e-3)
+    p = p * r + f32(5.5507336e-2)
+    p = p * r + f32(2.4022242e-1)
+    p = p * r + f32(6.9314700e-1)
+    p = p * r + f32(1.0)
+    return _bits_float(_float_bits(p) + (_float_bits(shifted) << numba.int32(23)))
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)
 def _sigmoid(x):
-    return f32(1.0) / (f32(1.0) + _exp(-x))
+    exponent = -_LOG2E * x
+    return f32(1.0) / (f32(1.0) + _exp2(_HIGHEST if exponent > _HIGHEST else exponent))
 
 
 _kernel = functools.partial(
@@ -84,93 +84,80 @@ _reduction_kernel = functools.partial(
 )
 
 
-@_kernel()
-def _load(tiled, position, source, row_stride, step, steps, tiles, d):
-    """Copy `steps` rows of a flat (rows, d) array from `step` on into tiled (tiles, ..., TILE)
-    from `position` on.
-
-    Whole rows in order, so that the processor prefetches them; read tile by tile, they would come
-    from main memory a quarter of a kilobyte at a time. Lanes past channel d become zero: a NaN of
-    another row would stay in them, and sums over a tile would spread it.
-    """
-    for s in range(steps):
-        at = (step + s) * row_stride
-        for tile in range(tiles[0], tiles[1]):
-            first = tile * TILE
-            for c in range(min(TILE, d - first)):
-                tiled[tile, position + s, c] = source[at + first + c]
-            for c in range(d - first, TILE):
-                tiled[tile, position + s, c] = f32(0.0)
+@numba.njit(inline="always")
+def _part(source, row, row_stride, first, width):
+    """Channels [first, first + width) of one row of a flat array."""
+    at = row * row_stride + first
+    return source[at : at + width]
 
 
 @_kernel()
-def _store(tiled, target, step, steps, tiles, d):
-    """The reverse of `_load`, into a flat (rows, d) array."""
-    for s in range(steps):
-        at = (step + s) * d
-        for tile in range(tiles[0], tiles[1]):
-            first = tile * TILE
-            for c in range(min(TILE, d - first)):
-                target[at + first + c] = tiled[tile, s, c]
+def _load_decay_rates(a, A, n, d, first, width):
+    """A (n, d) in powers of two: exp(Δ A) is then exp2(Δ a)."""
+    for i in range(n):
+        a_i, A_i = a[i], _part(A, i, d, first, width)
+        for c in range(width):
+            a_i[c] = A_i[c] * _LOG2E
 
 
 @_kernel()
 def scan_forward(
     jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
 ):  # fmt: skip
-    """Jobs [start, stop) of the scan. Flat arrays; `?s` is the distance between rows of `?`."""
-    start, stop = jobs
+    """Jobs [start, stop) of the scan."""
     l, d, n = shape
-    num_tiles = (d + TILE - 1) // TILE
+    tiles = (d + TILE - 1) // TILE
     chunks = (l + CHUNK - 1) // CHUNK
-    gated, keep = z.size > 0, saved.size > 0
-    a = np.zeros((num_tiles, n, TILE), f32)
-    h = np.zeros((num_tiles, n, TILE), f32)
-    skip = np.zeros((num_tiles, 1, TILE), f32)
-    x_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    delta_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    z_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    y_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    update = np.zeros(TILE, f32)
-    _load(skip, 0, D, 0, 0, 1, (0, num_tiles), d)
-    for channel in range(d):
+    a, h = np.empty((n, TILE), f32), np.empty((n, TILE), f32)
+    update, out = np.empty((CHUNK, TILE), f32), np.empty((CHUNK, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job // tiles, job % tiles * TILE
+        width = min(TILE, d - first)
+        skip = D[first : first + width]
+        _load_decay_rates(a, A, n, d, first, width)
         for i in range(n):
-            a[channel // TILE, i, channel % TILE] = A[channel * n + i]
-    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
-        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
-        for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
+            if h0.size > 0:
+                h[i, :width] = _part(h0, row * n + i, d, first, width)
+            else:
+                h[i] = f32(0.0)
+        for chunk in range((lengths[row] + CHUNK - 1) // CHUNK):
+            step = row * l + chunk * CHUNK
+            steps = min(CHUNK, lengths[row] - chunk * CHUNK)
+            if saved.size > 0:
+                for i in range(n):
+                    at = (row * chunks + chunk) * n + i
+                    _part(saved, at, d, first, width)[:] = h[i, :width]
+            for s in range(steps):
+                x_s, delta_s = (
+                    _part(x, step + s, xs, first, width),
+                    _part(delta, step + s, ds, first, width),
+                )
+                update_s, out_s = update[s], out[s]
+                for c in range(width):
+                    update_s[c] = delta_s[c] * x_s[c]
+                    out_s[c] = skip[c] * x_s[c]
             for i in range(n):
-                value = h0[(row * d + channel) * n + i] if h0.size > 0 else f32(0.0)
-                h[channel // TILE, i, channel % TILE] = value
-        for t0 in range(0, lengths[row], CHUNK):
-            step, steps = row * l + t0, min(CHUNK, lengths[row] - t0)
-            _load(x_c, 0, x, xs, step, steps, tiles, d)
-            _load(delta_c, 0, delta, ds, step, steps, tiles, d)
-            if gated:
-                _load(z_c, 0, z, zs, step, steps, tiles, d)
-            if keep:
-                _store(h, saved, (row * chunks + t0 // CHUNK) * n, n, tiles, d)
-            for tile in range(tiles[0], tiles[1]):
-                a_t, h_t = a[tile], h[tile]
+                a_i, h_i = a[i], h[i]
                 for s in range(steps):
-                    delta_s, x_s = delta_c[tile, s], x_c[tile, s]
-                    y_s, z_s = y_c[tile, s], z_c[tile, s]
-                    for c in range(TILE):
-                        update[c] = delta_s[c] * x_s[c]
-                        y_s[c] = skip[tile, 0, c] * x_s[c]
-                    for i in range(n):
-                        b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
-                        for c in range(TILE):
-                            state = _exp(delta_s[c] * a_t[i, c]) * h_t[i, c] + update[c] * b_i
-                            h_t[i, c] = state
-                            y_s[c] += state * c_i
-                    if gated:
-                        for c in range(TILE):
-                            y_s[c] *= z_s[c] * _sigmoid(z_s[c])
-            _store(y_c, y, step, steps, tiles, d)
-        for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
-            for i in range(n):
-                hT[(row * d + channel) * n + i] = h[channel // TILE, i, channel % TILE]
+                    delta_s = _part(delta, step + s, ds, first, width)
+                    update_s, out_s = update[s], out[s]
+                    b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
+                    for c in range(width):
+                        state = _exp2(delta_s[c] * a_i[c]) * h_i[c] + update_s[c] * b_i
+                        h_i[c] = state
+                        out_s[c] += state * c_i
+            for s in range(steps):
+                y_s, out_s = _part(y, step + s, d, first, width), out[s]
+                if z.size > 0:
+                    z_s = _part(z, step + s, zs, first, width)
+                    for c in range(width):
+                        y_s[c] = out_s[c] * z_s[c] * _sigmoid(z_s[c])
+                else:
+                    y_s[:] = out_s[:width]
+        for t in range(lengths[row], l):
+            _part(y, row * l + t, d, first, width)[:] = f32(0.0)
+        for i in range(n):
+            _part(hT, row * n + i, d, first, width)[:] = h[i, :width]
 
 
 @_reduction_kernel()
@@ -178,213 +165,188 @@ def scan_backward(
     jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, lengths, saved,
     gy, ghT, gx, gdelta, gz, gA, gB, gC, gD, gh0,
 ):  # fmt: skip
-    """Jobs [start, stop) of the scan's gradient. gA (rows, d, n), gD (rows, d) and gB, gC
+    """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
     (tiles, rows, l, n) are partial sums, so that threads share nothing and the result does not
-    depend on their number."""
-    start, stop = jobs
+    depend on their number; the latter two come as zeros."""
     rows, l, d, n = shape
-    num_tiles = (d + TILE - 1) // TILE
+    tiles = (d + TILE - 1) // TILE
     chunks = (l + CHUNK - 1) // CHUNK
-    gated = z.size > 0
-    a = np.zeros((num_tiles, n, TILE), f32)
-    ga = np.zeros((num_tiles, n, TILE), f32)
-    gh = np.zeros((num_tiles, n, TILE), f32)
-    h0_c = np.zeros((num_tiles, n, TILE), f32)
-    skip = np.zeros((num_tiles, 1, TILE), f32)
-    gskip = np.zeros((num_tiles, 1, TILE), f32)
-    x_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    delta_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    z_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    gy_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    history = np.zeros((CHUNK + 1, n, TILE), f32)
-    decays = np.zeros((CHUNK, n, TILE), f32)
-    update, out, ginput, gdelta_s = (
-        np.zeros(TILE, f32), np.zeros(TILE, f32), np.zeros(TILE, f32), np.zeros(TILE, f32),
+    a, ga, gh = (np.empty((n, TILE), f32), np.empty((n, TILE), f32), np.empty((n, TILE), f32))
+    h, decay = np.empty((CHUNK + 1, TILE), f32), np.empty((CHUNK, TILE), f32)  # of one i
+    update, out, gout = (
+        np.empty((CHUNK, TILE), f32), np.empty((CHUNK, TILE), f32), np.empty((CHUNK, TILE), f32),
     )  # fmt: skip
-    _load(skip, 0, D, 0, 0, 1, (0, num_tiles), d)
-    for channel in range(d):
+    ginput, gexponent = np.empty((CHUNK, TILE), f32), np.empty((CHUNK, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, tile = job // tiles, job % tiles
+        first = tile * TILE
+        width = min(TILE, d - first)
+        skip, gskip = D[first : first + width], _part(gD, row, d, first, width)
+        gskip[:] = f32(0.0)
+        _load_decay_rates(a, A, n, d, first, width)
+        ga[:] = f32(0.0)
         for i in range(n):
-            a[channel // TILE, i, channel % TILE] = A[channel * n + i]
-    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
-        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
-        ga[:], gh[:], gskip[:] = f32(0.0), f32(0.0), f32(0.0)
-        for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
-            for i in range(n):
-                gh[channel // TILE, i, channel % TILE] = ghT[(row * d + channel) * n + i]
+            gh[i, :width] = _part(ghT, row * n + i, d, first, width)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
-            step, steps = row * l + chunk * CHUNK, min(CHUNK, lengths[row] - chunk * CHUNK)
-            _load(x_c, 0, x, xs, step, steps, tiles, d)
-            _load(delta_c, 0, delta, ds, step, steps, tiles, d)
-            _load(gy_c, 0, gy, d, step, steps, tiles, d)
-            _load(h0_c, 0, saved, d, (row * chunks + chunk) * n, n, tiles, d)
-            if gated:
-                _load(z_c, 0, z, zs, step, steps, tiles, d)
-            for tile in range(tiles[0], tiles[1]):
-                a_t, ga_t, gh_t = a[tile], ga[tile], gh[tile]
-                history[0] = h0_c[tile]
-                for s in range(steps):
-                    delta_s, x_s = delta_c[tile, s], x_c[tile, s]
-                    gy_s, z_s = gy_c[tile, s], z_c[tile, s]
-                    h_before, h_after, decay_s = history[s], history[s + 1], decays[s]
-                    for c in range(TILE):
-                        update[c] = delta_s[c] * x_s[c]
-                        out[c] = skip[tile, 0, c] * x_s[c]
-                    for i in range(n):
-                        b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
-                        for c in range(TILE):
-                            decay = _exp(delta_s[c] * a_t[i, c])
-                            state = decay * h_before[i, c] + update[c] * b_i
-                            decay_s[i, c] = decay
-                            h_after[i, c] = state
-                            out[c] += state * c_i
-                    if gated:
-                        for c in range(TILE):
-                            sigmoid = _sigmoid(z_s[c])
-                            silu = z_s[c] * sigmoid
-                            z_s[c] = out[c] * gy_s[c] * (sigmoid + silu * (f32(1.0) - sigmoid))
-                            gy_s[c] *= silu
-                for s in range(steps - 1, -1, -1):
-                    delta_s, x_s, gy_s = delta_c[tile, s], x_c[tile, s], gy_c[tile, s]
-                    h_before, h_after, decay_s = history[s], history[s + 1], decays[s]
-                    for c in range(TILE):
-                        update[c] = delta_s[c] * x_s[c]
-                        ginput[c] = f32(0.0)
-                        gdelta_s[c] = f32(0.0)
-                    for i in range(n):
-                        b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
-                        gb_i = f32(0.0)
-                        gc_i = f32(0.0)
-                        for c in range(TILE):
-                            g = gh_t[i, c] + gy_s[c] * c_i
-                            decayed = g * decay_s[i, c]
-                            exponent = decayed * h_before[i, c]
-                            gh_t[i, c] = decayed
-                            gdelta_s[c] += exponent * a_t[i, c]
-                            ga_t[i, c] += exponent * delta_s[c]
-                            ginput[c] += g * b_i
-                            gb_i += g * update[c]
-                            gc_i += gy_s[c] * h_after[i, c]
-                        gB[((tile * rows) * l + step + s) * n + i] = gb_i
-                        gC[((tile * rows) * l + step + s) * n + i] = gc_i
-                    for c in range(TILE):  # x and Δ have been read: gradients take their place
-                        gskip[tile, 0, c] += gy_s[c] * x_s[c]
-                        gdelta_s[c] += ginput[c] * x_s[c]
-                        x_s[c] = ginput[c] * delta_s[c] + gy_s[c] * skip[tile, 0, c]
-                        delta_s[c] = gdelta_s[c]
-            _store(x_c, gx, step, steps, tiles, d)
-            _store(delta_c, gdelta, step, steps, tiles, d)
-            if gated:
-                _store(z_c, gz, step, steps, tiles, d)
-        _store(gskip, gD, row, 1, tiles, d)
-        for channel in range(tiles[0] * TILE, min(tiles[1] * TILE, d)):
-            tile, c = channel // TILE, channel % TILE
+            step = row * l + chunk * CHUNK
+            steps = min(CHUNK, lengths[row] - chunk * CHUNK)
+            for s in range(steps):
+                x_s, delta_s, gy_s = (
+                    _part(x, step + s, xs, first, width),
+                    _part(delta, step + s, ds, first, width),
+                    _part(gy, step + s, d, first, width),
+                )
+                update_s, out_s, gout_s = update[s], out[s], gout[s]
+                for c in range(width):
+                    update_s[c] = delta_s[c] * x_s[c]
+                    out_s[c] = skip[c] * x_s[c]
+                if z.size > 0:
+                    z_s = _part(z, step + s, zs, first, width)
+                    gz_s = _part(gz, step + s, d, first, width)
+                    for c in range(width):
+                        sigmoid = _sigmoid(z_s[c])
+                        silu = z_s[c] * sigmoid
+                        gz_s[c] = gy_s[c] * (sigmoid + silu * (f32(1.0) - sigmoid))
+                        gout_s[c] = gy_s[c] * silu
+                else:
+                    gout_s[:width] = gy_s
+                ginput[s], gexponent[s] = f32(0.0), f32(0.0)
             for i in range(n):
-                gA[(row * d + channel) * n + i] = ga[tile, i, c]
-                gh0[(row * d + channel) * n + i] = gh[tile, i, c]
+                a_i, ga_i, gh_i = a[i], ga[i], gh[i]
+                h[0, :width] = _part(saved, (row * chunks + chunk) * n + i, d, first, width)
+                for s in range(steps):
+                    delta_s = _part(delta, step + s, ds, first, width)
+                    update_s, out_s = update[s], out[s]
+                    h_before, h_after, decay_s = h[s], h[s + 1], decay[s]
+                    b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
+                    for c in range(width):
+                        decayed = _exp2(delta_s[c] * a_i[c])
+                        state = decayed * h_before[c] + update_s[c] * b_i
+                        decay_s[c] = decayed
+                        h_after[c] = state
+                        out_s[c] += state * c_i
+                for s in range(steps - 1, -1, -1):
+                    delta_s = _part(delta, step + s, ds, first, width)
+                    update_s, gout_s = update[s], gout[s]
+                    h_before, h_after, decay_s = h[s], h[s + 1], decay[s]
+                    ginput_s, gexponent_s = ginput[s], gexponent[s]
+                    b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
+                    gb_i, gc_i = f32(0.0), f32(0.0)
+                    for c in range(width):
+                        g = gh_i[c] + gout_s[c] * c_i
+                        decayed = g * decay_s[c]
+                        exponent = decayed * h_before[c]
+                        gh_i[c] = decayed
+                        gexponent_s[c] += exponent * a_i[c]
+                        ga_i[c] += exponent * delta_s[c]
+                        ginput_s[c] += g * b_i
+                        gb_i += g * update_s[c]
+                        gc_i += gout_s[c] * h_after[c]
+                    gB[((tile * rows) * l + step + s) * n + i] = gb_i
+                    gC[((tile * rows) * l + step + s) * n + i] = gc_i
+            for s in range(steps):
+                x_s, delta_s = (
+                    _part(x, step + s, xs, first, width),
+                    _part(delta, step + s, ds, first, width),
+                )
+                gx_s, gdelta_s = (
+                    _part(gx, step + s, d, first, width),
+                    _part(gdelta, step + s, d, first, width),
+                )
+                gout_s, ginput_s, gexponent_s = gout[s], ginput[s], gexponent[s]
+                for c in range(width):
+                    gskip[c] += gout_s[c] * x_s[c]
+                    gx_s[c] = ginput_s[c] * delta_s[c] + gout_s[c] * skip[c]
+                    gdelta_s[c] = _LN2 * gexponent_s[c] + ginput_s[c] * x_s[c]
+                if z.size > 0:
+                    gz_s, out_s = _part(gz, step + s, d, first, width), out[s]
+                    for c in range(width):
+                        gz_s[c] *= out_s[c]
+        for t in range(lengths[row], l):
+            _part(gx, row * l + t, d, first, width)[:] = f32(0.0)
+            _part(gdelta, row * l + t, d, first, width)[:] = f32(0.0)
+            if z.size > 0:
+                _part(gz, row * l + t, d, first, width)[:] = f32(0.0)
+        for i in range(n):
+            _part(gA, row * n + i, d, first, width)[:] = ga[i, :width]
+            _part(gh0, row * n + i, d, first, width)[:] = gh[i, :width]
 
 
 @_kernel()
 def conv_forward(jobs, shape, x, xs, weight, bias, tail, y):
     """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
-    start, stop = jobs
     l, d, w = shape
-    num_tiles = (d + TILE - 1) // TILE
-    taps = np.zeros((num_tiles, w, TILE), f32)
-    offset = np.zeros((num_tiles, 1, TILE), f32)
-    window = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # w - 1 steps back, then the chunk
-    y_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    _load(taps, 0, weight, d, 0, w, (0, num_tiles), d)
-    _load(offset, 0, bias, 0, 0, 1, (0, num_tiles), d)
-    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
-        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
-        if tail.size > 0:
-            _load(window, 0, tail, d, row * (w - 1), w - 1, tiles, d)
-        else:
-            window[:, : w - 1] = f32(0.0)
-        for t0 in range(0, l, CHUNK):
-            steps = min(CHUNK, l - t0)
-            _load(window, w - 1, x, xs, row * l + t0, steps, tiles, d)
-            for tile in range(tiles[0], tiles[1]):
-                for s in range(steps):
-                    total = y_c[tile, s]
-                    for c in range(TILE):
-                        total[c] = offset[tile, 0, c]
-                    for k in range(w):
-                        for c in range(TILE):
-                            total[c] += taps[tile, k, c] * window[tile, s + k, c]
-                    for c in range(TILE):
-                        total[c] *= _sigmoid(total[c])
-                for k in range(w - 1):
-                    for c in range(TILE):
-                        window[tile, k, c] = window[tile, steps + k, c]
-            _store(y_c, y, row * l + t0, steps, tiles, d)
+    tiles = (d + TILE - 1) // TILE
+    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job // tiles, job % tiles * TILE
+        width = min(TILE, d - first)
+        bias_t = bias[first : first + width]
+        for t in range(l):
+            total[:width] = bias_t
+            for k in range(w):
+                tap = _part(weight, k, d, first, width)
+                before = _input_at(t + k - (w - 1), row, l, x, xs, tail, w, zeros, d, first, width)
+                for c in range(width):
+                    total[c] += tap[c] * before[c]
+            y_t = _part(y, row * l + t, d, first, width)
+            for c in range(width):
+                y_t[c] = total[c] * _sigmoid(total[c])
+
+
+@numba.njit(inline="always")
+def _input_at(t, row, l, x, xs, tail, w, zeros, d, first, width):
+    """The convolution's input at step t >= -(w - 1) of a row: from x, the tail before it, or 0."""
+    if t >= 0:
+        return _part(x, row * l + t, xs, first, width)
+    if tail.size > 0:
+        return _part(tail, row * (w - 1) + t + w - 1, d, first, width)
+    return zeros[:width]
 
 
 @_kernel()
 def conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbias, gtail):
     """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
     partial sums over the rows."""
-    start, stop = jobs
     l, d, w = shape
-    num_tiles = (d + TILE - 1) // TILE
-    taps = np.zeros((num_tiles, w, TILE), f32)
-    offset = np.zeros((num_tiles, 1, TILE), f32)
-    window = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # w - 1 steps back, then the chunk
-    gtotal = np.zeros((num_tiles, CHUNK + w - 1, TILE), f32)  # the chunk, then w - 1 steps ahead
-    gy_c = np.zeros((num_tiles, CHUNK, TILE), f32)
-    gtaps = np.zeros((num_tiles, w, TILE), f32)
-    goffset = np.zeros((num_tiles, 1, TILE), f32)
-    total = np.zeros(TILE, f32)
-    _load(taps, 0, weight, d, 0, w, (0, num_tiles), d)
-    _load(offset, 0, bias, 0, 0, 1, (0, num_tiles), d)
-    for row in range(start // num_tiles, (stop + num_tiles - 1) // num_tiles):
-        tiles = max(start - row * num_tiles, 0), min(stop - row * num_tiles, num_tiles)
-        gtaps[:], goffset[:], gtotal[:] = f32(0.0), f32(0.0), f32(0.0)
-        for t0 in range((l - 1) // CHUNK * CHUNK, -1, -CHUNK):
-            steps = min(CHUNK, l - t0)
-            if t0 > 0:
-                _load(window, 0, x, xs, row * l + t0 - (w - 1), steps + w - 1, tiles, d)
-            else:
-                if tail.size > 0:
-                    _load(window, 0, tail, d, row * (w - 1), w - 1, tiles, d)
-                else:
-                    window[:, : w - 1] = f32(0.0)
-                _load(window, w - 1, x, xs, row * l, steps, tiles, d)
-            _load(gy_c, 0, gy, d, row * l + t0, steps, tiles, d)
-            for tile in range(tiles[0], tiles[1]):
-                for k in range(w - 2, -1, -1):
-                    for c in range(TILE):
-                        gtotal[tile, steps + k, c] = gtotal[tile, k, c]
-                for s in range(steps):
-                    for c in range(TILE):
-                        total[c] = offset[tile, 0, c]
-                    for k in range(w):
-                        for c in range(TILE):
-                            total[c] += taps[tile, k, c] * window[tile, s + k, c]
-                    for c in range(TILE):
-                        sigmoid = _sigmoid(total[c])
-                        slope = sigmoid + total[c] * sigmoid * (f32(1.0) - sigmoid)
-                        total[c] = gy_c[tile, s, c] * slope
-                        gtotal[tile, s, c] = total[c]
-                        goffset[tile, 0, c] += total[c]
-                    for k in range(w):
-                        for c in range(TILE):
-                            gtaps[tile, k, c] += total[c] * window[tile, s + k, c]
-                for s in range(steps):
-                    for c in range(TILE):
-                        gy_c[tile, s, c] = f32(0.0)
-                    for k in range(w):
-                        for c in range(TILE):
-                            gy_c[tile, s, c] += taps[tile, k, c] * gtotal[tile, s + w - 1 - k, c]
-                if t0 == 0 and tail.size > 0:
-                    for s in range(w - 1):
-                        for c in range(TILE):
-                            window[tile, s, c] = f32(0.0)
-                        for k in range(s + 1):
-                            for c in range(TILE):
-                                window[tile, s, c] += taps[tile, k, c] * gtotal[tile, s - k, c]
-            _store(gy_c, gx, row * l + t0, steps, tiles, d)
-        if tail.size > 0:
-            _store(window, gtail, row * (w - 1), w - 1, tiles, d)
-        _store(gtaps, gweight, row * w, w, tiles, d)
-        _store(goffset, gbias, row, 1, tiles, d)
+    tiles = (d + TILE - 1) // TILE
+    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
+    gtaps = np.empty((w, TILE), f32)
+    # The gradients of the w inputs that end at the present step, by step modulo w.
+    ginput = np.empty((w, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job // tiles, job % tiles * TILE
+        width = min(TILE, d - first)
+        bias_t, gbias_t = bias[first : first + width], _part(gbias, row, d, first, width)
+        gbias_t[:], gtaps[:], ginput[:] = f32(0.0), f32(0.0), f32(0.0)
+        for t in range(l - 1, -w, -1):
+            if t >= 0:
+                total[:width] = bias_t
+                for k in range(w):
+                    tap = _part(weight, k, d, first, width)
+                    before = _input_at(
+                        t + k - (w - 1), row, l, x, xs, tail, w, zeros, d, first, width
+                    )
+                    for c in range(width):
+                        total[c] += tap[c] * before[c]
+                gy_t = _part(gy, row * l + t, d, first, width)
+                for c in range(width):
+                    sigmoid = _sigmoid(total[c])
+                    slope = sigmoid + total[c] * sigmoid * (f32(1.0) - sigmoid)
+                    total[c] = gy_t[c] * slope
+                    gbias_t[c] += total[c]
+                for k in range(w):
+                    tap, gtap = _part(weight, k, d, first, width), gtaps[k]
+                    at = t + k - (w - 1)
+                    before = _input_at(at, row, l, x, xs, tail, w, zeros, d, first, width)
+                    gbefore = ginput[at % w]
+                    for c in range(width):
+                        gtap[c] += total[c] * before[c]
+                        gbefore[c] += total[c] * tap[c]
+                _part(gx, row * l + t, d, first, width)[:] = ginput[t % w, :width]
+            elif tail.size > 0:
+                at = row * (w - 1) + t + w - 1
+                _part(gtail, at, d, first, width)[:] = ginput[t % w, :width]
+            ginput[t % w] = f32(0.0)
+        for k in range(w):
+            _part(gweight, row * w + k, d, first, width)[:] = gtaps[k, :width]

@@ -9,8 +9,8 @@ state. Three exact identities make up for that (h0 the initial state, S_t the su
               differentiable output is column i of h
     padding   Δ = 0 leaves h alone
 
-Limits of the kernels: n <= 256, float32, float16 or bfloat16. Tensors come as (b, l, d); inside,
-as (b, d, l).
+Limits of the kernels: n <= 256, float32, float16 or bfloat16. Tensors come as (b, l, d) and states
+as (b, n, d); inside, they are (b, d, l) and (b, d, n).
 """
 
 import torch
@@ -35,9 +35,9 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     """
     b, l = x.shape[:2]
     A, D = A.float(), D.float()
-    h0 = None if initial_state is None else initial_state.float()
+    h0 = None if initial_state is None else initial_state.float().transpose(1, 2)  # (b, d, n)
     if x.numel() == 0:
-        return x, A.new_zeros(b, *A.shape) if h0 is None else h0
+        return x, A.new_zeros(b, *A.T.shape) if h0 is None else initial_state.float()
     padding = None
     if lengths is not None:
         padding = (torch.arange(l, device=x.device) >= lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
@@ -52,6 +52,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     else:
         y, final_state = _scan_with_state(*inputs, needs_grad)
     y = y.to(x.dtype)
+    final_state = final_state.transpose(1, 2).contiguous()  # (b, n, d)
     return y if padding is None else y.masked_fill(padding, 0), final_state
 
 
@@ -71,7 +72,7 @@ def _scan_from_zero(x, delta, A, B, C, D, z):
     u, delta, B, C = (v.to(x.dtype).transpose(1, 2) for v in (x, delta, B, C))  # (b, d or n, l)
     z = None if z is None else z.to(x.dtype).transpose(1, 2)  # (b, d, l)
     y, h = selective_scan_fn(u, delta, A, B, C, D, z, return_last_state=True)
-    return y.transpose(1, 2), h.contiguous()  # h is a view of the kernel's larger work space
+    return y.transpose(1, 2), h
 
 
 def _scan_with_state(x, delta, A, B, C, D, z, h0, needs_grad):
@@ -96,7 +97,7 @@ def _scan_with_state(x, delta, A, B, C, D, z, h0, needs_grad):
         h = h + torch.exp(elapsed[:, :, -1:] * A) * h0
     if z is not None:
         y = y * F.silu(z.float().transpose(1, 2))
-    return y.transpose(1, 2), h.contiguous()
+    return y.transpose(1, 2), h
 
 
 def _carried(elapsed: Tensor, C: Tensor, A: Tensor, h0: Tensor) -> Tensor:

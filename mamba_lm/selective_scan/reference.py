@@ -21,18 +21,19 @@ def selective_scan(
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     output_dtype = x.dtype
     x, delta, A, B, C, D = (tensor.to(state_dtype) for tensor in (x, delta, A, B, C, D))
-    h = x.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(state_dtype)
+    A = A.T  # (n, d), as the state's
+    h = x.new_zeros(b, *A.shape) if initial_state is None else initial_state.to(state_dtype)
 
     real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
     if lengths is not None:
         real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
     outputs = []
     for t in range(l):
-        delta_t = delta[:, t].unsqueeze(-1)  # (b, d, 1)
-        decay = torch.exp(delta_t * A)  # (b, d, n)
-        update = delta_t * B[:, t].unsqueeze(1) * x[:, t].unsqueeze(-1)  # (b, d, n)
+        delta_t = delta[:, t].unsqueeze(1)  # (b, 1, d)
+        decay = torch.exp(delta_t * A)  # (b, n, d)
+        update = delta_t * B[:, t].unsqueeze(2) * x[:, t].unsqueeze(1)  # (b, n, d)
         h = torch.where(real[:, t].unsqueeze(-1), decay * h + update, h)
-        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]) + D * x[:, t])
+        outputs.append(torch.einsum("bnd,bn->bd", h, C[:, t]) + D * x[:, t])
     y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)  # (b, l, d)
     if z is not None:
         y = y * F.silu(z.to(state_dtype))

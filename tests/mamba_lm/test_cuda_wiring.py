@@ -127,7 +127,7 @@ def scan_inputs(l, b=3, d=8, n=5, gate=True, state=True, dtype=torch.float32):
         "C": torch.randn(b, l, n),
         "D": torch.randn(d),
         "z": torch.randn(b, l, d) if gate else None,
-        "initial_state": torch.randn(b, d, n) if state else None,
+        "initial_state": torch.randn(b, n, d) if state else None,
     }
     keep = ("A", "D", "initial_state")
     return {
@@ -249,9 +249,9 @@ def test_no_steps_and_no_rows(kernels):
     y, h = backend.selective_scan(**inputs)
     assert y.shape == (3, 0, 8) and torch.equal(h, inputs["initial_state"])
     _, h = backend.selective_scan(**scan_inputs(0, state=False))
-    assert h.shape == (3, 8, 5) and not h.any()
+    assert h.shape == (3, 5, 8) and not h.any()
     y, h = backend.selective_scan(**scan_inputs(4, b=0, state=False))
-    assert y.shape == (0, 4, 8) and h.shape == (0, 8, 5)
+    assert y.shape == (0, 4, 8) and h.shape == (0, 5, 8)
     assert backend.causal_conv1d(torch.ones(2, 0, 8), torch.ones(8, 4), None).shape == (2, 0, 8)
 
 

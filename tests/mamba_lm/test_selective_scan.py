@@ -14,9 +14,9 @@ import mamba_lm.selective_scan as selective_scan_module
 from errors import UserError
 from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
 
-# (l, d, n): lengths around the kernels' chunk of 16 steps, widths around their tile of 64 channels.
+# (l, d, n): lengths around the kernels' chunk of 16 steps, widths around their tile of 128 channels.
 SHAPES = [
-    (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7),
+    (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7), (17, 128, 4),
     (100, 63, 16), (100, 96, 1), (257, 63, 7), (257, 1, 16), (257, 130, 1),
 ]  # fmt: skip
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial_state")
@@ -41,7 +41,7 @@ def scan_inputs(b, l, d, n, gate=True, state=True):
         "C": torch.randn(b, l, n),
         "D": torch.randn(d),
         "z": 3 * torch.randn(b, l, d) if gate else None,
-        "initial_state": torch.randn(b, d, n) if state else None,
+        "initial_state": torch.randn(b, n, d) if state else None,
     }
 
 
@@ -190,7 +190,7 @@ def test_nothing_to_read():
     assert torch.equal(found["result 1"], inputs["initial_state"])
     assert found["initial_state"].any() and not found["A"].any()
     _, h = cpu.selective_scan(**scan_inputs(2, 0, 70, 3, state=False))
-    assert h.shape == (2, 70, 3) and not h.any()
+    assert h.shape == (2, 3, 70) and not h.any()
     found = gradients(cpu.selective_scan, scan_inputs(0, 5, 70, 3))
     assert found["result 0"].shape == (0, 5, 70) and not found["D"].any()
     found = gradients(cpu.causal_conv1d, conv_inputs(2, 0, 70, 4))
@@ -227,7 +227,7 @@ def test_views_are_read_where_they_lie():
         "delta": inputs["delta"].transpose(1, 2).contiguous(),
         "A": inputs["A"],
         "D": inputs["D"],
-        "h": torch.randn(n, d, b),
+        "h": torch.randn(d, n, b),
     }
 
     def from_views(backend, copy):
@@ -326,7 +326,13 @@ def test_extreme_inputs_stay_finite(extremes):
         assert_close(got[name][fits], exact[fits], name, tolerance=1e-4)
 
 
-def test_same_bits_on_any_number_of_threads(threads):
+@pytest.mark.parametrize("openmp", [True, False])
+def test_same_bits_on_any_number_of_threads(openmp, threads, monkeypatch):
+    """On torch's threads and, where its OpenMP cannot be had, on a pool of our own."""
+    if not openmp:
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
+    elif cpu._openmp() is None:
+        pytest.skip("torch has no GNU OpenMP here")
     lengths = torch.tensor([40] * 15 + [3])
     scan, conv = scan_inputs(16, 40, 130, 16), conv_inputs(16, 40, 130, 4)
 
@@ -339,6 +345,20 @@ def test_same_bits_on_any_number_of_threads(threads):
     for count in (1, 2, 2, 3):
         for got, want in zip(run(count), first, strict=True):
             assert_all_equal(got, want)
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_error_on_a_thread_is_raised(error):
+    if cpu._openmp() is None:
+        pytest.skip("torch has no GNU OpenMP here")
+    done = []
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        cpu._run_on_openmp([fail, *[lambda: done.append(1)] * 5])
+    assert len(done) == 5
 
 
 def test_two_threads_at_once(threads):
