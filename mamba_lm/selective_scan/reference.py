@@ -17,7 +17,7 @@ def selective_scan(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2 of Gu & Dao 2023; arguments and results as `mamba_lm.selective_scan`."""
-    b, l, d = x.shape
+    b, l = x.shape[:2]
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     output_dtype = x.dtype
     x, delta, A, B, C, D = (tensor.to(state_dtype) for tensor in (x, delta, A, B, C, D))

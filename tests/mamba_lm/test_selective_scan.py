@@ -14,9 +14,9 @@ import mamba_lm.selective_scan as selective_scan_module
 from errors import UserError
 from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
 
-# (l, d, n): lengths around the kernels' chunk of 16 steps, widths around their tile of 128 channels.
+# (l, d, n): lengths around the kernels' chunks of 32 steps, widths around their tiles of 128.
 SHAPES = [
-    (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7), (17, 128, 4),
+    (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7), (33, 128, 4),
     (100, 63, 16), (100, 96, 1), (257, 63, 7), (257, 1, 16), (257, 130, 1),
 ]  # fmt: skip
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial_state")
