@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from context_qa.dataset import GroupedSampler, continuation
+from context_qa.dataset import GroupedBatches, continuation
 from context_qa.provenance import run_record
 from errors import positive_float, positive_int, run_script
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer, new_folder
@@ -75,17 +75,23 @@ def main(args: argparse.Namespace) -> None:
     )
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
-    sampler = GroupedSampler(
-        examples, None if args.negatives == "none" else args.negatives, args.seed
-    )
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_contexts = len({example.context for example in examples})
-    print(
-        f"{num_parameters:,} parameters; {len(examples):,} questions on {num_contexts:,} contexts, "
-        f"{len(sampler):,} examples an epoch with negatives: {args.negatives}"
+    batches = GroupedBatches(
+        examples,
+        args.batch_size,
+        None if args.negatives == "none" else args.negatives,
+        args.seed,
+        arguments.process_index,
+        arguments.world_size,
     )
     tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
-    trainer = PrefixSuffixTrainer(model, arguments, sampler, tokenize, tokenizer)
+    trainer = PrefixSuffixTrainer(model, arguments, batches, tokenize, tokenizer)
+    if trainer.is_world_process_zero():
+        num_parameters = sum(p.numel() for p in model.parameters())
+        num_contexts = len({example.context for example in examples})
+        print(
+            f"{num_parameters:,} parameters; {len(examples):,} questions on {num_contexts:,} "
+            f"contexts, {batches.num_pairings:,} examples an epoch with negatives: {args.negatives}"
+        )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

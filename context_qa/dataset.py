@@ -1,11 +1,13 @@
 """Training examples grouped by context: questions on their own and on other contexts."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
+from errors import UserError
 from mamba_lm.training import Continuation
 from squad_utils import NO_ANSWER, Example, NegativeSampler, answer_text, prompt_parts
 
@@ -31,31 +33,51 @@ def continuation(pairing: Pairing, tokenizer, prompt_order: str) -> Continuation
     )
 
 
-class GroupedSampler(Sampler[Pairing]):
-    """Pairings of one epoch, those of a context in a row: a batch then reads few contexts.
+class GroupedBatches(Sampler[list[Pairing]]):
+    """Batches of one epoch in which a context's pairings stand together: it is read once for all.
 
     Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, every
     answerable question is also asked on one context that does not answer it, another each epoch.
+    Of several processes each gets as many batches, none of them twice; all batches hold batch_size
+    pairings at most and differ by one at most. Without `grouped`, pairings are drawn one by one.
     """
 
-    def __init__(self, examples: Sequence[Example], negatives: str | None = None, seed: int = 0):
-        self.examples, self.seed, self.epoch = examples, seed, 0
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        negatives: str | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        grouped: bool = True,
+    ):
+        self.examples, self.seed, self.epoch, self.grouped = examples, seed, 0, grouped
         self.negatives = NegativeSampler(examples, negatives, seed) if negatives else None
-        self.length = sum(1 for _ in self._pairings())
+        self.rank, self.world_size = rank, world_size
+        self.num_pairings = sum(1 for _ in self._pairings())
+        if self.num_pairings < world_size:
+            raise UserError(f"{self.num_pairings} examples are too few for {world_size} processes")
+        self.steps = math.ceil(self.num_pairings / (batch_size * world_size))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        """Batches of this process."""
+        return self.steps
 
-    def __iter__(self) -> Iterator[Pairing]:
+    def __iter__(self) -> Iterator[list[Pairing]]:
         rng = random.Random(f"{self.seed}/{self.epoch}")
-        groups: dict[str, list[Pairing]] = {}
+        groups: dict[object, list[Pairing]] = {}
         for pairing in self._pairings():
-            groups.setdefault(pairing.context, []).append(pairing)
-        for context in rng.sample(list(groups), len(groups)):
-            yield from rng.sample(groups[context], len(groups[context]))
+            groups.setdefault(pairing.context if self.grouped else pairing, []).append(pairing)
+        number = self.steps * self.world_size
+        smaller, larger = divmod(self.num_pairings, number)
+        sizes = [smaller + (place < larger) for place in range(number)]
+        batches = pack([rng.sample(groups[key], len(groups[key])) for key in
+                        rng.sample(list(groups), len(groups))], sizes)  # fmt: skip
+        yield from rng.sample(batches, number)[self.rank :: self.world_size]
 
     def _pairings(self) -> Iterator[Pairing]:
         for example in self.examples:
@@ -65,6 +87,25 @@ class GroupedSampler(Sampler[Pairing]):
             for example, context in zip(self.examples, contexts, strict=True):
                 if context is not None and example.is_answerable:
                     yield Pairing(example, context)
+
+
+def pack(groups: Sequence[list], sizes: Sequence[int]) -> list[list]:
+    """Batches of exactly these sizes, whose sum is that of the groups', with whole groups where
+    possible: each goes to the fullest batch with room for it; one that fits nowhere is split."""
+    batches: list[list] = [[] for _ in sizes]
+    with_room: list[list[int]] = [[] for _ in range(max(sizes) + 1)]
+    for place, size in enumerate(sizes):
+        with_room[size].append(place)
+    for group in groups:
+        while group:
+            fitting = range(len(group), len(with_room))
+            too_small = range(min(len(group), len(with_room)) - 1, 0, -1)
+            room = next(room for room in (*fitting, *too_small) if with_room[room])
+            place = with_room[room].pop()
+            batches[place] += group[:room]
+            with_room[max(room - len(group), 0)].append(place)
+            group = group[room:]
+    return batches
 
 
 def token_ids(tokenizer, text: str) -> list[int]:

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,9 +228,7 @@ def new_folder(name: str) -> Path:
         raise UserError(f"{name}: holds a model already; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{name}: cannot be written ({error.strerror})") from error
     return folder

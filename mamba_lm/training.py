@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from errors import UserError
@@ -112,31 +112,48 @@ class _Tokenized(Dataset[Continuation]):
         return self.tokenize(example)
 
 
+class _Batches(DataLoader):
+    """A DataLoader that tells its batch sampler of a new epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.batch_sampler, "set_epoch"):
+            self.batch_sampler.set_epoch(epoch)
+
+
 class PrefixSuffixTrainer(Trainer):
-    """Trainer for `PrefixSuffixLM`: our sampler, our checkpoints, no decay of the SSM's own."""
+    """Trainer for `PrefixSuffixLM`: our batches, our checkpoints, no decay of the SSM's own."""
 
     def __init__(
         self,
         model: MambaLM,
         arguments: TrainingArguments,
-        sampler: Sampler,
+        batches: Sampler[list],
         tokenize: Callable[[Any], Continuation],
         tokenizer,
     ):
-        """sampler yields the examples themselves, in any form that `tokenize` understands; its
-        optional set_epoch(epoch) is called before each epoch."""
+        """batches yields lists of the examples themselves, in any form that `tokenize` understands:
+        this process's, as many as every other process gets. Its optional set_epoch(epoch) is called
+        before each epoch."""
         self.language_model = model
-        self.sampler = sampler
+        self.batches = batches
         super().__init__(
             PrefixSuffixLM(model),
             arguments,
-            train_dataset=_Tokenized(len(sampler), tokenize),
+            train_dataset=_Tokenized(len(batches), tokenize),
             data_collator=collate,
             processing_class=tokenizer,
         )
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        return self.sampler
+    def get_train_dataloader(self) -> DataLoader:
+        """Our batches as they are: the Trainer would cut its own, and repeat examples to give every
+        process as many."""
+        return _Batches(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but A_log, D, norms and biases, as in Mamba's own training."""
@@ -193,6 +210,7 @@ def training_arguments(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": False,
+        "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",  # autocast; the weights stay in float32

@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture
 def curriculum(tokenizer):
-    return demo.Curriculum(tokenizer, length=100, seed=0)
+    return demo.Curriculum(tokenizer, steps=2, seed=0)
 
 
 def mean_rank_of_recalled_token(model) -> float:
@@ -95,7 +95,7 @@ def test_questions_of_each_stage(curriculum, stage):
 
 def test_examples_are_facts_and_questions_of_their_passage(curriculum, tokenizer):
     curriculum.stage = len(demo.STAGES) - 1
-    examples = [example for example, _ in zip(curriculum, range(200), strict=False)]
+    examples = [example for example, _ in zip(curriculum.examples(), range(200), strict=False)]
     facts = [example for example in examples if tokenizer.decode(example.prompt) == "\n\n"]
     assert 50 < len(facts) < 150
     for example in facts:
@@ -106,6 +106,15 @@ def test_examples_are_facts_and_questions_of_their_passage(curriculum, tokenizer
     assert all(example.target[-1] == tokenizer.eos_token_id for example in questions)
     loud = sum(len(example.prompt) == 1 for example in questions)
     assert 0.3 < loud / len(questions) < 0.7
+
+
+def test_batches_are_the_examples_in_their_order(curriculum):
+    batches = [batch for batch, _ in zip(curriculum, range(3), strict=False)]
+    assert {len(batch) for batch in batches} == {demo.BATCH}
+    examples = curriculum.examples()
+    assert [e for batch in batches for e in batch] == [
+        next(examples) for _ in range(3 * demo.BATCH)
+    ]
 
 
 @pytest.mark.parametrize("is_right", [True, False])
@@ -165,7 +174,7 @@ def test_the_last_stage_has_the_share_of_unanswerable_questions_given(tokenizer)
     )
 
     def share_of_unanswerable(curriculum):
-        examples = [example for example, _ in zip(curriculum, range(600), strict=False)]
+        examples = [example for example, _ in zip(curriculum.examples(), range(600), strict=False)]
         targets = [tokenizer.decode(example.target) for example in examples]
         return sum(NO_ANSWER in target for target in targets) / len(targets)
 

@@ -18,6 +18,7 @@ names, values and phrasings are those of training; no passage is seen twice.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import random
@@ -119,20 +120,25 @@ def plain_domains(statements: int, questions: int) -> list[Domain]:
     ]
 
 
-class Curriculum(Sampler[Continuation]):
-    """Questions on generated passages and their facts to say again, those of a passage in a row.
+class Curriculum(Sampler[list[Continuation]]):
+    """Batches of questions on generated passages and of facts to say again, by passage.
 
     A passage is of the present stage with probability 0.85, else of one up to it.
     """
 
-    def __init__(self, tokenizer, length: int, seed: int, stages: Sequence[Stage] = STAGES):
-        self.tokenizer, self.length, self.seed, self.stages = tokenizer, length, seed, stages
+    def __init__(self, tokenizer, steps: int, seed: int, stages: Sequence[Stage] = STAGES):
+        self.tokenizer, self.steps, self.seed, self.stages = tokenizer, steps, seed, stages
         self.stage = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.steps
 
-    def __iter__(self) -> Iterator[Continuation]:
+    def __iter__(self) -> Iterator[list[Continuation]]:
+        examples = self.examples()
+        while True:
+            yield list(itertools.islice(examples, BATCH))
+
+    def examples(self) -> Iterator[Continuation]:
         rng = random.Random(self.seed)
         while True:
             at = self.stage if rng.random() < 0.85 else rng.randint(0, self.stage)
@@ -245,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.model:
         start_as_memory(model)
     output = new_folder(args.output)
-    curriculum = Curriculum(tokenizer, BATCH * args.steps, args.seed, stages)
+    curriculum = Curriculum(tokenizer, args.steps, args.seed, stages)
     curriculum.stage = args.first_stage
     arguments = training_arguments(
         args.output,

@@ -91,8 +91,8 @@ def _part(source, row, row_stride, first, width):
     return source[at : at + width]
 
 
-# Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each other,
-# except those at fixed distances in one array: with two arrays for all, the loops start sooner.
+# Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
+# other, except those at fixed distances in one array: with two arrays for all, loops start sooner.
 _A, _H, _GA = 0, 1, 2
 _UPDATE, _OUT, _GOUT, _GINPUT, _GEXPONENT, _STATE, _DECAY = range(7)
 

@@ -1,12 +1,14 @@
 """Training examples: the parts of a prompt, their targets, and the order in which they come."""
 
+import random
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from context_qa.dataset import GroupedSampler, Pairing, continuation
+from context_qa.dataset import GroupedBatches, Pairing, continuation, pack
+from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.training import Continuation
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, prompt_parts
@@ -34,9 +36,11 @@ class WholeTextTokenizer:
 
 
 def pairings(examples, negatives=None, seed=0, epoch=0) -> list[Pairing]:
-    sampler = GroupedSampler(examples, negatives, seed)
-    sampler.set_epoch(epoch)
-    return list(sampler)
+    """All of an epoch in one batch."""
+    batches = GroupedBatches(examples, 100, negatives, seed)
+    batches.set_epoch(epoch)
+    (batch,) = batches
+    return batch
 
 
 @pytest.mark.parametrize("order", PROMPT_ORDERS)
@@ -120,17 +124,17 @@ def test_questions_of_a_context_change_places():
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    sampler = GroupedSampler(EXAMPLES, "random", seed=3)
-    first = list(sampler)
-    assert list(sampler) == first == pairings(EXAMPLES, "random", 3)
-    sampler.set_epoch(1)
-    assert list(sampler) == pairings(EXAMPLES, "random", 3, epoch=1) != first
-    sampler.set_epoch(0)
-    assert list(sampler) == first
+    batches = GroupedBatches(EXAMPLES, 100, "random", seed=3)
+    first = list(batches)
+    assert list(batches) == first == [pairings(EXAMPLES, "random", 3)]
+    batches.set_epoch(1)
+    assert list(batches) == [pairings(EXAMPLES, "random", 3, epoch=1)] != first
+    batches.set_epoch(0)
+    assert list(batches) == first
     assert pairings(EXAMPLES, None, 3) != pairings(EXAMPLES, None, 4)
 
 
-def test_length_counts_what_comes_even_where_no_context_is_fit():
+def test_all_come_even_where_no_context_is_fit():
     everywhere = replace(EXAMPLES[0], id="everywhere", answers=("number",))  # in all contexts
     for examples, negatives, expected in (
         (EXAMPLES, None, 9),
@@ -138,7 +142,64 @@ def test_length_counts_what_comes_even_where_no_context_is_fit():
         ([*EXAMPLES, everywhere], "random", 10 + 8),
         ([CAT], "random", 1),
     ):
-        sampler = GroupedSampler(examples, negatives)
+        assert GroupedBatches(examples, 4, negatives).num_pairings == expected
         for epoch in range(3):
-            sampler.set_epoch(epoch)
-            assert len(sampler) == len(list(sampler)) == expected
+            assert len(pairings(examples, negatives, 0, epoch)) == expected
+
+
+MANY = [
+    Example(f"{c}.{q}", f"Number {c} of all.", f"Q{q}?", (f"{c}{q}",))
+    for c, count in enumerate([1, 1, 2, 3, 5, 5, 8, 13, 40])
+    for q in range(count)
+]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("batch_size, world_size", [(1, 1), (7, 1), (16, 1), (7, 2), (16, 3)])
+def test_every_process_gets_as_many_batches_and_nothing_comes_twice(
+    batch_size, world_size, grouped
+):
+    for epoch in (0, 1):
+        parts = []
+        for rank in range(world_size):
+            batches = GroupedBatches(MANY, batch_size, "random", 0, rank, world_size, grouped)
+            batches.set_epoch(epoch)
+            parts.append(list(batches))
+            assert len(parts[-1]) == len(batches)
+        assert len({len(part) for part in parts}) == 1
+        drawn = [pairing for part in parts for batch in part for pairing in batch]
+        assert len(drawn) == len(set(drawn)) == 2 * len(MANY)
+        sizes = {len(batch) for part in parts for batch in part}
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+
+
+def test_contexts_stay_whole_where_they_can():
+    """Eleven batches of 14 or so, nine contexts with 2 to 80 pairings."""
+    batches = list(GroupedBatches(MANY, 16))
+    splits = sum(len({p.context for p in batch}) for batch in batches) - 9
+    assert len(batches) == 5
+    assert splits <= 4  # the context of 40 needs three batches
+    shuffled = list(GroupedBatches(MANY, 16, grouped=False))
+    assert sum(len({p.context for p in batch}) for batch in shuffled) - 9 > 10
+
+
+def test_fewer_examples_than_processes():
+    with pytest.raises(UserError, match="9 examples are too few for 10 processes"):
+        GroupedBatches(EXAMPLES, 4, world_size=10)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_packing_fills_every_batch_and_splits_few_groups(seed):
+    rng = random.Random(seed)
+    groups = [[(g, i) for i in range(rng.randint(1, 12))] for g in range(rng.randint(1, 60))]
+    total = sum(map(len, groups))
+    number = rng.randint(1, total)
+    sizes = [total // number + (i < total % number) for i in range(number)]
+    batches = pack(groups, sizes)
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(item for batch in batches for item in batch) == sorted(
+        item for group in groups for item in group
+    )
+    if min(sizes) >= 24:
+        parts = sum(len({g for g, _ in batch}) for batch in batches)
+        assert parts - len(groups) <= number

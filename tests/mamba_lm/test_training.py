@@ -44,16 +44,17 @@ subsets = pytest.mark.parametrize("examples", SUBSETS.values(), ids=SUBSETS)
 
 
 class Listed(Sampler):
-    """Examples in the order of a list, and the epochs that were announced."""
+    """Batches in the order of a list of examples, and the epochs that were announced."""
 
-    def __init__(self, examples: list[Continuation]):
+    def __init__(self, examples: list[Continuation], batch_size: int = 4):
         self.examples, self.epochs = examples, []
+        self.batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.batches)
 
     def __iter__(self):
-        return iter(self.examples)
+        return iter(self.batches)
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -62,10 +63,10 @@ class Listed(Sampler):
 @pytest.fixture
 def make_trainer(tmp_path):
     def make(model, examples, tokenizer=None, tokenize=lambda example: example, **settings):
-        defaults = {"disable_tqdm": True, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+        defaults = {"disable_tqdm": True, "learning_rate": 0.01}
         arguments = training_arguments(str(tmp_path / "out"), CPU, **defaults | settings)
-        sampler = examples if isinstance(examples, Sampler) else Listed(examples)
-        return PrefixSuffixTrainer(model, arguments, sampler, tokenize, tokenizer)
+        batches = examples if isinstance(examples, Sampler) else Listed(examples)
+        return PrefixSuffixTrainer(model, arguments, batches, tokenize, tokenizer)
 
     return make
 
@@ -192,7 +193,7 @@ def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, asser
     halves = [sum(len(e.target) for e in examples[at : at + 4]) for at in range(0, 24, 4)]
     assert all(first != second for first, second in zip(halves[::2], halves[1::2], strict=True))
     settings = SGD | {"max_steps": 3}
-    big = make_trainer(make_model(), examples, per_device_train_batch_size=8, **settings)
+    big = make_trainer(make_model(), Listed(examples, batch_size=8), **settings)
     small = make_trainer(make_model(), examples, gradient_accumulation_steps=2, **settings)
     wanted, got = weights_after(big), weights_after(small)
     start = dict(make_model().named_parameters())
@@ -270,17 +271,17 @@ def test_the_same_seed_gives_the_same_bits(make_trainer, make_model):
         assert not torch.equal(weight, start[name])
 
 
-def test_the_sampler_rules_the_order_and_hears_of_each_epoch(make_trainer, make_model):
+def test_batches_come_as_they_are_and_hear_of_each_epoch(make_trainer, make_model):
     seen = []
-    sampler = Listed(random_examples(8))
+    batches = Listed(random_examples(10), batch_size=3)
 
     def tokenize(example):
         seen.append(example)
         return example
 
-    make_trainer(make_model(), sampler, tokenize=tokenize, num_train_epochs=3).train()
-    assert seen == sampler.examples * 3
-    assert sorted(set(sampler.epochs)) == [0, 1, 2]
+    make_trainer(make_model(), batches, tokenize=tokenize, num_train_epochs=3).train()
+    assert seen == batches.examples * 3
+    assert sorted(set(batches.epochs)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("tied", [True, False])
