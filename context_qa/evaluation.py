@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from context_qa.answering import Answerer
+from context_qa.answering import MAX_BATCH_TOKENS, Answer, Answerer
 from context_qa.results import ResultsFile, print_scores, result_row
 from errors import keep_inputs, positive_int
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples
-
-WINDOW = 4  # batches between two writes: all that a kill can lose
 
 
 def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
@@ -28,7 +26,10 @@ def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
         "--max_new_tokens", type=positive_int, default=64, help="tokens (default: 64)"
     )
     parser.add_argument(
-        "--batch_size", type=positive_int, default=32, help="questions (default: 32)"
+        "--max_batch_tokens",
+        type=positive_int,
+        default=MAX_BATCH_TOKENS,
+        help=f"tokens read together: bounds memory (default: {MAX_BATCH_TOKENS})",
     )
     parser.add_argument("--limit", type=positive_int, help="first questions only (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace results at OUTPUT")
@@ -44,19 +45,19 @@ def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, st
     with ResultsFile(args.output, args.overwrite) as results:
         dtype = choose_dtype(args.dtype, device)
         model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
-        answerer = Answerer(model, tokenizer, args.max_new_tokens, args.batch_size)
-        numbered = enumerate(examples)
+        answerer = Answerer(model, tokenizer, args.max_new_tokens, args.max_batch_tokens)
+        answers: dict[int, Answer] = {}  # not yet written
+
+        def write(indices: list[int]) -> None:
+            results.write(result_row(i, examples[i], answers.pop(i)) for i in indices)
+
         with tqdm(total=len(examples), unit="question") as progress:
-            while window := list(itertools.islice(numbered, WINDOW * args.batch_size)):
-                answers = {}
-                try:
-                    for batch in answerer.answer([prompt(example) for _, example in window]):
-                        answers |= batch
-                        progress.update(len(batch))
-                finally:  # Ctrl-C too keeps what was computed
-                    results.write(
-                        result_row(idx, example, answers[place])
-                        for place, (idx, example) in enumerate(window)
-                        if place in answers
-                    )
+            try:
+                for batch in answerer.answer([prompt(example) for example in examples]):
+                    answers |= batch
+                    progress.update(len(batch))
+                    in_order = itertools.count(len(results.rows))
+                    write(list(itertools.takewhile(answers.__contains__, in_order)))
+            finally:  # Ctrl-C too keeps what was computed
+                write(sorted(answers))
         print_scores(results.summarize(args, str(device))["scores"])

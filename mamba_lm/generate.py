@@ -26,10 +26,21 @@ class Generation(NamedTuple):
     log_prob: float
 
 
-def prefill(model: MambaLM, sequences: Sequence[Sequence[int]]) -> MambaState:
-    """The state after each sequence, one per row, of any lengths, 0 included."""
+def prefill(
+    model: MambaLM, sequences: Sequence[Sequence[int]], max_tokens: int | None = None
+) -> MambaState:
+    """The state after each sequence, one per row, of any lengths, 0 included.
+
+    max_tokens bounds what is read at once, rows times length; longer ones are read in pieces.
+    """
     input_ids, lengths = (t.to(_device(model)) for t in right_pad(sequences))
-    return model.encode(input_ids, lengths=lengths)[1]
+    rows, longest = input_ids.shape
+    size = max(longest if max_tokens is None else max_tokens // rows, 1)
+    state = None
+    for start in range(0, max(longest, 1), size):
+        piece = input_ids[:, start : start + size]
+        state = model.encode(piece, state, (lengths - start).clamp(0, piece.shape[1]))[1]
+    return state
 
 
 def read(
@@ -60,31 +71,32 @@ def decode(
     A row stops before the first token of `stop_ids`, whose probabilities count as one: that of
     stopping.
     """
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
-    tokens: list[list[int]] = [[] for _ in range(len(reading.log_probs))]
-    log_probs = [0.0] * len(tokens)
-    rows = list(range(len(tokens)))  # the batch's rows, by their place in the answer
+    device = _device(model)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    b = len(reading.log_probs)
+    tokens = torch.zeros(b, max_new_tokens, dtype=torch.long, device=device)
+    counts = torch.zeros(b, dtype=torch.long, device=device)
+    log_probs = torch.zeros(b, dtype=torch.float64, device=device)
+    rows = torch.arange(b, device=device)  # the batch's rows, by their place in the answer
     for count in range(max_new_tokens + 1):
         best, choice = reading.log_probs.max(dim=1)  # (b,)
         stopping = torch.isin(choice, stops)  # (b,)
-        stop_log_prob = reading.log_probs[:, stops].logsumexp(dim=1)
-        gained = torch.where(stopping, stop_log_prob, best).tolist()
-        stopped = stopping.tolist()
-        going = [i for i in range(len(rows)) if not stopped[i]]
-        for i, row in enumerate(rows):
-            if stopped[i] or count < max_new_tokens:
-                log_probs[row] += gained[i]
-        if not going or count == max_new_tokens:
+        gained = torch.where(stopping, reading.log_probs[:, stops].logsumexp(dim=1), best)
+        # At the last step only a stop still counts.
+        counted = stopping if count == max_new_tokens else torch.ones_like(stopping)
+        log_probs.index_add_(0, rows, torch.where(counted, gained, 0).double())
+        if count == max_new_tokens or stopping.all():
             break
-        if len(going) < len(rows):
-            index = torch.tensor(going, device=choice.device)
-            reading, choice = reading.fork(index), choice[index]
-            rows = [rows[i] for i in going]
-        for row, token in zip(rows, choice.tolist(), strict=True):
-            tokens[row].append(token)
+        if stopping.any():
+            going = (~stopping).nonzero().squeeze(1)
+            rows, choice = rows[going], choice[going]
+            reading = reading.fork(going)
+        tokens[rows, count] = choice
+        counts[rows] += 1
         hidden, state = model.encode(choice.unsqueeze(1), reading.state)
         reading = Reading(_log_probs(model, hidden[:, 0], vocab_size), state)
-    return [Generation(*pair) for pair in zip(tokens, log_probs, strict=True)]
+    rows_of_tokens = zip(tokens.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
+    return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows_of_tokens]
 
 
 def continuation_log_prob(
@@ -98,10 +110,11 @@ def continuation_log_prob(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
     ids = torch.tensor([list(token_ids)], device=stops.device).expand(len(reading.log_probs), -1)
     hidden, _ = model.encode(ids, reading.state)
-    following = _log_probs(model, hidden, vocab_size)  # (b, l, v)
+    logits = at_least_float32(model.lm_head(hidden)[..., :vocab_size])  # (b, l, v)
+    totals = logits.logsumexp(dim=2)  # (b, l)
     first = reading.log_probs[:, token_ids[0]]
-    rest = following[:, :-1].gather(2, ids[:, 1:, None]).sum(dim=(1, 2))
-    return first + rest + following[:, -1, stops].logsumexp(dim=1)
+    rest = (logits[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2) - totals[:, :-1]).sum(dim=1)
+    return first + rest + logits[:, -1, stops].logsumexp(dim=1) - totals[:, -1]
 
 
 def _log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:

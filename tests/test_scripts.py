@@ -96,7 +96,9 @@ def test_train_writes_a_model_with_its_arguments(trained):
 
 def test_evaluation_finds_what_training_taught_and_sql_and_prompt_agree(trained, tmp_path):
     results = tmp_path / "new" / "folder" / "results.jsonl"
-    out = run(EVAL, trained.model, trained.data, results, "--batch_size", 2, "--max_new_tokens", 9)
+    out = run(
+        EVAL, trained.model, trained.data, results, "--max_batch_tokens", 2, "--max_new_tokens", 9
+    )
     rows = read_rows(results)
     assert [(row["idx"], row["question"], row["answer"]) for row in rows] == [
         (idx, row["prompt"], row["response"]) for idx, row in enumerate(ROWS)
@@ -105,7 +107,7 @@ def test_evaluation_finds_what_training_taught_and_sql_and_prompt_agree(trained,
     assert re.search(r"^no answer exact match +100\.00 %$", out, re.MULTILINE)
     summary = json.loads(results.with_name("results.jsonl.summary.json").read_text())
     assert summary["scores"]["exact_match"] == 100.0
-    assert summary["arguments"]["batch_size"] == 2
+    assert summary["arguments"]["max_batch_tokens"] == 2
 
     sql = "SELECT is_correct, COUNT(*) AS n FROM df GROUP BY is_correct"
     assert run("query_results", results, sql, "--format", "csv") == "is_correct,n\ntrue,5\n"
@@ -138,7 +140,7 @@ def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
 def test_ctrl_c_leaves_whole_lines_and_says_so(trained, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", ROWS * 2000)
     results = tmp_path / "results.jsonl"
-    process = start(EVAL, trained.model, data, results, "--batch_size", 1)
+    process = start(EVAL, trained.model, data, results, "--max_batch_tokens", 500)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
         time.sleep(0.05)
@@ -297,8 +299,8 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
         (TRAIN, "--learning_rate", -1),
         (TRAIN, "--num_epochs", "nan"),
         (TRAIN, "--gradient_accumulation_steps", 0),
-        (EVAL, "--batch_size", 0),
-        (EVAL, "--batch_size", -1),
+        (EVAL, "--max_batch_tokens", 0),
+        (EVAL, "--max_batch_tokens", -1),
         (EVAL, "--limit", 0),
         (EVAL, "--limit", -1),
         (EVAL, "--max_new_tokens", -1),
@@ -378,11 +380,11 @@ def test_what_was_answered_is_written_when_an_evaluation_breaks_off(
     monkeypatch.setattr(Answerer, "answer", answer_some)
     results = tmp_path / "results.jsonl"
     arguments = reading(EVAL, trained.model, trained.data, results)
-    monkeypatch.setattr(sys, "argv", [EVAL, *map(str, arguments), "--batch_size", "2"])
+    monkeypatch.setattr(sys, "argv", [EVAL, *map(str, arguments), "--max_batch_tokens", "1"])
     with pytest.raises(kill):
         script.main(script.parse_args())
     rows = read_rows(results)
-    assert len(rows) == 4
+    assert len(rows) == 2
     assert all(row["question"] == ROWS[row["idx"]]["prompt"] for row in rows)
 
 

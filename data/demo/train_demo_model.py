@@ -267,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     training = PrefixSuffixTrainer(model, arguments, curriculum, lambda example: example, tokenizer)
-    answerer = Answerer(model, tokenizer, max_new_tokens=16, batch_size=96)
+    answerer = Answerer(model, tokenizer, max_new_tokens=16)
     training.add_callback(Promotion(answerer, curriculum, 250, training.save_model))
     record = run_record(args, args.model or CONFIG, "data/demo/tokenizer/tokenizer.json")
     (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from context_qa import answering
 from context_qa.answering import Answer, Answerer
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
@@ -75,7 +76,7 @@ def reciter(tokenizer, text: str, logit: float = 10.0) -> MambaLM:
 def answers_to(answerer: Answerer, prompts=PROMPTS) -> list[Answer]:
     by_place: dict[int, Answer] = {}
     for batch in answerer.answer(prompts):
-        assert len(batch) <= answerer.batch_size and not batch.keys() & by_place.keys()
+        assert batch and not batch.keys() & by_place.keys()
         by_place |= batch
     return [by_place[place] for place in range(len(prompts))]
 
@@ -107,15 +108,20 @@ def test_each_prompt_gets_a_guess_of_its_own(tokenizer, attentive):
     assert len({answer.no_answer_probability for answer in answers}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_answers_do_not_depend_on_the_batch(tokenizer, attentive, batch_size):
-    answers = answers_to(Answerer(attentive, tokenizer, 6, batch_size))
+@pytest.mark.parametrize("window", [1, 2, 5, 512])
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 150, 8192])
+def test_answers_do_not_depend_on_batches(
+    tokenizer, attentive, max_batch_tokens, window, monkeypatch
+):
+    monkeypatch.setattr(answering, "WINDOW", window)
+    answers = answers_to(Answerer(attentive, tokenizer, 6, max_batch_tokens))
     assert_same(answers, one_by_one(Answerer(attentive, tokenizer, 6)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_answers_do_not_depend_on_the_order_of_prompts(tokenizer, attentive, seed):
-    answerer = Answerer(attentive, tokenizer, 6, batch_size=5)
+def test_answers_do_not_depend_on_the_order_of_prompts(tokenizer, attentive, seed, monkeypatch):
+    monkeypatch.setattr(answering, "WINDOW", 5)
+    answerer = Answerer(attentive, tokenizer, 6, max_batch_tokens=100)
     order = random.Random(seed).sample(range(len(PROMPTS)), len(PROMPTS))
     shuffled = answers_to(answerer, [PROMPTS[place] for place in order])
     expected = answers_to(answerer)
@@ -134,17 +140,70 @@ def test_answers_do_not_depend_on_which_prompts_share_a_context(tokenizer, atten
         assert_same(alone, [expected[place], expected[place - 1], expected[place]])
 
 
-def test_a_context_is_read_once_for_its_questions_in_a_batch(tokenizer, attentive, monkeypatch):
-    answerer = Answerer(attentive, tokenizer, 6)
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[int, int]]:
+    """The (rows, length) of everything that the model reads, in order."""
+    shapes, encode = [], MambaLM.encode
+
+    def recorded(self, input_ids, state=None, lengths=None):
+        shapes.append(tuple(input_ids.shape))
+        return encode(self, input_ids, state, lengths)
+
+    monkeypatch.setattr(MambaLM, "encode", recorded)
+    return shapes
+
+
+def prefixes_read(answerer: Answerer, prompts, monkeypatch) -> list[str]:
     read, really_read = [], answerer.read_prefixes
     monkeypatch.setattr(answerer, "read_prefixes", lambda p: read.extend(p) or really_read(p))
-    answers_to(answerer)
-    assert sorted(read) == sorted(CONTEXTS)
+    answers_to(answerer, prompts)
+    return read
 
 
-def test_questions_of_a_context_share_a_batch_however_they_come(tokenizer, attentive):
-    batches = list(Answerer(attentive, tokenizer, 1, batch_size=len(QUESTIONS)).answer(PROMPTS))
-    assert [len({PROMPTS[place][0] for place in batch}) for batch in batches] == [1] * len(CONTEXTS)
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 8192])
+def test_a_context_is_read_once_for_all_its_questions(
+    tokenizer, attentive, max_batch_tokens, monkeypatch
+):
+    answerer = Answerer(attentive, tokenizer, 6, max_batch_tokens)
+    assert sorted(prefixes_read(answerer, PROMPTS, monkeypatch)) == sorted(CONTEXTS)
+
+
+def test_what_all_prompts_begin_with_is_read_once_in_all(tokenizer, attentive, monkeypatch):
+    """The n-shot prompt, and a context whose questions go on in the next window."""
+    monkeypatch.setattr(answering, "WINDOW", 2)
+    prompts = [n_shot_parts(f"Who is number {number}?") for number in range(9)]
+    answerer = Answerer(attentive, tokenizer, 2)
+    assert prefixes_read(answerer, prompts, monkeypatch) == [prompts[0][0]]
+    by_context = sorted(PROMPTS)  # three questions on each, windows of two prompts
+    answerer = Answerer(attentive, tokenizer, 2)
+    assert sorted(prefixes_read(answerer, by_context, monkeypatch)) == sorted(CONTEXTS)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [30, 64, 500])
+def test_max_batch_tokens_bounds_what_is_read_together(
+    tokenizer, attentive, max_batch_tokens, reads
+):
+    """A context of 300 tokens is read in pieces; what is left is one row, however long."""
+    answers_to(Answerer(attentive, tokenizer, 6, max_batch_tokens))
+    assert all(rows == 1 or rows * length <= max_batch_tokens for rows, length in reads)
+    contexts = [shape for shape in reads if shape[1] > 1]
+    assert max(length for _, length in contexts) <= max_batch_tokens
+    assert max(rows for rows, _ in reads) <= max(max_batch_tokens // 10, 1)
+
+
+def test_questions_of_several_contexts_are_answered_together(tokenizer, attentive, reads):
+    answers_to(Answerer(attentive, tokenizer, 6))
+    assert max(rows for rows, _ in reads) == len(PROMPTS)
+
+
+def test_windows_come_one_after_the_other(tokenizer, attentive, monkeypatch):
+    """What a crash can lose is one window."""
+    monkeypatch.setattr(answering, "WINDOW", 4)
+    places = [
+        place for batch in Answerer(attentive, tokenizer, 1, 50).answer(PROMPTS) for place in batch
+    ]
+    assert [place // 4 for place in places] == sorted(place // 4 for place in places)
+    assert places != sorted(places)
 
 
 def test_no_prompts_no_answers(tokenizer, attentive):
@@ -170,11 +229,11 @@ def test_max_new_tokens(tokenizer, attentive, max_new_tokens):
         assert full.text.startswith(cut.text.rstrip("\ufffd"))  # a letter may be cut in two
 
 
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_prompts_longer_than_128_tokens_get_their_whole_answer(tokenizer, batch_size):
+@pytest.mark.parametrize("max_batch_tokens", [1, 8192])
+def test_prompts_longer_than_128_tokens_get_their_whole_answer(tokenizer, max_batch_tokens):
     """The original took a batch of one's length for the prompt's: one token from 128 on."""
     said = " Ann lives in Oslo and was born there."
-    answerer = Answerer(reciter(tokenizer, said), tokenizer, 64, batch_size)
+    answerer = Answerer(reciter(tokenizer, said), tokenizer, 64, max_batch_tokens)
     prompts = [*PROMPTS, n_shot_parts("Who?")]
     answers = answers_to(answerer, prompts)
     assert sum(answer.num_tokens > 128 for answer in answers) == len(QUESTIONS) + 1
