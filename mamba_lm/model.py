@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_lm.selective_scan import causal_conv1d, selective_scan
+from mamba_lm.selective_scan import causal_conv1d, linear, selective_scan
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,12 @@ class RMSNorm(nn.Module):
         return normed.to(self.weight.dtype) * self.weight
 
 
-class DeltaProjection(nn.Linear):
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class DeltaProjection(Linear):
     """dt (b, l, r) -> Δ (b, l, d). A module of its own, so that a forward hook on it reads Δ."""
 
     def forward(self, dt: Tensor) -> Tensor:
@@ -133,13 +138,13 @@ class MambaMixer(nn.Module):
         m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
         self.split = (r, n, n)
         self.bcdt_rms_eps = config.bcdt_rms_eps
-        self.in_proj = nn.Linear(m, 2 * d, bias=config.proj_bias)
+        self.in_proj = Linear(m, 2 * d, bias=config.proj_bias)
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d, bias=config.conv_bias)
-        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.x_proj = Linear(d, r + 2 * n, bias=False)
         self.dt_proj = DeltaProjection(r, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1).repeat(d, 1)))  # S4D-Real
         self.D = nn.Parameter(torch.ones(d))
-        self.out_proj = nn.Linear(d, m, bias=config.proj_bias)
+        self.out_proj = Linear(d, m, bias=config.proj_bias)
 
     def forward(
         self, u: Tensor, conv: Tensor | None, ssm: Tensor | None, lengths: Tensor | None
@@ -205,7 +210,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = MambaBackbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_rows, bias=False)
         initialize(self)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight

@@ -1,4 +1,5 @@
-"""The selective scan and its causal convolution: one signature, several backends.
+"""The selective scan, its causal convolution and products of few rows: one signature, several
+backends.
 
     reference   a plain loop in any dtype: the definition
     cpu         fused Numba kernels in float32 that never hold a (b, l, d, n) tensor
@@ -15,6 +16,7 @@ import sys
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
@@ -76,6 +78,13 @@ def causal_conv1d(
         weight=(weight, (d, w)), bias=(bias, (d,)), initial_tail=(initial_tail, (b, w - 1, d))
     )
     return _backend(x).causal_conv1d(x, weight, bias, initial_tail)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., k) times weight (out, k), plus bias (out,): `torch.nn.functional.linear`, which the
+    cpu backend replaces where decoding multiplies few rows without gradients."""
+    backend = _backend(x)
+    return getattr(backend, "linear", F.linear)(x, weight, bias)
 
 
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:

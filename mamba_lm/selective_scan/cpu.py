@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,9 +27,14 @@ from mamba_lm.selective_scan.cpu_kernels import (
     TILE,
     conv_backward,
     conv_forward,
+    few_rows_linear,
     scan_backward,
     scan_forward,
+    scan_step,
 )
+
+# Up to here the kernel for few rows is faster than torch's matrix product.
+_FEW_ROWS = 8
 
 # Below this many (row, step, channel, state) updates a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
@@ -57,11 +63,11 @@ class _SelectiveScan(torch.autograd.Function):
         saved = torch.empty(b, -(-l // CHUNK), n, d) if keep else torch.empty(0)
         if lengths is None:
             lengths = torch.full((b,), l)
-        inputs = (*_rows(x), *_rows(delta), _flat(A.T), *_rows(B), *_rows(C), _flat(D), *_rows(z))
+        inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         outputs = (_flat(y), _flat(final_state), _flat(saved))
         _run(
             scan_forward,
-            ((l, d, n), *inputs, _flat(initial_state), _flat(lengths), *outputs),
+            ((b, l, d, n), *inputs, _flat(initial_state), _flat(lengths), *outputs),
             jobs=b * -(-d // TILE),
             work=b * l * d * n,
         )
@@ -79,7 +85,7 @@ class _SelectiveScan(torch.autograd.Function):
         gz = torch.empty(b, l, d) if z is not None else torch.empty(0)
         gB, gC = torch.zeros(tiles, b, l, n), torch.zeros(tiles, b, l, n)
         gA, gD, ginitial = torch.empty(b, n, d), torch.empty(b, d), torch.empty(b, n, d)
-        inputs = (*_rows(x), *_rows(delta), _flat(A.T), *_rows(B), *_rows(C), _flat(D), *_rows(z))
+        inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
         gradients = [_flat(g) for g in (gx, gdelta, gz, gA, gB, gC, gD, ginitial)]
         _run(
             scan_backward,
@@ -105,7 +111,7 @@ class _CausalConv1d(torch.autograd.Function):
         arrays = (*_rows(x), _flat(weight_t), _flat(bias), _flat(tail), _flat(y))
         _run(
             conv_forward,
-            ((l, d, w), *arrays),
+            ((b, l, d, w), *arrays),
             jobs=b * -(-d // TILE),
             work=b * l * d * w,
         )
@@ -126,7 +132,7 @@ class _CausalConv1d(torch.autograd.Function):
         )  # fmt: skip
         _run(
             conv_backward,
-            ((l, d, w), *arrays),
+            ((b, l, d, w), *arrays),
             jobs=b * -(-d // TILE),
             work=b * l * d * w,
         )
@@ -136,10 +142,31 @@ class _CausalConv1d(torch.autograd.Function):
 def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
+    if x.shape[1] == 1 and lengths is None and initial_state is not None:
+        needs_grad = torch.is_grad_enabled() and any(
+            v is not None and v.requires_grad for v in floats
+        )
+        if not needs_grad:
+            y, final_state = _step(*floats)
+            return y.to(x.dtype), final_state
     if lengths is not None:
         lengths = lengths.clamp(0, x.shape[1])
     y, final_state = _SelectiveScan.apply(*floats, lengths, torch.is_grad_enabled())
     return y.to(x.dtype), final_state
+
+
+def _step(x, delta, A, B, C, D, z, h0):
+    """One step without gradients."""
+    (b, _, d), n = x.shape, A.shape[1]
+    y, h1 = torch.empty(b, 1, d), torch.empty(b, n, d)
+    inputs = (*_rows(x), *_rows(delta), _flat(A), *_rows(B), *_rows(C), _flat(D), *_rows(z))
+    _run(
+        scan_step,
+        ((b, d, n), *inputs, _flat(h0), _flat(y), _flat(h1)),
+        jobs=b * -(-d // TILE),
+        work=b * d * n,
+    )
+    return y, h1
 
 
 def causal_conv1d(x, weight, bias, initial_tail=None):
@@ -147,6 +174,22 @@ def causal_conv1d(x, weight, bias, initial_tail=None):
     bias = torch.zeros(x.shape[2]) if bias is None else bias.float()
     tail = None if initial_tail is None else initial_tail.float().contiguous()
     return _CausalConv1d.apply(x.float(), weight.float(), bias, tail).to(x.dtype)
+
+
+def linear(x, weight, bias=None):
+    """Arguments and result as `mamba_lm.selective_scan.linear`.
+
+    torch's products of a few rows reach half the memory's bandwidth at best.
+    """
+    rows = x.shape[:-1].numel()
+    dtypes = {v.dtype for v in (x, weight, bias) if v is not None}
+    if torch.is_grad_enabled() or not 0 < rows <= _FEW_ROWS or dtypes != {torch.float32}:
+        return F.linear(x, weight, bias)
+    out, k = weight.shape
+    y = torch.empty(*x.shape[:-1], out)
+    arrays = (_flat(x), _flat(weight), _flat(bias), _flat(y))
+    _run(few_rows_linear, ((rows, k, out), *arrays), jobs=out, work=rows * out * k)
+    return y
 
 
 def _flat(tensor: Tensor | None) -> np.ndarray:

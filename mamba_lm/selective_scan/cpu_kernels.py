@@ -8,7 +8,7 @@ the state at the start of every chunk; the backward pass replays a chunk from th
 it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
 
 Arrays come flat and in float32, lengths in int64; `?s` is the distance between the rows of `?`, d
-where it is not given. A kernel does jobs [start, stop), rows of the batch first.
+where it is not given. A kernel does jobs [start, stop), tile after tile, of each all rows.
 """
 
 import functools
@@ -98,12 +98,12 @@ _UPDATE, _OUT, _GOUT, _GINPUT, _GEXPONENT, _STATE, _DECAY = range(7)
 
 
 @_kernel()
-def _load_decay_rates(own, A, n, d, first, width):
-    """A (n, d) in powers of two: exp(Δ A) is then exp2(Δ a)."""
+def _load_decay_rates(own, A, n, first, width):
+    """A (d, n) in powers of two: exp(Δ A) is then exp2(Δ a)."""
     for i in range(n):
-        a_i, A_i = own[i, _A], _part(A, i, d, first, width)
+        a_i = own[i, _A]
         for c in range(width):
-            a_i[c] = A_i[c] * _LOG2E
+            a_i[c] = A[(first + c) * n + i] * _LOG2E
 
 
 @_kernel()
@@ -111,16 +111,16 @@ def scan_forward(
     jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
 ):  # fmt: skip
     """Jobs [start, stop) of the scan."""
-    l, d, n = shape
-    tiles = (d + TILE - 1) // TILE
+    rows, l, d, n = shape
     chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 2, TILE), f32)
     w = np.empty((CHUNK, 2, TILE), f32)
     for job in range(jobs[0], jobs[1]):
-        row, first = job // tiles, job % tiles * TILE
+        row, first = job % rows, job // rows * TILE
         width = min(TILE, d - first)
         skip = D[first : first + width]
-        _load_decay_rates(own, A, n, d, first, width)
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
         for i in range(n):
             if h0.size > 0:
                 own[i, _H, :width] = _part(h0, row * n + i, d, first, width)
@@ -166,6 +166,35 @@ def scan_forward(
             _part(hT, row * n + i, d, first, width)[:] = own[i, _H, :width]
 
 
+@_kernel()
+def scan_step(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h1):
+    """Jobs [start, stop) of one step: the state goes from h0 to h1 without a stop on the way."""
+    rows, d, n = shape
+    own, update = np.empty((n, 1, TILE), f32), np.empty(TILE, f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job % rows, job // rows * TILE
+        width = min(TILE, d - first)
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
+        skip, y_s = D[first : first + width], _part(y, row, d, first, width)
+        x_s, delta_s = _part(x, row, xs, first, width), _part(delta, row, ds, first, width)
+        for c in range(width):
+            update[c] = delta_s[c] * x_s[c]
+            y_s[c] = skip[c] * x_s[c]
+        for i in range(n):
+            before = _part(h0, row * n + i, d, first, width)
+            after = _part(h1, row * n + i, d, first, width)
+            a_i, b_i, c_i = own[i, _A], B[row * bs + i], C[row * cs + i]
+            for c in range(width):
+                state = _exp2(delta_s[c] * a_i[c]) * before[c] + update[c] * b_i
+                after[c] = state
+                y_s[c] += state * c_i
+        if z.size > 0:
+            z_s = _part(z, row, zs, first, width)
+            for c in range(width):
+                y_s[c] *= z_s[c] * _sigmoid(z_s[c])
+
+
 @_reduction_kernel()
 def scan_backward(
     jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, lengths, saved,
@@ -175,17 +204,17 @@ def scan_backward(
     (tiles, rows, l, n) are partial sums, so that threads share nothing and the result does not
     depend on their number; the latter two come as zeros."""
     rows, l, d, n = shape
-    tiles = (d + TILE - 1) // TILE
     chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 3, TILE), f32)
     w = np.empty((CHUNK + 1, 7, TILE), f32)
     for job in range(jobs[0], jobs[1]):
-        row, tile = job // tiles, job % tiles
+        row, tile = job % rows, job // rows
         first = tile * TILE
         width = min(TILE, d - first)
         skip, gskip = D[first : first + width], _part(gD, row, d, first, width)
         gskip[:] = f32(0.0)
-        _load_decay_rates(own, A, n, d, first, width)
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
         for i in range(n):
             own[i, _GA] = f32(0.0)
             own[i, _H, :width] = _part(ghT, row * n + i, d, first, width)
@@ -275,11 +304,10 @@ def scan_backward(
 @_kernel()
 def conv_forward(jobs, shape, x, xs, weight, bias, tail, y):
     """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
-    l, d, w = shape
-    tiles = (d + TILE - 1) // TILE
+    rows, l, d, w = shape
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
     for job in range(jobs[0], jobs[1]):
-        row, first = job // tiles, job % tiles * TILE
+        row, first = job % rows, job // rows * TILE
         width = min(TILE, d - first)
         bias_t = bias[first : first + width]
         for t in range(l):
@@ -308,14 +336,13 @@ def _input_at(t, row, l, x, xs, tail, w, zeros, d, first, width):
 def conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbias, gtail):
     """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
     partial sums over the rows."""
-    l, d, w = shape
-    tiles = (d + TILE - 1) // TILE
+    rows, l, d, w = shape
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
     gtaps = np.empty((w, TILE), f32)
     # The gradients of the w inputs that end at the present step, by step modulo w.
     ginput = np.empty((w, TILE), f32)
     for job in range(jobs[0], jobs[1]):
-        row, first = job // tiles, job % tiles * TILE
+        row, first = job % rows, job // rows * TILE
         width = min(TILE, d - first)
         bias_t, gbias_t = bias[first : first + width], _part(gbias, row, d, first, width)
         gbias_t[:], gtaps[:], ginput[:] = f32(0.0), f32(0.0), f32(0.0)
@@ -350,3 +377,31 @@ def conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbias
             ginput[t % w] = f32(0.0)
         for k in range(w):
             _part(gweight, row * w + k, d, first, width)[:] = gtaps[k, :width]
+
+
+@_reduction_kernel()
+def few_rows_linear(jobs, shape, x, weight, bias, y):
+    """Rows [start, stop) of weight (out, k), each times all rows of x (b, k), into y (b, out).
+
+    The weight is read once, from main memory, whatever b is; four rows of x share a load of it.
+    """
+    b, k, out = shape
+    for r in range(jobs[0], jobs[1]):
+        w = _part(weight, r, k, 0, k)
+        start = bias[r] if bias.size > 0 else f32(0.0)
+        for row in range(0, b - 3, 4):
+            x0, x1 = _part(x, row, k, 0, k), _part(x, row + 1, k, 0, k)
+            x2, x3 = _part(x, row + 2, k, 0, k), _part(x, row + 3, k, 0, k)
+            y0, y1, y2, y3 = start, start, start, start
+            for c in range(k):
+                y0 += w[c] * x0[c]
+                y1 += w[c] * x1[c]
+                y2 += w[c] * x2[c]
+                y3 += w[c] * x3[c]
+            y[row * out + r], y[(row + 1) * out + r] = y0, y1
+            y[(row + 2) * out + r], y[(row + 3) * out + r] = y2, y3
+        for row in range(b - b % 4, b):
+            x0, y0 = _part(x, row, k, 0, k), start
+            for c in range(k):
+                y0 += w[c] * x0[c]
+            y[row * out + r] = y0
