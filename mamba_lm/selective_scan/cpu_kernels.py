@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from mamba_lm.selective_scan.cpu_threads import next_jobs, unpacked
+
 TILE = 128
 CHUNK = 32
 
@@ -107,11 +109,10 @@ def _load_decay_rates(own, A, n, first, width):
 
 
 @_kernel()
-def scan_forward(
-    jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
+def _scan_forward(
+    jobs, rows, l, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
 ):  # fmt: skip
     """Jobs [start, stop) of the scan."""
-    rows, l, d, n = shape
     chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 2, TILE), f32)
     w = np.empty((CHUNK, 2, TILE), f32)
@@ -167,9 +168,8 @@ def scan_forward(
 
 
 @_kernel()
-def scan_step(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h1):
+def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h1):
     """Jobs [start, stop) of one step: the state goes from h0 to h1 without a stop on the way."""
-    rows, d, n = shape
     own, update = np.empty((n, 1, TILE), f32), np.empty(TILE, f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
@@ -196,14 +196,13 @@ def scan_step(jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h
 
 
 @_reduction_kernel()
-def scan_backward(
-    jobs, shape, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, lengths, saved,
+def _scan_backward(
+    jobs, rows, l, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, lengths, saved,
     gy, ghT, gx, gdelta, gz, gA, gB, gC, gD, gh0,
 ):  # fmt: skip
     """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
     (tiles, rows, l, n) are partial sums, so that threads share nothing and the result does not
     depend on their number; the latter two come as zeros."""
-    rows, l, d, n = shape
     chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 3, TILE), f32)
     w = np.empty((CHUNK + 1, 7, TILE), f32)
@@ -302,9 +301,8 @@ def scan_backward(
 
 
 @_kernel()
-def conv_forward(jobs, shape, x, xs, weight, bias, tail, y):
+def _conv_forward(jobs, rows, l, d, w, x, xs, weight, bias, tail, y):
     """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
-    rows, l, d, w = shape
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
@@ -333,10 +331,9 @@ def _input_at(t, row, l, x, xs, tail, w, zeros, d, first, width):
 
 
 @_kernel()
-def conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbias, gtail):
+def _conv_backward(jobs, rows, l, d, w, x, xs, weight, bias, tail, gy, gx, gweight, gbias, gtail):
     """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
     partial sums over the rows."""
-    rows, l, d, w = shape
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
     gtaps = np.empty((w, TILE), f32)
     # The gradients of the w inputs that end at the present step, by step modulo w.
@@ -380,12 +377,11 @@ def conv_backward(jobs, shape, x, xs, weight, bias, tail, gy, gx, gweight, gbias
 
 
 @_reduction_kernel()
-def few_rows_linear(jobs, shape, x, weight, bias, y):
+def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
     """Rows [start, stop) of weight (out, k), each times all rows of x (b, k), into y (b, out).
 
     The weight is read once, from main memory, whatever b is; four rows of x share a load of it.
     """
-    b, k, out = shape
     for r in range(jobs[0], jobs[1]):
         w = _part(weight, r, k, 0, k)
         start = bias[r] if bias.size > 0 else f32(0.0)
@@ -405,3 +401,51 @@ def few_rows_linear(jobs, shape, x, weight, bias, y):
             for c in range(k):
                 y0 += w[c] * x0[c]
             y[row * out + r] = y0
+
+
+# What threads run: shares of the jobs until none is left. A word is an argument of the kernel or
+# two: i an integer, f an array of floats, l one of integers.
+
+
+def scan_forward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_forward(jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi f l f f f"))
+        jobs = next_jobs(packed)
+
+
+def scan_backward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_backward(
+            jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi l f f f f f f f f f f f")
+        )
+        jobs = next_jobs(packed)
+
+
+def scan_step(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_step(jobs, *unpacked(packed, "i i i fi fi f fi fi f fi f f f"))
+        jobs = next_jobs(packed)
+
+
+def conv_forward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _conv_forward(jobs, *unpacked(packed, "i i i i fi f f f f"))
+        jobs = next_jobs(packed)
+
+
+def conv_backward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _conv_backward(jobs, *unpacked(packed, "i i i i fi f f f f f f f f"))
+        jobs = next_jobs(packed)
+
+
+def few_rows_linear(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _few_rows_linear(jobs, *unpacked(packed, "i i i f f f f"))
+        jobs = next_jobs(packed)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mamba_lm.selective_scan as selective_scan_module
 from errors import UserError
-from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
+from mamba_lm.selective_scan import backend_name, cpu, cpu_threads, load_backend, reference
 
 # (l, d, n): lengths around the kernels' chunks of 32 steps, widths around their tiles of 128.
 SHAPES = [
@@ -330,8 +330,8 @@ def test_extreme_inputs_stay_finite(extremes):
 def test_same_bits_on_any_number_of_threads(openmp, threads, monkeypatch):
     """On torch's threads and, where its OpenMP cannot be had, on a pool of our own."""
     if not openmp:
-        monkeypatch.setattr(cpu, "_openmp", lambda: None)
-    elif cpu._openmp() is None:
+        monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
+    elif cpu_threads._openmp() is None:
         pytest.skip("torch has no GNU OpenMP here")
     lengths = torch.tensor([40] * 15 + [3])
     scan, conv = scan_inputs(16, 40, 130, 16), conv_inputs(16, 40, 130, 4)
@@ -347,18 +347,23 @@ def test_same_bits_on_any_number_of_threads(openmp, threads, monkeypatch):
             assert_all_equal(got, want)
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_an_error_on_a_thread_is_raised(error):
-    if cpu._openmp() is None:
-        pytest.skip("torch has no GNU OpenMP here")
-    done = []
-
-    def fail():
-        raise error
-
-    with pytest.raises(type(error)):
-        cpu._run_on_openmp([fail, *[lambda: done.append(1)] * 5])
-    assert len(done) == 5
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (3,), (4,), (1, 7), (8,), (9,)])
+@pytest.mark.parametrize("out, k", [(1, 1), (80, 96), (301, 768)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_few_rows(rows, out, k, bias, threads):
+    threads(2)
+    torch.manual_seed(0)
+    wide = torch.randn(*rows, 2 * k)
+    weight, offset = torch.randn(out, k), torch.randn(out) if bias else None
+    for x in (wide[..., :k], wide[..., k:].contiguous()):
+        with torch.no_grad():
+            got = cpu.linear(x, weight, offset)
+        exact = F.linear(x.double(), weight.double(), offset.double() if bias else None)
+        assert got.shape == (*rows, out)
+        assert_close(got, exact)
+    weight.requires_grad_()
+    assert torch.equal(cpu.linear(x, weight, offset), F.linear(x, weight, offset))
+    assert cpu.linear(x, weight, offset).requires_grad
 
 
 def test_two_threads_at_once(threads):
@@ -452,7 +457,8 @@ def test_a_missing_backend_names_its_install_command(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, cpu.__name__)
-    monkeypatch.delitem(sys.modules, "mamba_lm.selective_scan.cpu_kernels")
+    for name in ("cpu_kernels", "cpu_threads"):
+        monkeypatch.delitem(sys.modules, f"mamba_lm.selective_scan.{name}")
     load_backend.cache_clear()
     with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):
         selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))
