@@ -1,0 +1,155 @@
+"""Does training on shared contexts learn as well? Held-out answer loss of batches that group the
+questions of a context against batches of examples drawn one by one, along examples and minutes.
+
+    python -m benchmarks.learning TRAIN HELD_OUT results/learning.jsonl --seeds 0 1 2 \\
+        --conditions shuffled:32 grouped:32 grouped:64
+
+A condition is the kind of batch and its number of questions. Runs of a seed start from the same
+weights and are trained on the same questions and negatives, each on one thread, two at a time.
+Adds a line to the file for every look at the held-out loss; prints the table of all its lines.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.answer_loss import answer_losses
+from context_qa.dataset import GroupedBatches, continuation
+from errors import UserError, positive_float, positive_int, run_script
+from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.training import PrefixSuffixLM, PrefixSuffixTrainer, training_arguments
+from squad_utils import PROMPT_ORDERS, read_examples
+
+KINDS = ("shuffled", "grouped")
+LOOKS = 8  # at the held-out loss in a run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train", metavar="TRAIN", help="JSONL or SQuAD JSON file")
+    parser.add_argument("held_out", metavar="HELD_OUT", help="the same; its first 600 questions")
+    parser.add_argument("output", metavar="OUTPUT", help="JSONL, appended to")
+    parser.add_argument("--model", default="models/configs/mamba-small.json", help="or a folder")
+    parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
+    parser.add_argument("--conditions", nargs="+", default=["shuffled:32", "grouped:32"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--num_epochs", type=positive_float, default=1.0, help="default: 1")
+    parser.add_argument("--learning_rate", type=positive_float, default=1e-3, help="default: 1e-3")
+    parser.add_argument("--processes", type=positive_int, default=2, help="default: 2")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    for condition in args.conditions:
+        kind, _, size = condition.partition(":")
+        if kind not in KINDS or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--conditions {condition}: give shuffled:N or grouped:N")
+    if "LEARNING_RUN" in os.environ:
+        train_one(args)
+        return
+    runs = [(condition, seed) for seed in args.seeds for condition in args.conditions]
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(lambda run: start(*run), runs))
+    print_table([json.loads(line) for line in Path(args.output).read_text().splitlines()])
+
+
+def start(condition: str, seed: int) -> None:
+    """This script again, as one run in a process of its own."""
+    environment = {**os.environ, "LEARNING_RUN": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
+    command += ["--conditions", condition, "--seeds", str(seed)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise UserError(f"{condition}, seed {seed}: {run.stderr.strip().splitlines()[-1]}")
+
+
+def train_one(args: argparse.Namespace) -> None:
+    [condition], [seed] = args.conditions, args.seeds
+    kind, _, size = condition.partition(":")
+    set_seed(seed)
+    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
+    examples = read_examples(args.train)
+    batches = GroupedBatches(examples, int(size), "random", seed, grouped=kind == "grouped")
+    steps = int(len(batches) * args.num_epochs)
+    arguments = training_arguments(
+        f"{args.output}.{kind}{size}.{seed}", torch.device("cpu"), max_steps=steps, seed=seed,
+        learning_rate=args.learning_rate, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
+    trainer = PrefixSuffixTrainer(model, arguments, batches, tokenize, tokenizer)
+    looks = Looks(args, model, tokenizer, {"condition": condition, "seed": seed}, int(size), steps)
+    trainer.add_callback(looks)
+    trainer.train()
+
+
+class Looks(TrainerCallback):
+    """Measures the held-out loss LOOKS times a run; the clock stands still meanwhile."""
+
+    def __init__(self, args, model, tokenizer, row: dict, batch_size: int, steps: int):
+        self.examples = [e for e in read_examples(args.held_out) if e.is_answerable][:600]
+        self.model, self.tokenizer = PrefixSuffixLM(model), tokenizer
+        self.path, self.row, self.batch_size = args.output, row, batch_size
+        self.at = {round(steps * look / LOOKS) for look in range(1, LOOKS + 1)}
+        self.seconds, self.started = 0.0, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step not in self.at:
+            return
+        self.seconds += time.perf_counter() - self.started
+        sums, counts = answer_losses(self.model, self.tokenizer, self.examples, 32)
+        row = self.row | {
+            "examples": state.global_step * self.batch_size,
+            "seconds": self.seconds,
+            "loss": float(sums.sum() / counts.sum()),
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.started = time.perf_counter()
+
+
+def print_table(rows: list[dict]) -> None:
+    """Mean over seeds, with the standard deviation: at equal examples, and at the minutes that the
+    fastest condition took in all."""
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    curves = {
+        (condition, seed): np.array(
+            [
+                (row["examples"], row["seconds"] / 60, row["loss"])
+                for row in rows
+                if (row["condition"], row["seed"]) == (condition, seed)
+            ]
+        ).T
+        for condition in conditions
+        for seed in {row["seed"] for row in rows if row["condition"] == condition}
+    }
+    least = min(curve[1][-1] for curve in curves.values())
+    print(f"{'condition':16}{'seeds':>6}{'minutes':>9}{'loss at the end':>22}"
+          f"{f'loss at {least:.1f} minutes':>26}")  # fmt: skip
+    for condition in conditions:
+        of = [curve for (name, _), curve in curves.items() if name == condition]
+        end = [curve[2][-1] for curve in of]
+        early = [np.interp(least, curve[1], curve[2]) for curve in of]
+        minutes = np.mean([curve[1][-1] for curve in of])
+        print(
+            f"{condition:16}{len(of):6d}{minutes:9.1f}"
+            f"{np.mean(end):14.4f} ± {np.std(end):.4f}{np.mean(early):18.4f} ± {np.std(early):.4f}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
