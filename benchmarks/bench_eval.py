@@ -12,13 +12,12 @@ first questions of the sample.
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.timing import alternate, parse_benchmark_args, ratio, report
+from benchmarks.timing import Contender, installed, parse_benchmark_args, report, rows_per_item
 from context_qa.answering import Answerer
 from context_qa.dataset import token_ids
 from errors import positive_int, run_script
@@ -27,17 +26,8 @@ from mamba_lm.model import MambaConfig, MambaLM
 from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/validation.jsonl"
-VOCABULARY = 50277
+VOCABULARY, WIDTH = 50277, 768
 SHARED = "ours, shared"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What one call does: so many questions, so many tokens read and generated for them."""
-
-    call: Callable[[], object]
-    questions: int
-    tokens: int
 
 
 def parse_args():
@@ -56,33 +46,16 @@ def main(args) -> None:
         args.n_layer, args.passages, args.rounds = 2, 4, 1
     torch.manual_seed(0)
     tokenizer = load_tokenizer("", args.tokenizer)
-    model = MambaLM(MambaConfig(VOCABULARY, d_model=768, n_layer=args.n_layer)).eval()
+    model = MambaLM(MambaConfig(VOCABULARY, WIDTH, args.n_layer)).eval()
     passages = sample(read_examples(args.data), args.passages)
     with tempfile.TemporaryDirectory() as folder:
         contenders = ours(model, tokenizer, passages, args.max_new_tokens)
         contenders |= theirs(model, tokenizer, passages, args, Path(folder))
-        measured = alternate(
-            {name: c.call for name, c in contenders.items()}, args.rounds, patience=45
-        )
-    seconds = {
-        name: [value / contenders[name].questions for value in values]
-        for name, values in measured.items()
-    }
-    rows = [
-        {
-            "name": name,
-            "seconds": sorted(values)[len(values) // 2],
-            "ratio": ratio(values, seconds[SHARED]),
-            "questions": contenders[name].questions,
-            "tokens_a_question": contenders[name].tokens / contenders[name].questions,
-            "tokens_a_second": contenders[name].tokens / contenders[name].questions / min(values),
-        }
-        for name, values in seconds.items()
-    ]
+        rows = rows_per_item(contenders, SHARED, args.rounds, patience=45)
     questions = sum(map(len, passages))
     report(
         f"{len(passages)} passages with {questions / len(passages):.1f} questions each, "
-        f"d_model 768, {args.n_layer} layers, {args.max_new_tokens} new tokens, float32",
+        f"d_model {WIDTH}, {args.n_layer} layers, {args.max_new_tokens} new tokens, float32",
         rows,
         args.json,
     )
@@ -120,8 +93,6 @@ def theirs(model: MambaLM, tokenizer, passages, args, folder: Path) -> dict[str,
     """Peers, each with as many whole passages, or batches, as it can do in minutes."""
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
-
     count = args.max_new_tokens
     prefixes = [token_ids(tokenizer, passage[0].context) for passage in passages]
     suffixes = [
@@ -151,6 +122,10 @@ def theirs(model: MambaLM, tokenizer, passages, args, folder: Path) -> dict[str,
         tokens = sum(map(len, batch)) + count * len(batch)
         name = f"transformers, batches of {size}"
         contenders[name] = Contender(lambda batch=batch: generate(batch), len(batch), tokens)
+
+    if not installed("gguf", "llama_cpp"):
+        return contenders
+    from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
     write_gguf(model, folder / "model.gguf")
     llama = LlamaCpp(folder / "model.gguf")

@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import alternate, parse_benchmark_args, peak_memory, ratio, report
+from benchmarks.timing import alternate, installed, parse_benchmark_args, peak_memory, ratio, report
 from errors import run_script
 from mamba_lm.model import MambaConfig, MambaLM
 
@@ -37,7 +37,9 @@ def main(args) -> None:
     if args.quick:
         args.batch, args.length, args.n_layer, args.rounds = 2, 64, 1, 5
     shape = (args.d_model, args.batch, args.length)
-    layers = {FLOOR: args.n_layer, OURS: args.n_layer, MAMBAPY: args.n_layer, TRANSFORMERS: 1}
+    layers = {FLOOR: args.n_layer, OURS: args.n_layer, TRANSFORMERS: 1}
+    if installed("mambapy"):
+        layers[MAMBAPY] = args.n_layer
     rows = []
     for backward in (False, True):
         calls = {name: prepare(name, layers[name], *shape, backward) for name in layers}

@@ -1,14 +1,17 @@
 """What the benchmarks share: peers timed in alternation, a table with ratios, the same as JSON."""
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import re
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +27,18 @@ def parse_benchmark_args(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a look at small shapes, under 45 s")
     parser.add_argument("--json", metavar="FILE", help="also write the rows: name, seconds, ratio")
     return parser
+
+
+def installed(*modules: str) -> bool:
+    """Whether the peers' modules are here; if not, say on stderr that they are left out."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"{', '.join(missing)}: not installed, left out; "
+            "pip install -r requirements-benchmarks.txt",
+            file=sys.stderr,
+        )
+    return not missing
 
 
 def alternate(
@@ -50,6 +65,40 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
     if len(seconds) != len(base):
         return statistics.median(seconds) / statistics.median(base)
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A call that handles so many items, and for them so many tokens."""
+
+    call: Callable[[], object]
+    items: int
+    tokens: int
+
+
+def rows_per_item(
+    contenders: Mapping[str, Contender], base: str, rounds: int, patience: float
+) -> list[dict]:
+    """For `report`: seconds of an item, ratio to `base`; tokens of an item and in a second."""
+    measured = alternate({n: c.call for n, c in contenders.items()}, rounds, patience)
+    seconds = {
+        name: [value / contenders[name].items for value in values]
+        for name, values in measured.items()
+    }
+    rows = []
+    for name, values in seconds.items():
+        tokens = contenders[name].tokens / contenders[name].items
+        rows.append(
+            {
+                "name": name,
+                "seconds": statistics.median(values),
+                "ratio": ratio(values, seconds[base]),
+                "measured_on": contenders[name].items,
+                "tokens": tokens,
+                "tokens_a_second": tokens / statistics.median(values),
+            }
+        )
+    return rows
 
 
 def peak_memory(function: Callable[..., object], *args) -> int:

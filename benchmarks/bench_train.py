@@ -1,0 +1,116 @@
+"""Optimiser steps on questions with contexts, shared and unshared, beside mambapy.
+
+    pip install -r requirements-benchmarks.txt
+    python -m benchmarks.bench_train --data rajpurkar/squad:train \\
+        --tokenizer EleutherAI/gpt-neox-20b
+    python -m benchmarks.bench_train --quick                  # embedded data, one layer
+
+mamba-130m's width and vocabulary, fewer layers. Every question comes once more on a random context,
+where "I don't know." is right; a step is forward, backward and AdamW. All contenders learn from the
+same batch; a slow one from the first examples of it. `seconds` is an example's; `ratio` is to ours,
+shared; tokens count what is read, padding left out.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.timing import Contender, installed, parse_benchmark_args, report, rows_per_item
+from context_qa.dataset import GroupedBatches, continuation
+from errors import positive_int, run_script
+from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.model import MambaConfig, MambaLM, right_pad
+from mamba_lm.training import Continuation, PrefixSuffixLM, collate
+from squad_utils import PROMPT_ORDERS, read_examples
+
+EMBEDDED = "data/demo/train.jsonl"
+VOCABULARY, WIDTH = 50277, 768
+SHARED = "ours, shared"
+
+
+def parse_args():
+    parser = parse_benchmark_args(__doc__)
+    parser.add_argument("--data", default=EMBEDDED, help=f"default: {EMBEDDED}")
+    parser.add_argument("--tokenizer", default="data/demo/tokenizer", help="default: the demo's")
+    parser.add_argument("--n_layer", type=positive_int, default=4, help="default: 4")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="default: 32")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
+    return parser.parse_args()
+
+
+def main(args) -> None:
+    if args.quick:
+        args.n_layer, args.rounds = 1, 2
+    tokenizer = load_tokenizer("", args.tokenizer)
+    data = read_examples(args.data)
+    batches = GroupedBatches(data, args.batch_size, "random")
+    pairings = next(iter(batches))
+    contexts = len({pairing.context for pairing in pairings})
+    examples = [continuation(pairing, tokenizer, PROMPT_ORDERS[0]) for pairing in pairings]
+
+    contenders = {
+        SHARED: ours(examples, args.n_layer),
+        "ours, unshared": ours([whole(example) for example in examples], args.n_layer),
+    }
+    if installed("mambapy"):
+        for size in (2, 8):
+            name = f"mambapy, batches of {size}"
+            contenders[name] = mambapy_step(examples[:size], args.n_layer)
+    rows = rows_per_item(contenders, SHARED, args.rounds, patience=20)
+    report(
+        f"{len(examples)} examples on {contexts} contexts, d_model {WIDTH}, {args.n_layer} layers, "
+        "float32",
+        rows,
+        args.json,
+    )
+
+
+def whole(example: Continuation) -> Continuation:
+    """The same example with nothing to share: its context is part of its prompt."""
+    return Continuation((), [*example.prefix, *example.prompt], example.target)
+
+
+def ours(examples: list[Continuation], n_layer: int) -> Contender:
+    torch.manual_seed(0)
+    model = PrefixSuffixLM(MambaLM(MambaConfig(VOCABULARY, WIDTH, n_layer)))
+    batch = collate(examples)
+    tokens = int(batch["prefix_lengths"].sum() + batch["suffix_lengths"].sum())
+    return Contender(stepper(model, lambda: model(**batch)["loss"]), len(examples), tokens)
+
+
+def mambapy_step(examples: list[Continuation], n_layer: int) -> Contender:
+    """Whole sequences, padded; the head only where there is loss, as in ours."""
+    from mambapy.mamba import Mamba, MambaConfig
+
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+    model = torch.nn.Sequential(embedding, Mamba(MambaConfig(WIDTH, n_layer)))
+    sequences = [[*e.prefix, *e.prompt, *e.target] for e in examples]
+    ids, lengths = right_pad(sequences)
+    rows = torch.tensor([row for row, e in enumerate(examples) for _ in e.target])
+    at = torch.tensor(
+        [len(sequences[row]) - len(e.target) + i for row, e in enumerate(examples)
+         for i in range(len(e.target))]
+    )  # fmt: skip
+
+    def loss() -> torch.Tensor:
+        hidden = model(ids[:, :-1])
+        return F.cross_entropy(hidden[rows, at - 1] @ embedding.weight.T, ids[rows, at])
+
+    return Contender(stepper(model, loss), len(examples), int(lengths.sum()) - len(examples))
+
+
+def stepper(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,132 @@
+"""The benchmarks run, on shapes that take no time, and say what they measured."""
+
+import importlib.util
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_eval, bench_model, bench_train, learning, same_answers, timing
+from errors import UserError
+from mamba_lm.model import MambaConfig, MambaLM
+
+TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"
+
+
+def run(module, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    module.main(module.parse_args())
+
+
+def rows_of(path: Path) -> dict[str, dict]:
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
+    return rows
+
+
+def test_bench_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_model, "peak_memory", lambda *_: 3_000_000)
+    path = tmp_path / "new" / "rows.json"
+    shape = ("--d_model", 32, "--batch", 1, "--length", 9, "--n_layer", 2, "--rounds", 3)
+    run(bench_model, monkeypatch, *shape, "--json", path)
+    rows = rows_of(path)
+    for name in ("matrix products", "ours", "transformers"):
+        assert {f"{name}, forward", f"{name}, forward + backward"} <= rows.keys()
+    assert rows["matrix products, forward"]["ratio"] == 1.0
+    assert rows["ours, forward + backward"]["memory_MB"] == 3.0
+    assert "ours, forward + backward" in capsys.readouterr().out
+
+
+def test_bench_train(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_train, "WIDTH", 16)
+    path = tmp_path / "rows.json"
+    run(bench_train, monkeypatch, "--n_layer", 1, "--rounds", 1, "--batch_size", 8, "--json", path)
+    rows = rows_of(path)
+    assert rows["ours, shared"]["ratio"] == 1.0
+    assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
+
+
+def test_bench_eval(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_eval, "WIDTH", 16)
+    path = tmp_path / "rows.json"
+    shape = ("--n_layer", 1, "--rounds", 1, "--passages", 2, "--max_new_tokens", 2)
+    run(bench_eval, monkeypatch, *shape, "--json", path)
+    rows = rows_of(path)
+    assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
+    assert "transformers, batches of 8" in rows
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("gguf", "llama_cpp")),
+    reason="gguf and llama-cpp-python are not installed (requirements-benchmarks.txt)",
+)
+def test_llama_cpp_computes_the_same(tmp_path):
+    from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
+
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=60, d_model=64, n_layer=2)).eval()
+    write_gguf(model, tmp_path / "model.gguf")
+    peer = LlamaCpp(tmp_path / "model.gguf", context=64)
+    ids = torch.randint(60, (1, 20))
+    peer.read(ids[0].tolist())
+    with torch.no_grad():
+        logits, _ = model(ids)
+    assert torch.allclose(torch.tensor(peer.logits().copy()), logits[0, -1], atol=1e-4)
+    peer.read(ids[0].tolist())
+    alone = peer.decode(3)
+    assert peer.answer(ids[0, :12].tolist(), [ids[0, 12:].tolist()] * 2, 3) == [alone, alone]
+
+
+def test_forked_states_give_the_demo_checkpoints_guesses(monkeypatch, capsys):
+    run(same_answers, monkeypatch, "models/demo", VALIDATION, "--limit", 40)
+    out = capsys.readouterr().out
+    assert re.search(r"^40 questions, \d\d distinct guesses, 0 differ$", out, re.MULTILINE)
+
+
+def test_learning_measures_both_kinds_of_batches(monkeypatch, tmp_path, capsys):
+    for name, source in (("train", TRAIN), ("held_out", VALIDATION)):
+        lines = Path(source).read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:24]))
+    output = tmp_path / "learning.jsonl"
+    arguments = [
+        tmp_path / "train.jsonl", tmp_path / "held_out.jsonl", output, "--model", "models/demo",
+        "--num_epochs", "1", "--learning_rate", "1e-4",
+    ]  # fmt: skip
+    monkeypatch.setenv("LEARNING_RUN", "1")
+    for condition in ("shuffled:8", "grouped:8"):
+        run(learning, monkeypatch, *arguments, "--conditions", condition, "--seeds", "0")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["condition"] for row in rows} == {"shuffled:8", "grouped:8"}
+    assert all(0 < row["loss"] < 2 and row["seconds"] > 0 for row in rows)
+    learning.print_table(rows)
+    table = capsys.readouterr().out
+    assert re.search(r"^grouped:8 +1 +\d", table, re.MULTILINE)
+    with pytest.raises(UserError, match="give shuffled:N or grouped:N"):
+        run(learning, monkeypatch, *arguments, "--conditions", "sorted:8")
+
+
+def test_a_contender_that_takes_too_long_is_called_once():
+    calls = []
+    waits = {"fast": 0.0, "slow": 0.05}
+
+    def contender(name):
+        def call():
+            calls.append(name)
+            time.sleep(waits[name])
+
+        return call
+
+    contenders = {name: contender(name) for name in waits}
+    seconds = timing.alternate(contenders, rounds=2, patience=0.04)
+    assert calls == ["fast", "slow", "fast", "fast"]
+    assert len(seconds["fast"]) == 2 and len(seconds["slow"]) == 1 and seconds["slow"][0] >= 0.05
+
+
+def test_ratio_pairs_the_rounds():
+    """Where the machine slowed down for both, the ratio does not show it."""
+    assert timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+    assert timing.ratio([30.0], [10.0, 5.0, 20.0]) == 3.0
