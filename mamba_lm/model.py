@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_lm.selective_scan import causal_conv1d, linear, selective_scan
+from mamba_lm.selective_scan import causal_conv1d, linear, reads_packed, selective_scan
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,14 @@ class MambaMixer(nn.Module):
     def forward(
         self, u: Tensor, conv: Tensor | None, ssm: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, n, d)."""
+        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, n, d).
+
+        Or u (tokens, m) and so on: rows of `lengths` back to back.
+        """
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
         new_conv = last_inputs(x, conv, self.conv1d.kernel_size[0] - 1, lengths)
-        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv)  # (b, l, d)
+        weight = self.conv1d.weight.squeeze(1)  # (d, w)
+        x = causal_conv1d(x, weight, self.conv1d.bias, conv, lengths)  # (b, l, d)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         if self.bcdt_rms_eps is not None:
             dt, B, C = (F.rms_norm(v, v.shape[-1:], eps=self.bcdt_rms_eps) for v in (dt, B, C))
@@ -165,21 +169,26 @@ class MambaMixer(nn.Module):
 def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | None) -> Tensor:
     """The last `count` real inputs (b, count, d) of x (b, l, d), those in `before` included.
 
-    `lengths` (b,) counts each row's real inputs, all l by default; zeros stand before the first.
+    `lengths` (b,) counts each row's real inputs, all l by default; zeros stand before the first. x
+    may be (tokens, d), rows of these lengths back to back.
     """
-    b, l, d = x.shape
+    d = x.shape[-1]
     if before is None:
-        before = x.new_zeros(b, count, d)
+        before = x.new_zeros(len(x) if x.dim() == 3 else len(lengths), count, d)
+    if x.numel() == 0:
+        return before
     if lengths is None:
         # A copy in either case: a view would keep all of x alive as long as the state.
-        return torch.cat([before[:, l:], x[:, max(l - count, 0) :]], dim=1)
-    if l == 0:
-        return before
+        return torch.cat([before[:, x.shape[1] :], x[:, max(x.shape[1] - count, 0) :]], dim=1)
+    if x.dim() == 3:
+        starts = torch.arange(len(x), device=x.device) * x.shape[1]
+    else:
+        starts = lengths.cumsum(0) - lengths
     at = lengths[:, None] + torch.arange(-count, 0, device=x.device)  # (b, count), < 0: in `before`
-    in_x = x.gather(1, at.clamp(min=0).unsqueeze(-1).expand(b, count, d))
-    in_tail = (at + count).clamp(max=count - 1).unsqueeze(-1).expand(b, count, d)
-    in_before = before.gather(1, in_tail)
-    return torch.where((at >= 0).unsqueeze(-1), in_x, in_before)
+    places = (starts[:, None] + at.clamp(min=0)).clamp(max=x.shape[:-1].numel() - 1)
+    in_x = x.reshape(-1, d).index_select(0, places.flatten()).view_as(before)
+    in_tail = (at + count).clamp(max=count - 1).unsqueeze(-1).expand_as(before)
+    return torch.where((at >= 0).unsqueeze(-1), in_x, before.gather(1, in_tail))
 
 
 class MambaBlock(nn.Module):
@@ -223,7 +232,14 @@ class MambaLM(nn.Module):
         lengths (b,) int64: the real tokens of right-padded rows. Padding is exact: the state is
         that after a row's last real token. Hidden states at padded positions mean nothing.
         """
-        hidden = self.backbone.embeddings(input_ids)  # (b, l, m)
+        packs = lengths is not None and reads_packed(self.lm_head.weight)
+        if packs:  # padding is not even computed
+            b, l = input_ids.shape
+            lengths = lengths.clamp(0, l)
+            is_real = torch.arange(l, device=input_ids.device) < lengths[:, None]  # (b, l)
+            places = is_real.flatten().nonzero().squeeze(1)  # (tokens,)
+            input_ids = input_ids.flatten().index_select(0, places)
+        hidden = self.backbone.embeddings(input_ids)  # (b, l, m), or (tokens, m)
         if self.config.residual_in_fp32:
             hidden = at_least_float32(hidden)
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
@@ -232,7 +248,11 @@ class MambaLM(nn.Module):
             hidden, conv, ssm = layer(hidden, conv, ssm, lengths)
             new_convs.append(conv)
             new_ssms.append(ssm)
-        return self.backbone.norm_f(hidden), MambaState(tuple(new_convs), tuple(new_ssms))
+        hidden = self.backbone.norm_f(hidden)
+        if packs:
+            padded = hidden.new_zeros(b * l, hidden.shape[-1])
+            hidden = padded.index_copy(0, places, hidden).view(b, l, -1)
+        return hidden, MambaState(tuple(new_convs), tuple(new_ssms))
 
     def forward(
         self,

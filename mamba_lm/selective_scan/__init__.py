@@ -45,20 +45,23 @@ def selective_scan(
 
     Shapes: x, delta, z (b, l, d); A (d, n), negative; B, C (b, l, n); D (d,); initial_state
     (b, n, d); lengths (b,) int64, the number of real positions of each right-padded row. Positions
-    from a row's length on leave the state alone and give y = 0.
+    from a row's length on leave the state alone and give y = 0. Where the backend `reads_packed`,
+    rows may also stand back to back: x, delta, z (tokens, d) and B, C (tokens, n), where lengths
+    sum to tokens.
 
-    Returns y (b, l, d) in x's dtype and the final state (b, n, d), in float32 or float64.
+    Returns y in x's shape and dtype and the final state (b, n, d), in float32 or float64.
     Differentiable in every tensor, the initial and the final state included. Raises ValueError on
     shapes that do not fit: the kernels trust them.
     """
-    (b, l, d), n = x.shape, A.shape[-1]
+    (*tokens, d), n = x.shape, A.shape[-1]
+    b = _rows(x, lengths)
     _check_shapes(
-        delta=(delta, (b, l, d)),
+        delta=(delta, (*tokens, d)),
         A=(A, (d, n)),
-        B=(B, (b, l, n)),
-        C=(C, (b, l, n)),
+        B=(B, (*tokens, n)),
+        C=(C, (*tokens, n)),
         D=(D, (d,)),
-        z=(z, (b, l, d)),
+        z=(z, (*tokens, d)),
         initial_state=(initial_state, (b, n, d)),
         lengths=(lengths, (b,)),
     )
@@ -66,18 +69,24 @@ def selective_scan(
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_tail: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """SiLU of the depthwise causal convolution of x (b, l, d) with weight (d, w), bias (d,).
 
-    initial_tail (b, w - 1, d) holds the inputs that came before x, zeros by default. Returns
-    (b, l, d), differentiable in every tensor. Raises ValueError on shapes that do not fit.
+    initial_tail (b, w - 1, d) holds the inputs that came before x, zeros by default. Where the
+    backend `reads_packed`, x may be (tokens, d), rows of `lengths` (b,) back to back. Returns what
+    has x's shape, differentiable in every tensor. Raises ValueError on shapes that do not fit.
     """
-    (b, _, d), w = x.shape, weight.shape[-1]
+    d, w, b = x.shape[-1], weight.shape[-1], _rows(x, lengths)
     _check_shapes(
         weight=(weight, (d, w)), bias=(bias, (d,)), initial_tail=(initial_tail, (b, w - 1, d))
     )
-    return _backend(x).causal_conv1d(x, weight, bias, initial_tail)
+    packed = {"lengths": lengths} if x.dim() == 2 else {}
+    return _backend(x).causal_conv1d(x, weight, bias, initial_tail, **packed)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,6 +94,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     cpu backend replaces where decoding multiplies few rows without gradients."""
     backend = _backend(x)
     return getattr(backend, "linear", F.linear)(x, weight, bias)
+
+
+def reads_packed(x: Tensor) -> bool:
+    """Whether the backend of x reads rows of unlike lengths back to back, without padding."""
+    return getattr(_backend(x), "PACKED", False)
 
 
 def backend_name(device: torch.device, dtype: torch.dtype) -> str:
@@ -115,6 +129,16 @@ def load_backend(name: str) -> ModuleType:
         ) from error
     print(f"selective scan: {name} backend", file=sys.stderr)
     return module
+
+
+def _rows(x: Tensor, lengths: Tensor | None) -> int:
+    if x.dim() == 3:
+        return x.shape[0]
+    if not reads_packed(x):
+        raise ValueError("this backend reads (b, l, d) only")
+    if lengths is None or lengths.sum() != x.shape[0] or (lengths < 0).any():
+        raise ValueError(f"lengths do not make up the {x.shape[0]} packed tokens")
+    return len(lengths)
 
 
 def _check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:

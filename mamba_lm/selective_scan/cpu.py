@@ -19,6 +19,8 @@ from mamba_lm.selective_scan.cpu_kernels import (
 )
 from mamba_lm.selective_scan.cpu_threads import keep_freed_memory, run
 
+PACKED = True  # rows of unlike lengths stand back to back, without padding
+
 # Up to here the kernel for few rows is faster than torch's matrix product.
 _FEW_ROWS = 8
 
@@ -27,86 +29,81 @@ keep_freed_memory()
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, A, B, C, D, z, initial_state, lengths):
-        b, l, d = x.shape
-        saved = torch.empty(b, -(-l // CHUNK), A.shape[1], d)
-        y, final_state = _scan(x, delta, A, B, C, D, z, initial_state, lengths, saved)
-        ctx.save_for_backward(x, delta, A, B, C, D, z, initial_state, lengths, saved)
+    def forward(ctx, x, delta, A, B, C, D, z, initial_state, starts, lengths):
+        d, n = A.shape
+        saved = torch.empty(x.numel() // d // CHUNK + len(lengths), n, d)
+        y, final_state = _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved)
+        ctx.save_for_backward(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gfinal):
-        x, delta, A, B, C, D, z, initial_state, lengths, saved = ctx.saved_tensors
-        (b, l, d), n = x.shape, A.shape[1]
+        x, delta, A, B, C, D, z, initial_state, starts, lengths, saved = ctx.saved_tensors
+        (d, n), b, tokens = A.shape, len(lengths), x.shape[:-1].numel()
         tiles = -(-d // TILE)
-        gx, gdelta = torch.empty(b, l, d), torch.empty(b, l, d)
-        gz = torch.empty(b, l, d) if z is not None else None
-        gB, gC = torch.zeros(tiles, b, l, n), torch.zeros(tiles, b, l, n)
+        gx, gdelta = _outputs(x, lengths), _outputs(x, lengths)
+        gz = _outputs(x, lengths) if z is not None else None
+        gB, gC = torch.zeros(tiles, *B.shape), torch.zeros(tiles, *C.shape)
         gA, gD, ginitial = torch.empty(b, n, d), torch.empty(b, d), torch.empty(b, n, d)
         run(
             scan_backward,
-            *(b, l, d, n, *_scan_inputs(x, delta, A, B, C, D, z), lengths, saved),
+            *(b, tokens, d, n, *_scan_inputs(x, delta, A, B, C, D, z), starts, lengths, saved),
             *(gy.contiguous(), gfinal.contiguous(), gx, gdelta, gz, gA, gB, gC, gD, ginitial),
             jobs=b * tiles,
-            work=b * l * d * n,
+            work=tokens * d * n,
         )
         ginitial = ginitial if initial_state is not None else None
-        return gx, gdelta, gA.sum(0).T, gB.sum(0), gC.sum(0), gD.sum(0), gz, ginitial, None
+        return gx, gdelta, gA.sum(0).T, gB.sum(0), gC.sum(0), gD.sum(0), gz, ginitial, None, None
 
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, tail):
+    def forward(ctx, x, weight, bias, tail, starts, lengths):
         weight = weight.T.contiguous()  # (w, d)
-        ctx.save_for_backward(x, weight, bias, tail)
-        return _convolution(x, weight, bias, tail)
+        ctx.save_for_backward(x, weight, bias, tail, starts, lengths)
+        return _convolution(x, weight, bias, tail, starts, lengths)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, weight, bias, tail = ctx.saved_tensors
-        (b, l, d), w = x.shape, weight.shape[0]
-        gx, gweight, gbias = torch.empty(b, l, d), torch.empty(b, w, d), torch.empty(b, d)
+        x, weight, bias, tail, starts, lengths = ctx.saved_tensors
+        (w, d), b = weight.shape, len(lengths)
+        gx, gweight, gbias = torch.empty(x.shape), torch.empty(b, w, d), torch.empty(b, d)
         gtail = torch.empty(b, w - 1, d) if tail is not None else None
         run(
             conv_backward,
-            *(b, l, d, w, *_rows(x), weight, bias, tail),
+            *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths),
             *(gy.contiguous(), gx, gweight, gbias, gtail),
             jobs=b * -(-d // TILE),
-            work=b * l * d * w,
+            work=x.numel() * w,
         )
-        return gx, gweight.sum(0).T, gbias.sum(0), gtail
+        return gx, gweight.sum(0).T, gbias.sum(0), gtail, None, None
 
 
 def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
-    if (
-        x.shape[1] == 1
-        and lengths is None
-        and initial_state is not None
-        and not _needs_grad(floats)
-    ):
+    is_step = x.dim() == 3 and x.shape[1] == 1 and lengths is None and initial_state is not None
+    if is_step and not _needs_grad(floats):
         y, final_state = _step(*floats)
     else:
-        b, l = x.shape[:2]
-        lengths = torch.full((b,), l) if lengths is None else lengths.clamp(0, l).contiguous()
         scan = _SelectiveScan.apply if _needs_grad(floats) else _scan
-        y, final_state = scan(*floats, lengths)
+        y, final_state = scan(*floats, *_places(x, lengths))
     return y.to(x.dtype), final_state
 
 
-def _scan(x, delta, A, B, C, D, z, initial_state, lengths, saved=None):
-    """y (b, l, d) and the final state (b, n, d); the state before each chunk goes to `saved`."""
-    (b, l, d), n = x.shape, A.shape[1]
-    y, final_state = torch.empty(b, l, d), torch.empty(b, n, d)
+def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
+    """y, as x, and the final state (b, n, d); the state before each chunk goes to `saved`."""
+    (d, n), b = A.shape, len(lengths)
+    y, final_state = _outputs(x, lengths), torch.empty(b, n, d)
     h0 = None if initial_state is None else initial_state.contiguous()
+    inputs = _scan_inputs(x, delta, A, B, C, D, z)
     run(
         scan_forward,
-        *(b, l, d, n, *_scan_inputs(x, delta, A, B, C, D, z), h0, lengths, y, final_state, saved),
+        *(b, d, n, *inputs, h0, starts, lengths, y, final_state, saved),
         jobs=b * -(-d // TILE),
-        work=b * l * d * n,
+        work=x.numel() * n,
     )
     return y, final_state
 
@@ -124,27 +121,27 @@ def _step(x, delta, A, B, C, D, z, h0):
     return y, h1
 
 
-def causal_conv1d(x, weight, bias, initial_tail=None):
+def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
     """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`; computes in float32."""
-    bias = torch.zeros(x.shape[2]) if bias is None else bias.float()
+    bias = torch.zeros(x.shape[-1]) if bias is None else bias.float().contiguous()
     tail = None if initial_tail is None else initial_tail.float().contiguous()
-    inputs = x.float(), weight.float(), bias, tail
+    inputs, places = (x.float(), weight.float(), bias, tail), _places(x, lengths)
     if _needs_grad(inputs):
-        y = _CausalConv1d.apply(*inputs)
+        y = _CausalConv1d.apply(*inputs, *places)
     else:
-        y = _convolution(inputs[0], inputs[1].T.contiguous(), bias, tail)
+        y = _convolution(inputs[0], inputs[1].T.contiguous(), bias, tail, *places)
     return y.to(x.dtype)
 
 
-def _convolution(x, weight, bias, tail):
-    """SiLU of the convolution of x (b, l, d) with weight (w, d)."""
-    (b, l, d), w = x.shape, weight.shape[0]
-    y = torch.empty(b, l, d)
+def _convolution(x, weight, bias, tail, starts, lengths):
+    """SiLU of the convolution of x with weight (w, d)."""
+    (w, d), b = weight.shape, len(lengths)
+    y = torch.empty(x.shape)
     run(
         conv_forward,
-        *(b, l, d, w, *_rows(x), weight, bias.contiguous(), tail, y),
+        *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths, y),
         jobs=b * -(-d // TILE),
-        work=b * l * d * w,
+        work=x.numel() * w,
     )
     return y
 
@@ -165,6 +162,12 @@ def linear(x, weight, bias=None):
     return y
 
 
+def _outputs(x: Tensor, lengths: Tensor) -> Tensor:
+    """Room for results as x: kernels write where tokens are, zeros stay in the padding."""
+    is_padded = int(lengths.sum()) < x.shape[:-1].numel()
+    return torch.zeros(x.shape) if is_padded else torch.empty(x.shape)
+
+
 def _needs_grad(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
@@ -175,11 +178,21 @@ def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
     )  # fmt: skip
 
 
+def _places(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each row's tokens start, x taken as (tokens, d), and how many they are, (b,) each."""
+    if x.dim() == 2:
+        return lengths.cumsum(0) - lengths, lengths.contiguous()
+    b, l = x.shape[:2]
+    lengths = torch.full((b,), l) if lengths is None else lengths.clamp(0, l).contiguous()
+    return torch.arange(b) * l, lengths
+
+
 def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """A (b, l, k) tensor and the distance between its rows, copied only if it must be: a half of a
-    projection's output, say, stays where it is."""
+    """A (b, l, k) or (tokens, k) tensor and the distance between its tokens, copied only if it must
+    be: a half of a projection's output, say, stays where it is."""
     if tensor is None:
         return None, 0
-    _, l, k = tensor.shape
-    regular = tensor.stride(2) == 1 and tensor.stride(0) == l * tensor.stride(1)
-    return (tensor, tensor.stride(1)) if regular else (tensor.contiguous(), k)
+    regular = tensor.stride(-1) == 1 and (
+        tensor.dim() == 2 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+    )
+    return (tensor, tensor.stride(-2)) if regular else (tensor.contiguous(), tensor.shape[-1])

@@ -7,8 +7,9 @@ that over the steps, for one i's part of the state is then all that moves. The f
 the state at the start of every chunk; the backward pass replays a chunk from there and then walks
 it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
 
-Arrays come flat and in float32, lengths in int64; `?s` is the distance between the rows of `?`, d
-where it is not given. A kernel does jobs [start, stop), tile after tile, of each all rows.
+Arrays come flat and in float32: the tokens of a row of the batch stand together, `lengths` of them
+from `starts` on, both int64. `?s` is the distance between the tokens of `?`, d where it is not
+given. A kernel does jobs [start, stop), tile after tile, of each all rows.
 """
 
 import functools
@@ -110,10 +111,9 @@ def _load_decay_rates(own, A, n, first, width):
 
 @_kernel()
 def _scan_forward(
-    jobs, rows, l, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, lengths, y, hT, saved
+    jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, starts, lengths, y, hT, saved
 ):  # fmt: skip
     """Jobs [start, stop) of the scan."""
-    chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 2, TILE), f32)
     w = np.empty((CHUNK, 2, TILE), f32)
     for job in range(jobs[0], jobs[1]):
@@ -128,11 +128,11 @@ def _scan_forward(
             else:
                 own[i, _H] = f32(0.0)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK):
-            step = row * l + chunk * CHUNK
+            step = starts[row] + chunk * CHUNK
             steps = min(CHUNK, lengths[row] - chunk * CHUNK)
             if saved.size > 0:
                 for i in range(n):
-                    at = (row * chunks + chunk) * n + i
+                    at = (starts[row] // CHUNK + row + chunk) * n + i
                     _part(saved, at, d, first, width)[:] = own[i, _H, :width]
             for s in range(steps):
                 x_s, delta_s = (
@@ -161,8 +161,6 @@ def _scan_forward(
                         y_s[c] = out_s[c] * z_s[c] * _sigmoid(z_s[c])
                 else:
                     y_s[:] = out_s[:width]
-        for t in range(lengths[row], l):
-            _part(y, row * l + t, d, first, width)[:] = f32(0.0)
         for i in range(n):
             _part(hT, row * n + i, d, first, width)[:] = own[i, _H, :width]
 
@@ -197,13 +195,12 @@ def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0
 
 @_reduction_kernel()
 def _scan_backward(
-    jobs, rows, l, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, lengths, saved,
+    jobs, rows, tokens, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, starts, lengths, saved,
     gy, ghT, gx, gdelta, gz, gA, gB, gC, gD, gh0,
 ):  # fmt: skip
     """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
-    (tiles, rows, l, n) are partial sums, so that threads share nothing and the result does not
+    (tiles, tokens, n) are partial sums, so that threads share nothing and the result does not
     depend on their number; the latter two come as zeros."""
-    chunks = (l + CHUNK - 1) // CHUNK
     own = np.empty((n, 3, TILE), f32)
     w = np.empty((CHUNK + 1, 7, TILE), f32)
     for job in range(jobs[0], jobs[1]):
@@ -218,7 +215,7 @@ def _scan_backward(
             own[i, _GA] = f32(0.0)
             own[i, _H, :width] = _part(ghT, row * n + i, d, first, width)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
-            step = row * l + chunk * CHUNK
+            step = starts[row] + chunk * CHUNK
             steps = min(CHUNK, lengths[row] - chunk * CHUNK)
             for s in range(steps):
                 x_s, delta_s, gy_s = (
@@ -243,7 +240,9 @@ def _scan_backward(
                 w[s, _GINPUT], w[s, _GEXPONENT] = f32(0.0), f32(0.0)
             for i in range(n):
                 a_i, ga_i, gh_i = own[i, _A], own[i, _GA], own[i, _H]
-                w[0, _STATE, :width] = _part(saved, (row * chunks + chunk) * n + i, d, first, width)
+                w[0, _STATE, :width] = _part(
+                    saved, (starts[row] // CHUNK + row + chunk) * n + i, d, first, width
+                )
                 for s in range(steps):
                     delta_s, w_s = _part(delta, step + s, ds, first, width), w[s]
                     update_s, out_s, gout_s = w_s[_UPDATE], w_s[_OUT], w_s[_GOUT]
@@ -256,7 +255,7 @@ def _scan_backward(
                         h_after[c] = state
                         out_s[c] += state * c_i
                         gc_i += gout_s[c] * state
-                    gC[((tile * rows) * l + step + s) * n + i] = gc_i
+                    gC[(tile * tokens + step + s) * n + i] = gc_i
                 for s in range(steps - 1, -1, -1):
                     delta_s, w_s = _part(delta, step + s, ds, first, width), w[s]
                     update_s, gout_s, h_s = w_s[_UPDATE], w_s[_GOUT], w_s[_STATE]
@@ -271,7 +270,7 @@ def _scan_backward(
                         ga_i[c] += exponent * delta_s[c]
                         ginput_s[c] += g * b_i
                         gb_i += g * update_s[c]
-                    gB[((tile * rows) * l + step + s) * n + i] = gb_i
+                    gB[(tile * tokens + step + s) * n + i] = gb_i
             for s in range(steps):
                 x_s, delta_s = (
                     _part(x, step + s, xs, first, width),
@@ -290,48 +289,47 @@ def _scan_backward(
                     gz_s, out_s = _part(gz, step + s, d, first, width), w[s, _OUT]
                     for c in range(width):
                         gz_s[c] *= out_s[c]
-        for t in range(lengths[row], l):
-            _part(gx, row * l + t, d, first, width)[:] = f32(0.0)
-            _part(gdelta, row * l + t, d, first, width)[:] = f32(0.0)
-            if z.size > 0:
-                _part(gz, row * l + t, d, first, width)[:] = f32(0.0)
         for i in range(n):
             _part(gA, row * n + i, d, first, width)[:] = own[i, _GA, :width]
             _part(gh0, row * n + i, d, first, width)[:] = own[i, _H, :width]
 
 
 @_kernel()
-def _conv_forward(jobs, rows, l, d, w, x, xs, weight, bias, tail, y):
+def _conv_forward(jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, y):
     """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
-        width = min(TILE, d - first)
+        width, start = min(TILE, d - first), starts[row]
         bias_t = bias[first : first + width]
-        for t in range(l):
+        for t in range(lengths[row]):
             total[:width] = bias_t
             for k in range(w):
                 tap = _part(weight, k, d, first, width)
-                before = _input_at(t + k - (w - 1), row, l, x, xs, tail, w, zeros, d, first, width)
+                before = _input_at(
+                    t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
+                )
                 for c in range(width):
                     total[c] += tap[c] * before[c]
-            y_t = _part(y, row * l + t, d, first, width)
+            y_t = _part(y, start + t, d, first, width)
             for c in range(width):
                 y_t[c] = total[c] * _sigmoid(total[c])
 
 
 @numba.njit(inline="always")
-def _input_at(t, row, l, x, xs, tail, w, zeros, d, first, width):
+def _input_at(t, row, start, x, xs, tail, w, zeros, d, first, width):
     """The convolution's input at step t >= -(w - 1) of a row: from x, the tail before it, or 0."""
     if t >= 0:
-        return _part(x, row * l + t, xs, first, width)
+        return _part(x, start + t, xs, first, width)
     if tail.size > 0:
         return _part(tail, row * (w - 1) + t + w - 1, d, first, width)
     return zeros[:width]
 
 
 @_kernel()
-def _conv_backward(jobs, rows, l, d, w, x, xs, weight, bias, tail, gy, gx, gweight, gbias, gtail):
+def _conv_backward(
+    jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, gy, gx, gweight, gbias, gtail
+):
     """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
     partial sums over the rows."""
     zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
@@ -340,20 +338,20 @@ def _conv_backward(jobs, rows, l, d, w, x, xs, weight, bias, tail, gy, gx, gweig
     ginput = np.empty((w, TILE), f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
-        width = min(TILE, d - first)
+        width, start = min(TILE, d - first), starts[row]
         bias_t, gbias_t = bias[first : first + width], _part(gbias, row, d, first, width)
         gbias_t[:], gtaps[:], ginput[:] = f32(0.0), f32(0.0), f32(0.0)
-        for t in range(l - 1, -w, -1):
+        for t in range(lengths[row] - 1, -w, -1):
             if t >= 0:
                 total[:width] = bias_t
                 for k in range(w):
                     tap = _part(weight, k, d, first, width)
                     before = _input_at(
-                        t + k - (w - 1), row, l, x, xs, tail, w, zeros, d, first, width
+                        t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
                     )
                     for c in range(width):
                         total[c] += tap[c] * before[c]
-                gy_t = _part(gy, row * l + t, d, first, width)
+                gy_t = _part(gy, start + t, d, first, width)
                 for c in range(width):
                     sigmoid = _sigmoid(total[c])
                     slope = sigmoid + total[c] * sigmoid * (f32(1.0) - sigmoid)
@@ -362,12 +360,12 @@ def _conv_backward(jobs, rows, l, d, w, x, xs, weight, bias, tail, gy, gx, gweig
                 for k in range(w):
                     tap, gtap = _part(weight, k, d, first, width), gtaps[k]
                     at = t + k - (w - 1)
-                    before = _input_at(at, row, l, x, xs, tail, w, zeros, d, first, width)
+                    before = _input_at(at, row, start, x, xs, tail, w, zeros, d, first, width)
                     gbefore = ginput[at % w]
                     for c in range(width):
                         gtap[c] += total[c] * before[c]
                         gbefore[c] += total[c] * tap[c]
-                _part(gx, row * l + t, d, first, width)[:] = ginput[t % w, :width]
+                _part(gx, start + t, d, first, width)[:] = ginput[t % w, :width]
             elif tail.size > 0:
                 at = row * (w - 1) + t + w - 1
                 _part(gtail, at, d, first, width)[:] = ginput[t % w, :width]
@@ -410,7 +408,7 @@ def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
 def scan_forward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
-        _scan_forward(jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi f l f f f"))
+        _scan_forward(jobs, *unpacked(packed, "i i i fi fi f fi fi f fi f l l f f f"))
         jobs = next_jobs(packed)
 
 
@@ -418,7 +416,7 @@ def scan_backward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
         _scan_backward(
-            jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi l f f f f f f f f f f f")
+            jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi l l f f f f f f f f f f f")
         )
         jobs = next_jobs(packed)
 
@@ -433,14 +431,14 @@ def scan_step(packed):
 def conv_forward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
-        _conv_forward(jobs, *unpacked(packed, "i i i i fi f f f f"))
+        _conv_forward(jobs, *unpacked(packed, "i i i fi f f f l l f"))
         jobs = next_jobs(packed)
 
 
 def conv_backward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
-        _conv_backward(jobs, *unpacked(packed, "i i i i fi f f f f f f f f"))
+        _conv_backward(jobs, *unpacked(packed, "i i i fi f f f l l f f f f f"))
         jobs = next_jobs(packed)
 
 

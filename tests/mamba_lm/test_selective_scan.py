@@ -122,6 +122,60 @@ def test_convolution_matches_the_reference(l, d, w, bias, tail):
     assert_all_close(got, gradients(reference.causal_conv1d, inputs, dtype=torch.float64))
 
 
+PACKED = ("x", "delta", "B", "C", "z")  # what has a value for every token
+
+
+def one_by_one(function, lengths, d):
+    """`function` on each row of what is packed, for comparison."""
+
+    def apply(**inputs):
+        parts = {
+            name: inputs.pop(name).split(lengths) for name in PACKED if inputs.get(name) is not None
+        }
+        state = inputs.pop("initial_state", None), inputs.pop("initial_tail", None)
+        results = []
+        for row, length in enumerate(lengths):
+            part = {name: values[row].unsqueeze(0) for name, values in parts.items()}
+            for name, value in zip(("initial_state", "initial_tail"), state, strict=True):
+                if value is not None:
+                    part[name] = value[row : row + 1]
+            result = function(**part, **inputs)
+            results.append(result if isinstance(result, tuple) else (result,))
+            assert results[-1][0].shape == (1, length, d)
+        first, *others = zip(*results, strict=True)
+        return torch.cat(first, dim=1).squeeze(0), *(torch.cat(other) for other in others)
+
+    return apply
+
+
+@pytest.mark.parametrize("gate, state", [(False, False), (True, True)])
+@pytest.mark.parametrize("lengths", [[5], [1, 33, 0, 70, 2], [0, 0, 3], [32, 31, 33, 64]], ids=str)
+def test_packed_rows_match_the_reference_on_each(lengths, gate, state):
+    d, n = 130, 5
+    inputs = scan_inputs(1, sum(lengths), d, n, gate, state=False)
+    inputs = {name: v[0] if name in PACKED and v is not None else v for name, v in inputs.items()}
+    inputs["initial_state"] = torch.randn(len(lengths), n, d) if state else None
+    want = gradients(one_by_one(reference.selective_scan, lengths, d), inputs, dtype=torch.float64)
+    assert_all_close(gradients(cpu.selective_scan, inputs, lengths=torch.tensor(lengths)), want)
+
+    inputs = conv_inputs(1, sum(lengths), d, 4, tail=False)
+    inputs |= {"x": inputs["x"][0]}
+    inputs["initial_tail"] = torch.randn(len(lengths), 3, d) if state else None
+    want = gradients(one_by_one(reference.causal_conv1d, lengths, d), inputs, dtype=torch.float64)
+    assert_all_close(gradients(cpu.causal_conv1d, inputs, lengths=torch.tensor(lengths)), want)
+
+
+def test_packed_rows_need_lengths_that_fit(monkeypatch):
+    inputs = scan_inputs(1, 9, 4, 2, state=False)
+    packed = {name: v[0] if name in PACKED and v is not None else v for name, v in inputs.items()}
+    for lengths in (None, torch.tensor([4, 4]), torch.tensor([10, -1])):
+        with pytest.raises(ValueError, match="lengths do not make up the 9 packed tokens"):
+            selective_scan_module.selective_scan(**packed, lengths=lengths)
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "reference")
+    with pytest.raises(ValueError, match=r"reads \(b, l, d\) only"):
+        selective_scan_module.selective_scan(**packed, lengths=torch.tensor([4, 5]))
+
+
 def test_reference_passes_gradcheck():
     inputs = leaves(scan_inputs(2, 3, 2, 2), torch.float64)
     lengths = torch.tensor([3, 1])
