@@ -250,8 +250,8 @@ class MambaLM(nn.Module):
             new_ssms.append(ssm)
         hidden = self.backbone.norm_f(hidden)
         if packs:
-            padded = hidden.new_zeros(b * l, hidden.shape[-1])
-            hidden = padded.index_copy(0, places, hidden).view(b, l, -1)
+            padded = hidden.new_zeros(b * l, self.config.d_model)
+            hidden = padded.index_copy(0, places, hidden).view(b, l, self.config.d_model)
         return hidden, MambaState(tuple(new_convs), tuple(new_ssms))
 
     def forward(

@@ -39,6 +39,7 @@ SUBSETS = {
     "one context": [EXAMPLES[i] for i in (4, 0, 2)],
     "context each": EXAMPLES[:2],
     "no suffix token": EXAMPLES[2:3],
+    "no context": EXAMPLES[3:4],
 }
 subsets = pytest.mark.parametrize("examples", SUBSETS.values(), ids=SUBSETS)
 
