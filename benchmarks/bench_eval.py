@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Contender, installed, parse_benchmark_args, report, rows_per_item
+from benchmarks.timing import (
+    Contender,
+    Worker,
+    installed,
+    parse_benchmark_args,
+    report,
+    rows_per_item,
+)
 from context_qa.answering import Answerer
 from context_qa.dataset import token_ids
 from errors import positive_int, run_script
@@ -27,7 +34,8 @@ from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/validation.jsonl"
 VOCABULARY, WIDTH = 50277, 768
-SHARED = "ours, shared"
+SHARED, UNSHARED, TRANSFORMERS = "ours, shared", "ours, unshared", "transformers, batches"
+LLAMA, LLAMA_SHARED = "llama.cpp", "llama.cpp, prefix state kept"
 
 
 def parse_args():
@@ -44,19 +52,20 @@ def parse_args():
 def main(args) -> None:
     if args.quick:
         args.n_layer, args.passages, args.rounds = 2, 4, 1
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer("", args.tokenizer)
-    model = MambaLM(MambaConfig(VOCABULARY, WIDTH, args.n_layer)).eval()
     passages = sample(read_examples(args.data), args.passages)
-    with tempfile.TemporaryDirectory() as folder:
-        contenders = ours(model, tokenizer, passages, args.max_new_tokens)
-        contenders |= theirs(model, tokenizer, passages, args, Path(folder))
-        rows = rows_per_item(contenders, SHARED, args.rounds, patience=45)
+    sizes = (8,) if args.quick else (1, 8, 32)
+    names = [SHARED, UNSHARED, *(f"{TRANSFORMERS} of {size}" for size in sizes)]
+    if installed("gguf", "llama_cpp"):
+        names += [LLAMA_SHARED] if args.quick else [LLAMA, LLAMA_SHARED]
+    workers = {
+        name: Worker(prepare, name, passages, args.tokenizer, args.n_layer, args.max_new_tokens)
+        for name in names
+    }
     questions = sum(map(len, passages))
     report(
         f"{len(passages)} passages with {questions / len(passages):.1f} questions each, "
         f"d_model {WIDTH}, {args.n_layer} layers, {args.max_new_tokens} new tokens, float32",
-        rows,
+        rows_per_item(workers, SHARED, args.rounds, patience=45),
         args.json,
     )
 
@@ -69,85 +78,93 @@ def sample(examples: Sequence[Example], count: int) -> list[list[Example]]:
     return random.Random(0).sample(list(passages.values()), min(count, len(passages)))
 
 
-def ours(model: MambaLM, tokenizer, passages, max_new_tokens: int) -> dict[str, Contender]:
-    prompts = [prompt_parts(e.context, e.question) for passage in passages for e in passage]
-    answerer = Answerer(model, tokenizer, max_new_tokens)
-    answerer.stop_ids = set()
-
-    def answer(prompts: list[tuple[str, str]]) -> None:
-        for _ in answerer.answer(prompts):
-            pass
-
-    whole = [("", prefix + suffix) for prefix, suffix in prompts]
-    suffixes = sum(len(token_ids(tokenizer, suffix)) for _, suffix in prompts)
-    once = sum(len(token_ids(tokenizer, passage[0].context)) for passage in passages)
-    each = sum(len(token_ids(tokenizer, prefix)) for prefix, _ in prompts)
-    new = len(prompts) * max_new_tokens
-    return {
-        SHARED: Contender(lambda: answer(prompts), len(prompts), once + suffixes + new),
-        "ours, unshared": Contender(lambda: answer(whole), len(prompts), each + suffixes + new),
-    }
+def prepare(
+    name: str, passages: list[list[Example]], tokenizer: str, n_layer: int, max_new_tokens: int
+) -> Contender:
+    """A contender with the same random weights as all others."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("", tokenizer)
+    model = MambaLM(MambaConfig(VOCABULARY, WIDTH, n_layer)).eval()
+    if name in (SHARED, UNSHARED):
+        return ours(model, tokenizer, passages, max_new_tokens, name == SHARED)
+    if name.startswith(TRANSFORMERS):
+        return transformers(model, tokenizer, passages, max_new_tokens, int(name.split()[-1]))
+    return llama_cpp(model, tokenizer, passages, max_new_tokens, name == LLAMA_SHARED)
 
 
-def theirs(model: MambaLM, tokenizer, passages, args, folder: Path) -> dict[str, Contender]:
-    """Peers, each with as many whole passages, or batches, as it can do in minutes."""
-    from transformers import AutoModelForCausalLM
-
-    count = args.max_new_tokens
+def tokens_of(tokenizer, passages) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Token ids of each passage, and of each of its questions as the prompt goes on."""
     prefixes = [token_ids(tokenizer, passage[0].context) for passage in passages]
     suffixes = [
         [token_ids(tokenizer, prompt_parts("", e.question)[1]) for e in passage]
         for passage in passages
     ]
-    prompts = [
-        prefix + suffix
-        for prefix, of_passage in zip(prefixes, suffixes, strict=True)
-        for suffix in of_passage
-    ]
+    return prefixes, suffixes
 
-    save_model(model, folder / "transformers", tokenizer)
-    peer = AutoModelForCausalLM.from_pretrained(folder / "transformers").eval()
+
+def num_tokens(prefixes, suffixes, new: int, shared: bool) -> int:
+    """Read or generated; a shared prefix is read once."""
+    return sum(
+        len(prefix) * (1 if shared else len(of_prefix)) + sum(len(s) + new for s in of_prefix)
+        for prefix, of_prefix in zip(prefixes, suffixes, strict=True)
+    )
+
+
+def ours(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contender:
+    prompts = [prompt_parts(e.context, e.question) for passage in passages for e in passage]
+    if not shared:
+        prompts = [("", prefix + suffix) for prefix, suffix in prompts]
+    answerer = Answerer(model, tokenizer, new)
+    answerer.stop_ids = set()
+    tokens = num_tokens(*tokens_of(tokenizer, passages), new, shared)
+    return Contender(lambda: list(answerer.answer(prompts)), len(prompts), tokens)
+
+
+def transformers(model: MambaLM, tokenizer, passages, new: int, batch_size: int) -> Contender:
+    """The first batch of prompts, by `generate` with left padding and a mask."""
+    from transformers import AutoModelForCausalLM
+
+    prefixes, suffixes = tokens_of(tokenizer, passages)
+    prompts = [p + s for p, of in zip(prefixes, suffixes, strict=True) for s in of][:batch_size]
+    longest = max(map(len, prompts))
+    inputs = {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in prompts]),
+        "attention_mask": torch.tensor(
+            [[0] * (longest - len(row)) + [1] * len(row) for row in prompts]
+        ),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, f"{folder}/model", tokenizer)
+        peer = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]]) -> None:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
-        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        peer.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **settings)
+    def generate() -> None:
+        peer.generate(**inputs, **settings)
 
-    contenders = {}
-    for size in (1, 8, 32):
-        batch = sorted(prompts[:size], key=len)
-        tokens = sum(map(len, batch)) + count * len(batch)
-        name = f"transformers, batches of {size}"
-        contenders[name] = Contender(lambda batch=batch: generate(batch), len(batch), tokens)
+    return Contender(generate, len(prompts), sum(map(len, prompts)) + new * len(prompts))
 
-    if not installed("gguf", "llama_cpp"):
-        return contenders
+
+def llama_cpp(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contender:
+    """The first passages; by its own means, it can keep the state after a prefix."""
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
-    write_gguf(model, folder / "model.gguf")
-    llama = LlamaCpp(folder / "model.gguf")
-    few = range(min(len(passages), 6))
-    questions = sum(len(suffixes[place]) for place in few)
+    prefixes, suffixes = tokens_of(tokenizer, passages[:6])
+    with tempfile.TemporaryDirectory() as folder:
+        write_gguf(model, Path(folder) / "model.gguf")
+        peer = LlamaCpp(Path(folder) / "model.gguf")
 
-    def plain() -> None:
-        for prompt in prompts[:questions]:
-            llama.read(prompt)
-            llama.decode(count)
+    def answer() -> None:
+        for prefix, of_prefix in zip(prefixes, suffixes, strict=True):
+            if shared:
+                peer.answer(prefix, of_prefix, new)
+                continue
+            for suffix in of_prefix:
+                peer.read(prefix + suffix)
+                peer.decode(new)
 
-    def shared() -> None:
-        for place in few:
-            llama.answer(prefixes[place], suffixes[place], count)
-
-    new_and_asked = questions * count + sum(len(ids) for place in few for ids in suffixes[place])
-    once = sum(len(prefixes[place]) for place in few)
-    contenders["llama.cpp"] = Contender(
-        plain, questions, sum(map(len, prompts[:questions])) + questions * count
-    )
-    contenders["llama.cpp, prefix state kept"] = Contender(shared, questions, once + new_and_asked)
-    return contenders
+    tokens = num_tokens(prefixes, suffixes, new, shared)
+    return Contender(answer, sum(map(len, suffixes)), tokens)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,24 @@
     python -m benchmarks.bench_model --quick
 
 Ratios are to the matrix products alone, below which no implementation on the same products can
-come. Memory is what one forward + backward adds to a process that holds the weights. transformers'
-default path is timed on one layer and multiplied: its backward takes most of a minute a layer.
+come. Each contender runs in a process of its own; memory is what its first pass adds at the peak.
+transformers' default path runs on one layer and its time is multiplied, its memory is not.
 """
 
-import functools
+import statistics
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import alternate, installed, parse_benchmark_args, peak_memory, ratio, report
+from benchmarks.timing import (
+    Contender,
+    Worker,
+    alternate,
+    installed,
+    parse_benchmark_args,
+    ratio,
+    report,
+)
 from errors import run_script
 from mamba_lm.model import MambaConfig, MambaLM
 
@@ -42,53 +50,54 @@ def main(args) -> None:
         layers[MAMBAPY] = args.n_layer
     rows = []
     for backward in (False, True):
-        calls = {name: prepare(name, layers[name], *shape, backward) for name in layers}
-        measured = alternate(calls, args.rounds)
+        workers = {name: Worker(prepare, name, layers[name], *shape, backward) for name in layers}
+        memory = {name: worker.peak_growth() for name, worker in workers.items()}  # first calls
+        measured = alternate(workers, args.rounds)
         seconds = {
             name: [value * args.n_layer / layers[name] for value in values]
             for name, values in measured.items()
         }
-        for name, values in seconds.items():
-            rows.append(
-                {
-                    "name": f"{name}, {PASSES[backward]}",
-                    "seconds": sorted(values)[len(values) // 2],
-                    "ratio": ratio(values, seconds[FLOOR]),
-                    "memory_MB": peak_memory(prepare, name, layers[name], *shape, True) / 1e6
-                    if backward and name != FLOOR
-                    else None,
-                }
-            )
+        rows += [
+            {
+                "name": f"{name}, {PASSES[backward]}",
+                "seconds": statistics.median(values),
+                "ratio": ratio(values, seconds[FLOOR]),
+                "memory_MB": memory[name] / 1e6,
+                "layers": layers[name],
+            }
+            for name, values in seconds.items()
+        ]
     title = "d_model {}, batch {}, length {}".format(*shape)
     report(f"{title}, {args.n_layer} layers, float32", rows, args.json)
 
 
-def prepare(name: str, n_layer: int, d_model: int, batch: int, length: int, backward: bool):
+def prepare(
+    name: str, n_layer: int, d_model: int, batch: int, length: int, backward: bool
+) -> Contender:
     """A call of one pass, its weights and inputs made."""
     torch.manual_seed(0)
     config = MambaConfig(VOCABULARY, d_model, n_layer)
     if name == FLOOR:
-        return functools.partial(
-            matrix_products, config, products(config, batch * length), backward
-        )
+        matrices = products(config, batch * length)
+        return Contender(lambda: matrix_products(config, matrices, backward))
     input_ids = torch.randint(VOCABULARY, (batch, length))
     if name == OURS:
         model = MambaLM(config)
         model.encode(input_ids[:1, :1])[0].sum().backward()  # loads the kernels
-        return functools.partial(run, model, lambda: model.encode(input_ids)[0], backward)
+        return Contender(lambda: run(model, lambda: model.encode(input_ids)[0], backward))
     if name == MAMBAPY:
         import mambapy.mamba
 
         layers = mambapy.mamba.Mamba(mambapy.mamba.MambaConfig(d_model, n_layer))
         model = torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, d_model), layers)
-        return functools.partial(run, model, lambda: model(input_ids), backward)
+        return Contender(lambda: run(model, lambda: model(input_ids), backward))
     import transformers
 
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=d_model, num_hidden_layers=n_layer, use_cache=False
     )
     model = transformers.MambaModel(config)
-    return functools.partial(run, model, lambda: model(input_ids).last_hidden_state, backward)
+    return Contender(lambda: run(model, lambda: model(input_ids).last_hidden_state, backward))
 
 
 def run(model: torch.nn.Module, forward, backward: bool) -> None:

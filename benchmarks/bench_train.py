@@ -16,7 +16,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Contender, installed, parse_benchmark_args, report, rows_per_item
+from benchmarks.timing import (
+    Contender,
+    Worker,
+    installed,
+    parse_benchmark_args,
+    report,
+    rows_per_item,
+)
 from context_qa.dataset import GroupedBatches, continuation
 from errors import positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer
@@ -26,14 +33,14 @@ from squad_utils import PROMPT_ORDERS, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"
 VOCABULARY, WIDTH = 50277, 768
-SHARED = "ours, shared"
+SHARED, UNSHARED, MAMBAPY = "ours, shared", "ours, unshared", "mambapy, batches"
 
 
 def parse_args():
     parser = parse_benchmark_args(__doc__)
     parser.add_argument("--data", default=EMBEDDED, help=f"default: {EMBEDDED}")
     parser.add_argument("--tokenizer", default="data/demo/tokenizer", help="default: the demo's")
-    parser.add_argument("--n_layer", type=positive_int, default=4, help="default: 4")
+    parser.add_argument("--n_layer", type=positive_int, default=12, help="default: 12")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="default: 32")
     parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
     return parser.parse_args()
@@ -42,28 +49,33 @@ def parse_args():
 def main(args) -> None:
     if args.quick:
         args.n_layer, args.rounds = 1, 2
-    tokenizer = load_tokenizer("", args.tokenizer)
-    data = read_examples(args.data)
-    batches = GroupedBatches(data, args.batch_size, "random")
-    pairings = next(iter(batches))
-    contexts = len({pairing.context for pairing in pairings})
-    examples = [continuation(pairing, tokenizer, PROMPT_ORDERS[0]) for pairing in pairings]
-
-    contenders = {
-        SHARED: ours(examples, args.n_layer),
-        "ours, unshared": ours([whole(example) for example in examples], args.n_layer),
-    }
+    names = [SHARED, UNSHARED]
     if installed("mambapy"):
-        for size in (2, 8):
-            name = f"mambapy, batches of {size}"
-            contenders[name] = mambapy_step(examples[:size], args.n_layer)
-    rows = rows_per_item(contenders, SHARED, args.rounds, patience=20)
+        names += [f"{MAMBAPY} of {size}" for size in ((8,) if args.quick else (2, 8))]
+    examples, contexts = batch(args.data, args.tokenizer, args.batch_size)
+    workers = {name: Worker(prepare, name, examples, args.n_layer) for name in names}
     report(
         f"{len(examples)} examples on {contexts} contexts, d_model {WIDTH}, {args.n_layer} layers, "
         "float32",
-        rows,
+        rows_per_item(workers, SHARED, args.rounds, patience=20),
         args.json,
     )
+
+
+def batch(data: str, tokenizer: str, batch_size: int) -> tuple[list[Continuation], int]:
+    """The first batch of training on the data, and how many contexts are in it."""
+    tokenizer = load_tokenizer("", tokenizer)
+    pairings = next(iter(GroupedBatches(read_examples(data), batch_size, "random")))
+    examples = [continuation(pairing, tokenizer, PROMPT_ORDERS[0]) for pairing in pairings]
+    return examples, len({pairing.context for pairing in pairings})
+
+
+def prepare(name: str, examples: list[Continuation], n_layer: int) -> Contender:
+    if name == SHARED:
+        return ours(examples, n_layer)
+    if name == UNSHARED:
+        return ours([whole(example) for example in examples], n_layer)
+    return mambapy_step(examples[: int(name.split()[-1])], n_layer)
 
 
 def whole(example: Continuation) -> Continuation:

@@ -41,81 +41,55 @@ def installed(*modules: str) -> bool:
     return not missing
 
 
-def alternate(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, patience: float = 10.0
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, all of them in turn, after one call to warm up.
-
-    A contender whose first call takes longer than `patience` seconds is not called again.
-    """
-    seconds = {name: [_timed(function)] for name, function in contenders.items()}
-    for name in contenders:
-        if seconds[name][0] <= patience:
-            seconds[name].clear()
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            if not seconds[name] or seconds[name][0] <= patience:
-                seconds[name].append(_timed(function))
-    return seconds
-
-
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """The median ratio of two contenders' seconds, round by round: a machine that slows down for
-    a while slows both."""
-    if len(seconds) != len(base):
-        return statistics.median(seconds) / statistics.median(base)
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
-
-
 @dataclass(frozen=True)
 class Contender:
     """A call that handles so many items, and for them so many tokens."""
 
     call: Callable[[], object]
-    items: int
-    tokens: int
+    items: int = 1
+    tokens: int = 0
 
 
-def rows_per_item(
-    contenders: Mapping[str, Contender], base: str, rounds: int, patience: float
-) -> list[dict]:
-    """For `report`: seconds of an item, ratio to `base`; tokens of an item and in a second."""
-    measured = alternate({n: c.call for n, c in contenders.items()}, rounds, patience)
-    seconds = {
-        name: [value / contenders[name].items for value in values]
-        for name, values in measured.items()
-    }
-    rows = []
-    for name, values in seconds.items():
-        tokens = contenders[name].tokens / contenders[name].items
-        rows.append(
-            {
-                "name": name,
-                "seconds": statistics.median(values),
-                "ratio": ratio(values, seconds[base]),
-                "measured_on": contenders[name].items,
-                "tokens": tokens,
-                "tokens_a_second": tokens / statistics.median(values),
-            }
-        )
-    return rows
+class Worker:
+    """A contender in a process of its own, where no other's settings or memory can touch it."""
+
+    def __init__(self, prepare: Callable[..., Contender], *args):
+        """prepare: importable by name; makes the contender from args, in the process."""
+        self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (prepare, args))
+        self.items, self.tokens = self.pool.apply(_sizes)
+
+    def time(self) -> float:
+        """Seconds of one call."""
+        return self.pool.apply(_timed)
+
+    def peak_growth(self) -> int:
+        """Bytes by which one call raises the process's resident memory at its peak."""
+        return self.pool.apply(_peak_growth)
 
 
-def peak_memory(function: Callable[..., object], *args) -> int:
-    """Bytes by which a call raises the peak of resident memory of a process of its own.
-
-    function: importable by name. It prepares and returns what is measured, a callable.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_growth, (function, *args))
+_contender: Contender  # of this process, if it is a worker
 
 
-def _peak_growth(prepare: Callable[..., Callable[[], object]], *args) -> int:
-    function = prepare(*args)
+def _start(prepare: Callable[..., Contender], args: tuple) -> None:
+    global _contender
+    _contender = prepare(*args)
+
+
+def _sizes() -> tuple[int, int]:
+    return _contender.items, _contender.tokens
+
+
+def _timed() -> float:
+    started = time.perf_counter()
+    _contender.call()
+    return time.perf_counter() - started
+
+
+def _peak_growth() -> int:
     with suppress(OSError):  # Linux: the peak starts again from what is resident now
         Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
-    function()
+    _contender.call()
     return peak_bytes() - before
 
 
@@ -127,10 +101,52 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
-def _timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def alternate(
+    workers: Mapping[str, Worker], rounds: int, patience: float = 10.0
+) -> dict[str, list[float]]:
+    """Seconds of each worker's call in each round, all of them in turn, after one to warm up.
+
+    A worker whose first call takes longer than `patience` seconds is not called again.
+    """
+    first = {name: worker.time() for name, worker in workers.items()}
+    seconds = {name: [first[name]] if first[name] > patience else [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            if first[name] <= patience:
+                seconds[name].append(worker.time())
+    return seconds
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """The median ratio of two contenders' seconds, round by round: a machine that slows down for
+    a while slows both."""
+    if len(seconds) != len(base):
+        return statistics.median(seconds) / statistics.median(base)
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def rows_per_item(
+    workers: Mapping[str, Worker], base: str, rounds: int, patience: float
+) -> list[dict]:
+    """For `report`: seconds of an item, ratio to `base`; tokens of an item and in a second."""
+    measured = alternate(workers, rounds, patience)
+    seconds = {
+        name: [value / workers[name].items for value in values] for name, values in measured.items()
+    }
+    rows = []
+    for name, values in seconds.items():
+        tokens = workers[name].tokens / workers[name].items
+        rows.append(
+            {
+                "name": name,
+                "seconds": statistics.median(values),
+                "ratio": ratio(values, seconds[base]),
+                "measured_on": workers[name].items,
+                "tokens": tokens,
+                "tokens_a_second": tokens / statistics.median(values),
+            }
+        )
+    return rows
 
 
 def report(title: str, rows: Sequence[dict], path: str | None) -> None:

@@ -28,8 +28,28 @@ def rows_of(path: Path) -> dict[str, dict]:
     return rows
 
 
-def test_bench_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_model, "peak_memory", lambda *_: 3_000_000)
+@pytest.fixture
+def in_process(monkeypatch):
+    """Workers without a process of their own, which would import everything again."""
+
+    class Worker:
+        def __init__(self, prepare, *args):
+            self.contender = prepare(*args)
+            self.items, self.tokens = self.contender.items, self.contender.tokens
+
+        def time(self) -> float:
+            started = time.perf_counter()
+            self.contender.call()
+            return time.perf_counter() - started
+
+        def peak_growth(self) -> int:
+            return 3_000_000
+
+    for module in (bench_model, bench_train, bench_eval):
+        monkeypatch.setattr(module, "Worker", Worker)
+
+
+def test_bench_model(in_process, monkeypatch, tmp_path, capsys):
     path = tmp_path / "new" / "rows.json"
     shape = ("--d_model", 32, "--batch", 1, "--length", 9, "--n_layer", 2, "--rounds", 3)
     run(bench_model, monkeypatch, *shape, "--json", path)
@@ -41,7 +61,7 @@ def test_bench_model(monkeypatch, tmp_path, capsys):
     assert "ours, forward + backward" in capsys.readouterr().out
 
 
-def test_bench_train(monkeypatch, tmp_path):
+def test_bench_train(in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_train, "WIDTH", 16)
     path = tmp_path / "rows.json"
     run(bench_train, monkeypatch, "--n_layer", 1, "--rounds", 1, "--batch_size", 8, "--json", path)
@@ -50,7 +70,7 @@ def test_bench_train(monkeypatch, tmp_path):
     assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
 
 
-def test_bench_eval(monkeypatch, tmp_path):
+def test_bench_eval(in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_eval, "WIDTH", 16)
     path = tmp_path / "rows.json"
     shape = ("--n_layer", 1, "--rounds", 1, "--passages", 2, "--max_new_tokens", 2)
@@ -58,6 +78,17 @@ def test_bench_eval(monkeypatch, tmp_path):
     rows = rows_of(path)
     assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
     assert "transformers, batches of 8" in rows
+
+
+def a_contender(size: int) -> timing.Contender:
+    return timing.Contender(lambda: torch.ones(size), items=3, tokens=size)
+
+
+def test_a_worker_measures_in_a_process_of_its_own():
+    worker = timing.Worker(a_contender, 20_000_000)
+    assert (worker.items, worker.tokens) == (3, 20_000_000)
+    assert 70e6 < worker.peak_growth() < 100e6
+    assert worker.time() > 0
 
 
 @pytest.mark.skipif(
@@ -111,19 +142,19 @@ def test_learning_measures_both_kinds_of_batches(monkeypatch, tmp_path, capsys):
 
 def test_a_contender_that_takes_too_long_is_called_once():
     calls = []
-    waits = {"fast": 0.0, "slow": 0.05}
 
-    def contender(name):
-        def call():
-            calls.append(name)
-            time.sleep(waits[name])
+    class Waiting(timing.Worker):
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
 
-        return call
+        def time(self) -> float:
+            calls.append(self.name)
+            return self.seconds
 
-    contenders = {name: contender(name) for name in waits}
-    seconds = timing.alternate(contenders, rounds=2, patience=0.04)
+    workers = {"fast": Waiting("fast", 1.0), "slow": Waiting("slow", 9.0)}
+    seconds = timing.alternate(workers, rounds=2, patience=5.0)
     assert calls == ["fast", "slow", "fast", "fast"]
-    assert len(seconds["fast"]) == 2 and len(seconds["slow"]) == 1 and seconds["slow"][0] >= 0.05
+    assert seconds == {"fast": [1.0, 1.0], "slow": [9.0]}
 
 
 def test_ratio_pairs_the_rounds():
