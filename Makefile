@@ -53,7 +53,10 @@ models/demo_first/.finished: | setup
 test: setup
 	$(RUN) -m pytest
 
-bench: setup
+bench: setup  # a look; the peers need requirements-benchmarks.txt
+	$(RUN) -m benchmarks.bench_model --quick
+	$(RUN) -m benchmarks.bench_train --quick
+	$(RUN) -m benchmarks.bench_eval --quick
 	$(RUN) -m benchmarks.answer_loss models/demo data/demo/validation.jsonl
 
 lint: setup

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "data/README.md", "docs/LOG.md"]
+PAGES = ["README.md", "data/README.md", "docs/LOG.md", "benchmarks/README.md"]
 
 
 def shown_commands() -> list[str]:
