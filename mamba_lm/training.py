@@ -139,7 +139,8 @@ class PrefixSuffixTrainer(Trainer):
         super().__init__(
             PrefixSuffixLM(model),
             arguments,
-            train_dataset=_Tokenized(len(batches), tokenize),
+            # Its length is for the Trainer's count of examples a second.
+            train_dataset=_Tokenized(len(batches) * arguments.train_batch_size, tokenize),
             data_collator=collate,
             processing_class=tokenizer,
         )
