@@ -10,6 +10,9 @@ it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
 Arrays come flat and in float32: the tokens of a row of the batch stand together, `lengths` of them
 from `starts` on, both int64. `?s` is the distance between the tokens of `?`, d where it is not
 given. A kernel does jobs [start, stop), tile after tile, of each all rows.
+
+All that is compiled stands in this file: Numba's cache on disk looks at no other to see whether a
+kernel has changed.
 """
 
 import functools
@@ -18,12 +21,16 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
-
-from mamba_lm.selective_scan.cpu_threads import next_jobs, unpacked
+from numba.extending import intrinsic, overload
 
 TILE = 128
 CHUNK = 32
+
+# What a kernel is called with, as packed by `cpu_threads.run`: the next share, the number of
+# shares, that of jobs, and then its arguments.
+HEADER = 3
+_PACKED = types.CPointer(types.int64)
+SIGNATURE = types.void(_PACKED)
 
 f32 = np.float32
 _LOG2E, _LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
@@ -399,6 +406,72 @@ def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
             for c in range(k):
                 y0 += w[c] * x0[c]
             y[row * out + r] = y0
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """The address of float32s as a pointer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def _pointer_to_ints(typing_context, address):
+    """The address of int64s as a pointer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
+def _fetch_add(typing_context, packed):
+    """Add one to the integer at a pointer and return what it was, atomically."""
+
+    def generate(context, builder, signature, arguments):
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
+
+    return types.int64(_PACKED), generate
+
+
+def unpacked(packed, kinds):
+    """The values that `run` was given, by a literal of their kinds: i an integer, f an array of
+    float32 and l one of int64, of unknown length, empty where None was given."""
+    raise NotImplementedError("for use in kernels")
+
+
+@overload(unpacked, prefer_literal=True)
+def _unpacked(packed, kinds):
+    forms = {"i": "p[{}]", "f": "floats(p[{}])", "l": "ints(p[{}])"}
+    kinds = kinds.literal_value.replace(" ", "")
+    values = ", ".join(forms[kind].format(HEADER + i) for i, kind in enumerate(kinds))
+    source = f"def unpack(packed, kinds):\n p = carray(packed, (64,))\n return ({values},)"
+    names = {"carray": numba.carray, "floats": _floats, "ints": _ints}
+    exec(source, names)  # Numba has no other way to make a tuple of several types
+    return names["unpack"]
+
+
+@numba.njit(inline="always")
+def _floats(address):
+    return numba.carray(_pointer(address), ((1 << 60) if address != 0 else 0,))
+
+
+@numba.njit(inline="always")
+def _ints(address):
+    return numba.carray(_pointer_to_ints(address), (1 << 60,))
+
+
+@numba.njit(inline="always")
+def next_jobs(packed):
+    """The next share [start, stop) of the jobs; an empty one where none is left."""
+    header = numba.carray(packed, (HEADER,))
+    share = min(_fetch_add(packed), header[1])
+    return header[2] * share // header[1], header[2] * min(share + 1, header[1]) // header[1]
 
 
 # What threads run: shares of the jobs until none is left. A word is an argument of the kernel or

@@ -17,83 +17,14 @@ from pathlib import Path
 
 import numba
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, overload
 from torch import Tensor
+
+from mamba_lm.selective_scan.cpu_kernels import HEADER, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
 _SHARES_A_THREAD = 4  # where a thread is held up, the others take over its part
-_HEADER = 3  # next share, shares, jobs
-_PACKED = types.CPointer(types.int64)
 _PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    """The address of float32s as a pointer."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), generate
-
-
-@intrinsic
-def _pointer_to_ints(typing_context, address):
-    """The address of int64s as a pointer."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), generate
-
-
-@intrinsic
-def _fetch_add(typing_context, packed):
-    """Add one to the integer at a pointer and return what it was, atomically."""
-
-    def generate(context, builder, signature, arguments):
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
-
-    return types.int64(_PACKED), generate
-
-
-def unpacked(packed, kinds):
-    """The values that `run` was given, by a literal of their kinds: i an integer, f an array of
-    float32 and l one of int64, of unknown length, empty where None was given."""
-    raise NotImplementedError("for use in kernels")
-
-
-@overload(unpacked, prefer_literal=True)
-def _unpacked(packed, kinds):
-    forms = {"i": "p[{}]", "f": "floats(p[{}])", "l": "ints(p[{}])"}
-    kinds = kinds.literal_value.replace(" ", "")
-    values = ", ".join(forms[kind].format(_HEADER + i) for i, kind in enumerate(kinds))
-    source = f"def unpack(packed, kinds):\n p = carray(packed, (64,))\n return ({values},)"
-    names = {"carray": numba.carray, "floats": _floats, "ints": _ints}
-    exec(source, names)  # Numba has no other way to make a tuple of several types
-    return names["unpack"]
-
-
-@numba.njit(inline="always")
-def _floats(address):
-    return numba.carray(_pointer(address), ((1 << 60) if address != 0 else 0,))
-
-
-@numba.njit(inline="always")
-def _ints(address):
-    return numba.carray(_pointer_to_ints(address), (1 << 60,))
-
-
-@numba.njit(inline="always")
-def next_jobs(packed):
-    """The next share [start, stop) of the jobs; an empty one where none is left."""
-    header = numba.carray(packed, (_HEADER,))
-    share = min(_fetch_add(packed), header[1])
-    return header[2] * share // header[1], header[2] * min(share + 1, header[1]) // header[1]
 
 
 def run(kernel: Callable, *values: Tensor | int | None, jobs: int, work: int) -> None:
@@ -106,7 +37,7 @@ def run(kernel: Callable, *values: Tensor | int | None, jobs: int, work: int) ->
     threads = min(torch.get_num_threads(), jobs) if work >= _PARALLEL_THRESHOLD else 1
     shares = min(jobs, threads * _SHARES_A_THREAD) if threads > 1 else 1
     addresses = (v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values)
-    packed = (ctypes.c_int64 * (_HEADER + len(values)))(0, shares, jobs, *addresses)
+    packed = (ctypes.c_int64 * (HEADER + len(values)))(0, shares, jobs, *addresses)
     function = _compiled(kernel)
     if threads == 1:
         function(packed)
@@ -125,7 +56,7 @@ def _compiled(kernel: Callable) -> Callable:
     timer.daemon = True
     timer.start()
     try:
-        return numba.cfunc(types.void(_PACKED), cache=True)(kernel).ctypes
+        return numba.cfunc(SIGNATURE, cache=True)(kernel).ctypes
     finally:
         timer.cancel()
 
