@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
     batches = GroupedBatches(
         examples,
-        args.batch_size,
+        arguments.train_batch_size,
         None if args.negatives == "none" else args.negatives,
         args.seed,
         arguments.process_index,

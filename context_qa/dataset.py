@@ -38,8 +38,9 @@ class GroupedBatches(Sampler[list[Pairing]]):
 
     Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, every
     answerable question is also asked on one context that does not answer it, another each epoch.
-    Of several processes each gets as many batches, none of them twice; all batches hold batch_size
-    pairings at most and differ by one at most. Without `grouped`, pairings are drawn one by one.
+    Of several processes each gets as many batches, none of them twice. Batches differ by one
+    pairing at most; they hold batch_size at most, or one more where a process would have to get an
+    empty one. Without `grouped`, pairings are drawn one by one.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class GroupedBatches(Sampler[list[Pairing]]):
         self.num_pairings = sum(1 for _ in self._pairings())
         if self.num_pairings < world_size:
             raise UserError(f"{self.num_pairings} examples are too few for {world_size} processes")
-        self.steps = math.ceil(self.num_pairings / (batch_size * world_size))
+        wanted = math.ceil(self.num_pairings / (batch_size * world_size))
+        self.steps = min(wanted, self.num_pairings // world_size)  # no batch is empty
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

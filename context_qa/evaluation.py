@@ -49,7 +49,9 @@ def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, st
         answers: dict[int, Answer] = {}  # not yet written
 
         def write(indices: list[int]) -> None:
-            results.write(result_row(i, examples[i], answers.pop(i)) for i in indices)
+            results.write([result_row(i, examples[i], answers[i]) for i in indices])
+            for i in indices:
+                del answers[i]
 
         with tqdm(total=len(examples), unit="question") as progress:
             try:

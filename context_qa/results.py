@@ -74,9 +74,8 @@ class ResultsFile:
             if not self.rows and self.path.stat().st_size:  # now that there are new results
                 self.file.truncate(0)
                 self.summary_path.unlink(missing_ok=True)
-            for row in rows:
-                self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self.rows.append(row)
+            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.rows += rows
             self.file.flush()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error

@@ -124,7 +124,10 @@ class Linear(nn.Linear):
 
 
 class DeltaProjection(Linear):
-    """dt (b, l, r) -> Δ (b, l, d). A module of its own, so that a forward hook on it reads Δ."""
+    """dt (b, l, r) -> Δ (b, l, d). A module of its own, so that a forward hook on it reads Δ.
+
+    On the CPU, rows of unlike lengths come back to back: (tokens, r) -> (tokens, d).
+    """
 
     def forward(self, dt: Tensor) -> Tensor:
         return F.softplus(super().forward(dt))

@@ -31,7 +31,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, A, B, C, D, z, initial_state, starts, lengths):
         d, n = A.shape
-        saved = torch.empty(x.numel() // d // CHUNK + len(lengths), n, d)
+        saved = x.new_empty(x.numel() // d // CHUNK + len(lengths), n, d)
         y, final_state = _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved)
         ctx.save_for_backward(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved)
         return y, final_state
@@ -44,8 +44,8 @@ class _SelectiveScan(torch.autograd.Function):
         tiles = -(-d // TILE)
         gx, gdelta = _outputs(x, lengths), _outputs(x, lengths)
         gz = _outputs(x, lengths) if z is not None else None
-        gB, gC = torch.zeros(tiles, *B.shape), torch.zeros(tiles, *C.shape)
-        gA, gD, ginitial = torch.empty(b, n, d), torch.empty(b, d), torch.empty(b, n, d)
+        gB, gC = x.new_zeros(tiles, *B.shape), x.new_zeros(tiles, *C.shape)
+        gA, gD, ginitial = x.new_empty(b, n, d), x.new_empty(b, d), x.new_empty(b, n, d)
         run(
             scan_backward,
             *(b, tokens, d, n, *_scan_inputs(x, delta, A, B, C, D, z), starts, lengths, saved),
@@ -69,8 +69,8 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, gy):
         x, weight, bias, tail, starts, lengths = ctx.saved_tensors
         (w, d), b = weight.shape, len(lengths)
-        gx, gweight, gbias = torch.empty(x.shape), torch.empty(b, w, d), torch.empty(b, d)
-        gtail = torch.empty(b, w - 1, d) if tail is not None else None
+        gx, gweight, gbias = x.new_empty(x.shape), x.new_empty(b, w, d), x.new_empty(b, d)
+        gtail = x.new_empty(b, w - 1, d) if tail is not None else None
         run(
             conv_backward,
             *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths),
@@ -96,7 +96,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
 def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
     """y, as x, and the final state (b, n, d); the state before each chunk goes to `saved`."""
     (d, n), b = A.shape, len(lengths)
-    y, final_state = _outputs(x, lengths), torch.empty(b, n, d)
+    y, final_state = _outputs(x, lengths), x.new_empty(b, n, d)
     h0 = None if initial_state is None else initial_state.contiguous()
     inputs = _scan_inputs(x, delta, A, B, C, D, z)
     run(
@@ -111,7 +111,7 @@ def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
 def _step(x, delta, A, B, C, D, z, h0):
     """One step without gradients: y (b, 1, d) and the new state (b, n, d)."""
     (b, _, d), n = x.shape, A.shape[1]
-    y, h1 = torch.empty(b, 1, d), torch.empty(b, n, d)
+    y, h1 = x.new_empty(b, 1, d), x.new_empty(b, n, d)
     run(
         scan_step,
         *(b, d, n, *_scan_inputs(x, delta, A, B, C, D, z), h0.contiguous(), y, h1),
@@ -123,7 +123,9 @@ def _step(x, delta, A, B, C, D, z, h0):
 
 def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
     """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`; computes in float32."""
-    bias = torch.zeros(x.shape[-1]) if bias is None else bias.float().contiguous()
+    bias = (
+        x.new_zeros(x.shape[-1], dtype=torch.float32) if bias is None else bias.float().contiguous()
+    )
     tail = None if initial_tail is None else initial_tail.float().contiguous()
     inputs, places = (x.float(), weight.float(), bias, tail), _places(x, lengths)
     if _needs_grad(inputs):
@@ -136,7 +138,7 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
 def _convolution(x, weight, bias, tail, starts, lengths):
     """SiLU of the convolution of x with weight (w, d)."""
     (w, d), b = weight.shape, len(lengths)
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     run(
         conv_forward,
         *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths, y),
@@ -151,12 +153,19 @@ def linear(x, weight, bias=None):
 
     torch's products of a few rows reach half the memory's bandwidth at best.
     """
-    rows = x.shape[:-1].numel()
-    dtypes = {v.dtype for v in (x, weight, bias) if v is not None}
-    if not 0 < rows <= _FEW_ROWS or dtypes != {torch.float32} or _needs_grad((x, weight, bias)):
+    rows, (out, k) = x.shape[:-1].numel(), weight.shape
+    given = [v for v in (x, weight, bias) if v is not None]
+    is_few = (
+        0 < rows <= _FEW_ROWS
+        and all(v.dtype == torch.float32 and v.device.type == "cpu" for v in given)
+        and x.shape[-1] == k
+        and (bias is None or bias.shape == (out,))
+        and not torch.is_autocast_enabled("cpu")
+        and not _needs_grad(given)
+    )
+    if not is_few:
         return F.linear(x, weight, bias)
-    out, k = weight.shape
-    y = torch.empty(*x.shape[:-1], out)
+    y = x.new_empty(*x.shape[:-1], out)
     values = (x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous(), y)
     run(few_rows_linear, rows, k, out, *values, jobs=out, work=rows * out * k)
     return y
@@ -165,7 +174,7 @@ def linear(x, weight, bias=None):
 def _outputs(x: Tensor, lengths: Tensor) -> Tensor:
     """Room for results as x: kernels write where tokens are, zeros stay in the padding."""
     is_padded = int(lengths.sum()) < x.shape[:-1].numel()
-    return torch.zeros(x.shape) if is_padded else torch.empty(x.shape)
+    return x.new_zeros(x.shape) if is_padded else x.new_empty(x.shape)
 
 
 def _needs_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -180,10 +189,12 @@ def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
 
 def _places(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Where each row's tokens start, x taken as (tokens, d), and how many they are, (b,) each."""
+    if lengths is not None:
+        lengths = lengths.to(torch.int64).contiguous()
     if x.dim() == 2:
-        return lengths.cumsum(0) - lengths, lengths.contiguous()
+        return lengths.cumsum(0) - lengths, lengths
     b, l = x.shape[:2]
-    lengths = torch.full((b,), l) if lengths is None else lengths.clamp(0, l).contiguous()
+    lengths = torch.full((b,), l) if lengths is None else lengths.clamp(0, l)
     return torch.arange(b) * l, lengths
 
 

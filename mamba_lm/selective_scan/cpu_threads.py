@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
@@ -24,6 +24,7 @@ from mamba_lm.selective_scan.cpu_kernels import HEADER, SIGNATURE
 # Below this many operations a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
 _SHARES_A_THREAD = 4  # where a thread is held up, the others take over its part
+_DTYPES = (torch.float32, torch.int64)
 _PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
 
 
@@ -34,6 +35,9 @@ def run(kernel: Callable, *values: Tensor | int | None, jobs: int, work: int) ->
     """
     if jobs == 0:
         return
+    for value in values:  # kernels see addresses only
+        if isinstance(value, Tensor) and (value.dtype not in _DTYPES or value.device.type != "cpu"):
+            raise TypeError(f"the CPU kernels take no {value.dtype} on {value.device}")
     threads = min(torch.get_num_threads(), jobs) if work >= _PARALLEL_THRESHOLD else 1
     shares = min(jobs, threads * _SHARES_A_THREAD) if threads > 1 else 1
     addresses = (v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values)
@@ -44,8 +48,14 @@ def run(kernel: Callable, *values: Tensor | int | None, jobs: int, work: int) ->
     elif _openmp() is not None and os.getpid() == _PROCESS:
         _openmp().GOMP_parallel(function, packed, threads, 0)
     else:
-        pool = _pool(os.getpid(), threads)
-        wait([pool.submit(function, packed) for _ in range(threads)])
+        pool = _pool(os.getpid(), torch.get_num_threads())
+        # They hold what they work on: Ctrl-C ends the waiting, not the work.
+        for future in [pool.submit(_call, function, packed, values) for _ in range(threads)]:
+            future.result()
+
+
+def _call(function: Callable, packed, values: tuple) -> None:
+    function(packed)
 
 
 @functools.cache
@@ -85,6 +95,5 @@ def keep_freed_memory() -> None:
     the system, and each new one then costs a page fault for every 4 kB: 3 to 8 % of all time."""
     m_trim_threshold, m_mmap_threshold = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(m_mmap_threshold, 1 << 30)
+    if mallopt is not None and mallopt(m_mmap_threshold, 1 << 30):  # older ones refuse
         mallopt(m_trim_threshold, 1 << 30)

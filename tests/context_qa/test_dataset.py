@@ -183,6 +183,13 @@ def test_contexts_stay_whole_where_they_can():
     assert sum(len({p.context for p in batch}) for batch in shuffled) - 9 > 10
 
 
+def test_no_batch_is_empty():
+    """Nine pairings, batches of one: four processes cannot all get as many of them."""
+    parts = [list(GroupedBatches(EXAMPLES, 1, rank=rank, world_size=4)) for rank in range(4)]
+    assert sorted(len(batch) for part in parts for batch in part) == [1] * 7 + [2]
+    assert {len(part) for part in parts} == {2}
+
+
 def test_fewer_examples_than_processes():
     with pytest.raises(UserError, match="9 examples are too few for 10 processes"):
         GroupedBatches(EXAMPLES, 4, world_size=10)

@@ -420,6 +420,34 @@ def test_products_of_few_rows(rows, out, k, bias, threads):
     assert cpu.linear(x, weight, offset).requires_grad
 
 
+def test_the_kernels_trust_no_types():
+    """They see addresses: anything else than float32 and int64 on the CPU would be read wrongly."""
+    inputs = scan_inputs(3, 7, 5, 2)
+    lengths = torch.tensor([2, 7, 4])
+    want = cpu.selective_scan(**inputs, lengths=lengths)
+    got = cpu.selective_scan(**inputs, lengths=lengths.int())
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            got = cpu.selective_scan(**inputs, lengths=lengths)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got[1].dtype == torch.float32 and torch.equal(got[0], want[0])
+    with pytest.raises(TypeError, match=r"take no torch\.float64"):
+        cpu_threads.run(cpu.scan_step, torch.ones(2, dtype=torch.float64), jobs=1, work=1)
+
+
+def test_few_rows_that_do_not_fit_are_torchs_errors():
+    weight = torch.ones(3, 4)
+    with torch.no_grad():
+        for x, bias in ((torch.ones(1, 5), None), (torch.ones(1, 4), torch.ones(2))):
+            with pytest.raises(RuntimeError):
+                cpu.linear(x, weight, bias)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu.linear(torch.ones(1, 4), weight).dtype == torch.bfloat16
+
+
 def test_two_threads_at_once(threads):
     threads(2)
     jobs = [scan_inputs(4, 50 + i, 130, 16) for i in range(6)]
