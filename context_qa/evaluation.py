@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
@@ -46,12 +46,10 @@ def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, st
         dtype = choose_dtype(args.dtype, device)
         model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
         answerer = Answerer(model, tokenizer, args.max_new_tokens, args.max_batch_tokens)
-        answers: dict[int, Answer] = {}  # not yet written
+        answers: dict[int, Answer] = {}
 
-        def write(indices: list[int]) -> None:
+        def write(indices: Iterable[int]) -> None:
             results.write([result_row(i, examples[i], answers[i]) for i in indices])
-            for i in indices:
-                del answers[i]
 
         with tqdm(total=len(examples), unit="question") as progress:
             try:
@@ -59,7 +57,7 @@ def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, st
                     answers |= batch
                     progress.update(len(batch))
                     in_order = itertools.count(len(results.rows))
-                    write(list(itertools.takewhile(answers.__contains__, in_order)))
+                    write(itertools.takewhile(answers.__contains__, in_order))
             finally:  # Ctrl-C too keeps what was computed
-                write(sorted(answers))
+                write(sorted(answers.keys() - {row["idx"] for row in results.rows}))
         print_scores(results.summarize(args, str(device))["scores"])
