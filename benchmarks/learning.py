@@ -56,6 +56,11 @@ def main(args: argparse.Namespace) -> None:
         kind, _, size = condition.partition(":")
         if kind not in KINDS or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--conditions {condition}: give shuffled:N or grouped:N")
+    try:  # now, rather than after the first minutes of training
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).open("a").close()
+    except OSError as error:
+        raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
     if "LEARNING_RUN" in os.environ:
         train_one(args)
         return
@@ -72,7 +77,8 @@ def start(condition: str, seed: int) -> None:
     command += ["--conditions", condition, "--seeds", str(seed)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode != 0:
-        raise UserError(f"{condition}, seed {seed}: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or [f"ended with {run.returncode}"]
+        raise UserError(f"{condition}, seed {seed}: {said[-1]}")
 
 
 def train_one(args: argparse.Namespace) -> None:

@@ -220,6 +220,8 @@ def training_arguments(
         arguments = TrainingArguments(output_dir=output, **(defaults | settings))
     except (ValueError, TypeError) as error:
         raise UserError(f"training arguments: {error}") from error
+    if arguments.train_batch_size < 1:
+        raise UserError("training arguments: per_device_train_batch_size must be 1 or more")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -377,7 +377,14 @@ def test_unknown_overrides_are_named(override, tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["optim=adamm", "max_steps=many", "lr_scheduler_type=flat", "output_dir=x", "save_strategy=3"],
+    [
+        "per_device_train_batch_size=0",
+        "optim=adamm",
+        "max_steps=many",
+        "lr_scheduler_type=flat",
+        "output_dir=x",
+        "save_strategy=3",
+    ],
 )
 def test_values_that_training_arguments_refuses_are_user_errors(override, tmp_path):
     with pytest.raises(UserError, match="training arguments") as caught:
