@@ -39,9 +39,7 @@ LLAMA, LLAMA_SHARED = "llama.cpp", "llama.cpp, prefix state kept"
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__)
-    parser.add_argument("--data", default=EMBEDDED, help=f"default: {EMBEDDED}")
-    parser.add_argument("--tokenizer", default="data/demo/tokenizer", help="default: the demo's")
+    parser = parse_benchmark_args(__doc__, EMBEDDED)
     parser.add_argument("--n_layer", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--passages", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--max_new_tokens", type=positive_int, default=16, help="default: 16")

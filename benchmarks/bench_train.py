@@ -37,9 +37,7 @@ SHARED, UNSHARED, MAMBAPY = "ours, shared", "ours, unshared", "mambapy, batches"
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__)
-    parser.add_argument("--data", default=EMBEDDED, help=f"default: {EMBEDDED}")
-    parser.add_argument("--tokenizer", default="data/demo/tokenizer", help="default: the demo's")
+    parser = parse_benchmark_args(__doc__, EMBEDDED)
     parser.add_argument("--n_layer", type=positive_int, default=12, help="default: 12")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="default: 32")
     parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")

@@ -19,13 +19,18 @@ import torch
 from errors import UserError
 
 
-def parse_benchmark_args(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark."""
+def parse_benchmark_args(description: str, data: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark; those on data if there is some by default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a look at small shapes, under 45 s")
     parser.add_argument("--json", metavar="FILE", help="also write the rows: name, seconds, ratio")
+    if data is not None:
+        parser.add_argument("--data", default=data, help=f"default: {data}")
+        parser.add_argument(
+            "--tokenizer", default="data/demo/tokenizer", help="default: the demo's"
+        )
     return parser
 
 

@@ -475,8 +475,8 @@ def next_jobs(packed):
 
 
 # What threads run: shares of the jobs until none is left. A word is an argument of the kernel or
-# two: i an integer, f an array of floats, l one of integers. Written out, for Numba keeps no closure
-# on disk that would make them.
+# two: i an integer, f an array of floats, l one of integers. Written out, since Numba would keep no
+# closure on disk that made them.
 
 
 def scan_forward(packed):
