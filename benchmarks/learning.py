@@ -5,7 +5,8 @@ questions of a context against batches of examples drawn one by one, along examp
         --conditions shuffled:32 grouped:32 grouped:64
 
 A condition is the kind of batch and its number of questions. Runs of a seed start from the same
-weights and are trained on the same questions and negatives, each on one thread, two at a time.
+weights and are trained on the same questions and negatives, each on one thread. Minutes are those
+of its processor: what else the machine does moves them little.
 Adds a line to the file for every look at the held-out loss; prints the table of all its lines.
 """
 
@@ -108,15 +109,15 @@ class Looks(TrainerCallback):
         self.model, self.tokenizer = PrefixSuffixLM(model), tokenizer
         self.path, self.row, self.batch_size = args.output, row, batch_size
         self.at = {round(steps * look / LOOKS) for look in range(1, LOOKS + 1)}
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.seconds, self.started = 0.0, time.process_time()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.started = time.perf_counter()
+        self.started = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step not in self.at:
             return
-        self.seconds += time.perf_counter() - self.started
+        self.seconds += time.process_time() - self.started
         sums, counts = answer_losses(self.model, self.tokenizer, self.examples, 32)
         row = self.row | {
             "examples": state.global_step * self.batch_size,
@@ -125,7 +126,7 @@ class Looks(TrainerCallback):
         }
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        self.started = time.perf_counter()
+        self.started = time.process_time()
 
 
 def print_table(rows: list[dict]) -> None:
