@@ -10,9 +10,11 @@ import torch
 
 from mamba_lm.model import MambaLM
 
+FLOAT32 = ("ssm_conv1d.weight", "ssm_a")
 
-def write_gguf(model: MambaLM, path: Path) -> None:
-    """The weights in float32, without a tokenizer."""
+
+def write_gguf(model: MambaLM, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """The weights, without a tokenizer; of bfloat16 are the matrices alone, as in its own files."""
     config = model.config
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_context_length(1 << 20)
@@ -47,7 +49,12 @@ def write_gguf(model: MambaLM, path: Path) -> None:
         }
         tensors |= {f"blk.{place}.{name}": tensor for name, tensor in names.items()}
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
+        tensor = tensor.detach().float().contiguous()
+        if dtype == torch.bfloat16 and tensor.dim() == 2 and not name.endswith(FLOAT32):
+            bits = tensor.bfloat16().view(torch.uint8).numpy()
+            writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

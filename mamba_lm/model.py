@@ -23,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_lm.selective_scan import causal_conv1d, linear, reads_packed, selective_scan
+from mamba_lm.selective_scan import (
+    LayerWeights,
+    causal_conv1d,
+    layer_step,
+    linear,
+    reads_packed,
+    selective_scan,
+    steps_whole_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -203,8 +211,30 @@ class MambaBlock(nn.Module):
         self.mixer = MambaMixer(config)
 
     def forward(self, residual: Tensor, conv, ssm, lengths) -> tuple[Tensor, Tensor, Tensor]:
+        is_step = conv is not None and lengths is None and residual.shape[1] == 1
+        weights = self._weights() if is_step and steps_whole_layers(residual) else None
+        stepped = weights and layer_step(weights, residual, conv, ssm)
+        if stepped:
+            return stepped
         output, conv, ssm = self.mixer(self.norm(residual), conv, ssm, lengths)
         return residual + output, conv, ssm
+
+    def _weights(self) -> LayerWeights | None:
+        """None where they do not say all: a module is replaced, as by LoRA, or has a hook."""
+        norm, mixer = self.norm, self.mixer
+        in_proj, conv, x_proj = mixer.in_proj, mixer.conv1d, mixer.x_proj
+        dt_proj, out_proj = mixer.dt_proj, mixer.out_proj
+        for module in (norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj):
+            if type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        return LayerWeights(
+            norm.eps, mixer.bcdt_rms_eps, norm.weight, in_proj.weight, in_proj.bias, conv.weight,
+            conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D,
+            out_proj.weight, out_proj.bias,
+        )  # fmt: skip
+
+
+_PLAIN = {RMSNorm, MambaMixer, Linear, nn.Conv1d, DeltaProjection}
 
 
 class MambaBackbone(nn.Module):

@@ -1,5 +1,5 @@
-"""The selective scan, its causal convolution and products of few rows: one signature, several
-backends.
+"""The selective scan, its causal convolution, products of few rows and a layer's step: one
+signature, several backends.
 
     reference   a plain loop in any dtype: the definition
     cpu         fused Numba kernels in float32 that never hold a (b, l, d, n) tensor
@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,25 @@ _INSTALL = {
     "cpu": "pip install numba",
     "cuda": "see the commands in requirements-cuda.txt",
 }
+
+
+class LayerWeights(NamedTuple):
+    """All of a pre-norm layer, for `layer_step`; m is the width of the residual, r dt's rank."""
+
+    norm_eps: float
+    bcdt_rms_eps: float | None  # Falcon-Mamba's RMS norm on B, C and dt; None: no such norm
+    norm: Tensor  # (m,)
+    in_proj: Tensor  # (2 d, m)
+    in_proj_bias: Tensor | None  # (2 d,)
+    conv: Tensor  # (d, 1, w)
+    conv_bias: Tensor | None  # (d,)
+    x_proj: Tensor  # (r + 2 n, d)
+    dt_proj: Tensor  # (d, r)
+    dt_proj_bias: Tensor  # (d,)
+    A_log: Tensor  # (d, n)
+    D: Tensor  # (d,)
+    out_proj: Tensor  # (m, d)
+    out_proj_bias: Tensor | None  # (m,)
 
 
 def selective_scan(
@@ -94,6 +114,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     cpu backend replaces where decoding multiplies few rows without gradients."""
     backend = _backend(x)
     return getattr(backend, "linear", F.linear)(x, weight, bias)
+
+
+def steps_whole_layers(residual: Tensor) -> bool:
+    """Whether the backend takes a residual (b, 1, m), as it is now, through `layer_step`."""
+    steps = getattr(_backend(residual), "steps_whole_layers", None)
+    return steps is not None and steps(residual)
+
+
+def layer_step(
+    weights: LayerWeights, residual: Tensor, conv: Tensor, ssm: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """One token through one layer, all in one kernel, where `steps_whole_layers`.
+
+    residual (b, 1, m), conv (b, w - 1, d), ssm (b, n, d): returns what becomes of them, or None
+    where the kernel does not know the weights' format.
+    """
+    return _backend(residual).layer_step(weights, residual, conv, ssm)
 
 
 def reads_packed(x: Tensor) -> bool:

@@ -13,16 +13,19 @@ from mamba_lm.selective_scan.cpu_kernels import (
     conv_backward,
     conv_forward,
     few_rows_linear,
+    few_rows_linear_bfloat16,
+    layer_step_bfloat16,
     scan_backward,
     scan_forward,
     scan_step,
 )
+from mamba_lm.selective_scan.cpu_kernels import layer_step as layer_step_float32
 from mamba_lm.selective_scan.cpu_threads import keep_freed_memory, run
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
 # Up to here the kernel for few rows is faster than torch's matrix product.
-_FEW_ROWS = 8
+_FEW_ROWS = 32
 
 keep_freed_memory()
 
@@ -149,7 +152,7 @@ def _convolution(x, weight, bias, tail, starts, lengths):
 
 
 def linear(x, weight, bias=None):
-    """Arguments and result as `mamba_lm.selective_scan.linear`.
+    """Arguments and results as `mamba_lm.selective_scan.linear`.
 
     torch's products of a few rows reach half the memory's bandwidth at best.
     """
@@ -157,7 +160,7 @@ def linear(x, weight, bias=None):
     given = [v for v in (x, weight, bias) if v is not None]
     is_few = (
         0 < rows <= _FEW_ROWS
-        and all(v.dtype == torch.float32 and v.device.type == "cpu" for v in given)
+        and _are_alike(given)
         and x.shape[-1] == k
         and (bias is None or bias.shape == (out,))
         and not torch.is_autocast_enabled("cpu")
@@ -165,10 +168,51 @@ def linear(x, weight, bias=None):
     )
     if not is_few:
         return F.linear(x, weight, bias)
-    y = x.new_empty(*x.shape[:-1], out)
-    values = (x.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous(), y)
-    run(few_rows_linear, rows, k, out, *values, jobs=out, work=rows * out * k)
-    return y
+    y = torch.empty(*x.shape[:-1], out)
+    kernel = few_rows_linear if x.dtype == torch.float32 else few_rows_linear_bfloat16
+    bias = bias if bias is None else bias.contiguous()
+    values = (x.float().contiguous(), weight.contiguous(), bias, y)
+    run(kernel, rows, k, out, *values, jobs=out, work=rows * out * k)
+    return y.to(x.dtype)
+
+
+def steps_whole_layers(residual: Tensor) -> bool:
+    """Whether these rows go through `layer_step`: few of them, without gradients."""
+    return (
+        residual.shape[0] <= _FEW_ROWS
+        and residual.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def layer_step(weights, residual, conv, ssm):
+    """Arguments and results as `mamba_lm.selective_scan.layer_step`."""
+    norm_eps, bcdt_rms_eps, *parameters = weights
+    if not _are_alike([conv, *(p for p in parameters if p is not None)]):
+        return None
+    parameters = [None if p is None else p.contiguous() for p in parameters]
+    residual, conv, ssm = residual.contiguous(), conv.contiguous(), ssm.contiguous()
+    (b, _, m), n, (d, r), w = residual.shape, ssm.shape[1], weights.dt_proj.shape, conv.shape[1] + 1
+    after = torch.empty_like(residual), torch.empty_like(conv), torch.empty_like(ssm)
+    space = residual.new_empty(b * (5 * d + r + 2 * n))
+    run(
+        layer_step_float32 if conv.dtype == torch.float32 else layer_step_bfloat16,
+        *(b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps, *parameters),
+        *(residual, conv, ssm, *after, space),
+        jobs=min(d, m, r + 2 * n),
+        work=b * m * d,
+        in_phases=True,
+    )
+    return after
+
+
+def _are_alike(tensors: list[Tensor]) -> bool:
+    """Whether all are of one format that the kernels for few rows read."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.bfloat16) and all(
+        v.dtype == dtype and v.is_cpu for v in tensors
+    )
 
 
 def _outputs(x: Tensor, lengths: Tensor) -> Tensor:

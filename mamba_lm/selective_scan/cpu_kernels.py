@@ -16,6 +16,7 @@ kernel has changed.
 """
 
 import functools
+import math
 
 import numba
 import numpy as np
@@ -26,9 +27,10 @@ from numba.extending import intrinsic, overload
 TILE = 128
 CHUNK = 32
 
-# What a kernel is called with, as packed by `cpu_threads.run`: the next share, the number of
-# shares, that of jobs, and then its arguments.
-HEADER = 3
+# What a kernel is called with, as packed by `cpu_threads.run`: the next share of each phase, the
+# number of shares, that of jobs, the function that waits for the team, and then its arguments.
+PHASES = 4
+_SHARES, _JOBS, _BARRIER, HEADER = range(PHASES, PHASES + 4)
 _PACKED = types.CPointer(types.int64)
 SIGNATURE = types.void(_PACKED)
 
@@ -59,6 +61,36 @@ def _bits_float(typing_context, value):
     return types.float32(types.int32), generate
 
 
+def _float(value):
+    """A float32, or the 16 bits of a bfloat16, as float32."""
+    raise NotImplementedError("for use in kernels")
+
+
+@overload(_float, inline="always")
+def _to_float(value):
+    if value == types.uint16:
+        return lambda value: _bits_float(numba.int32(value) << numba.int32(16))
+    return lambda value: value
+
+
+def _put(array, at, value):
+    """Store a float32 in an array of them or of bfloat16s, rounded to the nearest."""
+    raise NotImplementedError("for use in kernels")
+
+
+@overload(_put, inline="always")
+def _put_rounded(array, at, value):
+    def put_bfloat16(array, at, value):
+        bits = _float_bits(value)
+        odd = (bits >> numba.int32(16)) & numba.int32(1)  # ties go to even
+        array[at] = numba.uint16((bits + numba.int32(0x7FFF) + odd) >> numba.int32(16))
+
+    def put_float(array, at, value):
+        array[at] = value
+
+    return put_bfloat16 if array.dtype == types.uint16 else put_float
+
+
 # The rounding trick below does not survive reassociation: these functions allow contraction alone.
 @numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)
 def _exp2(x):
@@ -83,6 +115,23 @@ def _exp2(x):
 def _sigmoid(x):
     exponent = -_LOG2E * x
     return f32(1.0) / (f32(1.0) + _exp2(_HIGHEST if exponent > _HIGHEST else exponent))
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)
+def _softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + t), t = e^-|x|, within some ulp also where it is small.
+
+    log(1 + t) = 2 atanh(s), s = t / (2 + t) <= 1/3, by a minimax polynomial in s^2: 4e-9 off.
+    """
+    t = _exp2(-_LOG2E * abs(x))
+    s = t / (f32(2.0) + t)
+    square = s * s
+    p = f32(0.28178344)
+    p = p * square + f32(0.27960611)
+    p = p * square + f32(0.40024909)
+    p = p * square + f32(0.66666315)
+    p = p * square + f32(2.0)
+    return max(x, f32(0.0)) + s * p
 
 
 _kernel = functools.partial(
@@ -382,30 +431,165 @@ def _conv_backward(
 
 
 @_reduction_kernel()
-def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
-    """Rows [start, stop) of weight (out, k), each times all rows of x (b, k), into y (b, out).
+def _multiply(weight, first, stop, k, bias, b, x, y, ys):
+    """Rows [first, stop) of weight (?, k) times all rows of x (b, k), plus bias, into y (b, ys).
 
-    The weight is read once, from main memory, whatever b is; four rows of x share a load of it.
+    The weight is read once, from main memory, whatever b is: two of its rows at a time, far from
+    each other, which the memory serves faster than one, and four of x.
     """
-    for r in range(jobs[0], jobs[1]):
-        w = _part(weight, r, k, 0, k)
-        start = bias[r] if bias.size > 0 else f32(0.0)
+    half = (stop - first + 1) // 2
+    for r in range(first, first + half):
+        s = min(r + half, stop - 1)  # of an odd number of rows one comes twice
+        w_r, w_s = _part(weight, r, k, 0, k), _part(weight, s, k, 0, k)
         for row in range(0, b - 3, 4):
             x0, x1 = _part(x, row, k, 0, k), _part(x, row + 1, k, 0, k)
             x2, x3 = _part(x, row + 2, k, 0, k), _part(x, row + 3, k, 0, k)
-            y0, y1, y2, y3 = start, start, start, start
+            r0, r1, r2, r3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+            s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
             for c in range(k):
-                y0 += w[c] * x0[c]
-                y1 += w[c] * x1[c]
-                y2 += w[c] * x2[c]
-                y3 += w[c] * x3[c]
-            y[row * out + r], y[(row + 1) * out + r] = y0, y1
-            y[(row + 2) * out + r], y[(row + 3) * out + r] = y2, y3
+                r_c, s_c = _float(w_r[c]), _float(w_s[c])
+                r0 += r_c * x0[c]
+                r1 += r_c * x1[c]
+                r2 += r_c * x2[c]
+                r3 += r_c * x3[c]
+                s0 += s_c * x0[c]
+                s1 += s_c * x1[c]
+                s2 += s_c * x2[c]
+                s3 += s_c * x3[c]
+            y[row * ys + r], y[row * ys + s] = r0, s0
+            y[(row + 1) * ys + r], y[(row + 1) * ys + s] = r1, s1
+            y[(row + 2) * ys + r], y[(row + 2) * ys + s] = r2, s2
+            y[(row + 3) * ys + r], y[(row + 3) * ys + s] = r3, s3
         for row in range(b - b % 4, b):
-            x0, y0 = _part(x, row, k, 0, k), start
+            x0, r0, s0 = _part(x, row, k, 0, k), f32(0.0), f32(0.0)
             for c in range(k):
-                y0 += w[c] * x0[c]
-            y[row * out + r] = y0
+                r0 += _float(w_r[c]) * x0[c]
+                s0 += _float(w_s[c]) * x0[c]
+            y[row * ys + r], y[row * ys + s] = r0, s0
+    if bias.size > 0:
+        for row in range(b):
+            for r in range(first, stop):
+                y[row * ys + r] += _float(bias[r])
+
+
+@_kernel()
+def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
+    """Rows [start, stop) of weight (out, k) times x (b, k), into y (b, out)."""
+    _multiply(weight, jobs[0], jobs[1], k, bias, b, x, y, out)
+
+
+# The four phases of a layer's step: b tokens, one a row, from residual (b, m) to residual_out.
+# Parameters and the convolution's tail are float32 or bfloat16, all else is float32. A job is one
+# row of the phase's product, and so one channel; each phase waits for all of the one before.
+
+
+@_reduction_kernel()
+def _rms_norm(x, eps, y):
+    """x over the root of its mean square, into y."""
+    total = f32(0.0)
+    for c in range(y.size):
+        total += x[c] * x[c]
+    scale = f32(1.0 / math.sqrt(total / y.size + eps))
+    for c in range(y.size):
+        y[c] = x[c] * scale
+
+
+@_kernel()
+def _step_in(
+    jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail, new_tail,
+    xz, x,
+):  # fmt: skip
+    """Norm, input projection xz (b, 2 d) and the convolution x (b, d) of its first half."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    u, total = np.empty(b * m, f32), np.empty(width, f32)
+    for row in range(b):
+        u_r = _part(u, row, m, 0, m)
+        _rms_norm(_part(residual, row, m, 0, m), norm_eps, u_r)
+        for c in range(m):
+            u_r[c] *= _float(norm[c])
+    _multiply(in_proj, first, first + width, m, in_bias, b, u, xz, 2 * d)
+    _multiply(in_proj, d + first, d + first + width, m, in_bias, b, u, xz, 2 * d)
+    for row in range(b):
+        now = _part(xz, row, 2 * d, first, width)
+        for c in range(width):
+            total[c] = _float(conv[(first + c) * w + w - 1]) * now[c]
+            if conv_bias.size > 0:
+                total[c] += _float(conv_bias[first + c])
+        for k in range(w - 1):
+            before = _part(tail, row * (w - 1) + k, d, first, width)
+            after = _part(new_tail, row * (w - 1) + k, d, first, width)
+            if k < w - 2:
+                after[:] = _part(tail, row * (w - 1) + k + 1, d, first, width)
+            for c in range(width):
+                total[c] += _float(conv[(first + c) * w + k]) * _float(before[c])
+                if k == w - 2:
+                    _put(after, c, now[c])
+        x_r = _part(x, row, d, first, width)
+        for c in range(width):
+            x_r[c] = total[c] * _sigmoid(total[c])
+
+
+@_kernel()
+def _step_select(jobs, b, d, k, x_proj, x, selected):
+    """dt, B and C of each row, side by side: selected (b, k)."""
+    _multiply(x_proj, jobs[0], jobs[1], d, x_proj[:0], b, x, selected, k)
+
+
+@_kernel()
+def _step_scan(
+    jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h, delta, y
+):  # fmt: skip
+    """Δ, the recurrence and the gate: the state new_h (b, n, d) and y (b, d)."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    dt, B, C = np.empty(b * r, f32), np.empty(b * n, f32), np.empty(b * n, f32)
+    for row in range(b):
+        of_row = _part(selected, row, r + 2 * n, 0, r + 2 * n)
+        dt_r, B_r, C_r = _part(dt, row, r, 0, r), _part(B, row, n, 0, n), _part(C, row, n, 0, n)
+        dt_r[:], B_r[:], C_r[:] = of_row[:r], of_row[r : r + n], of_row[r + n :]
+        if bcdt_eps >= 0.0:
+            _rms_norm(dt_r, bcdt_eps, dt_r)
+            _rms_norm(B_r, bcdt_eps, B_r)
+            _rms_norm(C_r, bcdt_eps, C_r)
+    _multiply(dt_proj, first, first + width, r, dt_bias, b, dt, delta, d)
+    a, update = np.empty(width, f32), np.empty(b * width, f32)
+    for row in range(b):
+        x_r, y_r = _part(x, row, d, first, width), _part(y, row, d, first, width)
+        delta_r, update_r = _part(delta, row, d, first, width), _part(update, row, width, 0, width)
+        for c in range(width):
+            delta_r[c] = _softplus(delta_r[c])
+            update_r[c] = delta_r[c] * x_r[c]
+            y_r[c] = _float(D[first + c]) * x_r[c]
+    for i in range(n):
+        for c in range(width):
+            a[c] = -_LOG2E * _exp2(_LOG2E * _float(A_log[(first + c) * n + i]))
+        for row in range(b):
+            before = _part(h, row * n + i, d, first, width)
+            after = _part(new_h, row * n + i, d, first, width)
+            delta_r, y_r = _part(delta, row, d, first, width), _part(y, row, d, first, width)
+            update_r = _part(update, row, width, 0, width)
+            b_i, c_i = B[row * n + i], C[row * n + i]
+            for c in range(width):
+                state = _exp2(delta_r[c] * a[c]) * before[c] + update_r[c] * b_i
+                after[c] = state
+                y_r[c] += state * c_i
+    for row in range(b):
+        z_r, y_r = _part(xz, row, 2 * d, d + first, width), _part(y, row, d, first, width)
+        for c in range(width):
+            y_r[c] *= z_r[c] * _sigmoid(z_r[c])
+
+
+@_kernel()
+def _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual):
+    """Output projection, added to the residual."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    _multiply(out_proj, first, first + width, d, out_bias, b, y, new_residual, m)
+    for row in range(b):
+        before, after = (
+            _part(residual, row, m, first, width),
+            _part(new_residual, row, m, first, width),
+        )
+        for c in range(width):
+            after[c] += before[c]
 
 
 @intrinsic
@@ -429,29 +613,66 @@ def _pointer_to_ints(typing_context, address):
 
 
 @intrinsic
-def _fetch_add(typing_context, packed):
-    """Add one to the integer at a pointer and return what it was, atomically."""
+def _pointer_to_bfloat16s(typing_context, address):
+    """The address of bfloat16s as a pointer to their bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic
+def _bits_double(typing_context, value):
+    """The double whose 64 bits are the given integer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def _fetch_add(typing_context, packed, place):
+    """Add one to an integer of those packed and return what it was, atomically."""
 
     def generate(context, builder, signature, arguments):
         one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
+        return builder.atomic_rmw(
+            "add", builder.gep(arguments[0], [arguments[1]]), one, "monotonic"
+        )
 
-    return types.int64(_PACKED), generate
+    return types.int64(_PACKED, types.int64), generate
+
+
+@intrinsic
+def _call(typing_context, address):
+    """Call the C function without arguments at an address."""
+
+    def generate(context, builder, signature, arguments):
+        function = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
 
 
 def unpacked(packed, kinds):
-    """The values that `run` was given, by a literal of their kinds: i an integer, f an array of
-    float32 and l one of int64, of unknown length, empty where None was given."""
+    """The values that `run` was given, by a literal of their kinds: i an integer, e a double, f an
+    array of float32, h one of bfloat16 and l one of int64, of unknown length, empty where None was
+    given."""
     raise NotImplementedError("for use in kernels")
 
 
 @overload(unpacked, prefer_literal=True)
 def _unpacked(packed, kinds):
-    forms = {"i": "p[{}]", "f": "floats(p[{}])", "l": "ints(p[{}])"}
+    forms = {"i": "p[{}]", "e": "double(p[{}])"}
+    forms |= {"f": "floats(p[{}])", "h": "bfloat16s(p[{}])", "l": "ints(p[{}])"}
     kinds = kinds.literal_value.replace(" ", "")
     values = ", ".join(forms[kind].format(HEADER + i) for i, kind in enumerate(kinds))
     source = f"def unpack(packed, kinds):\n p = carray(packed, (64,))\n return ({values},)"
-    names = {"carray": numba.carray, "floats": _floats, "ints": _ints}
+    names = {"carray": numba.carray, "double": _bits_double}
+    names |= {"floats": _floats, "bfloat16s": _bfloat16s, "ints": _ints}
     exec(source, names)  # Numba has no other way to make a tuple of several types
     return names["unpack"]
 
@@ -462,16 +683,33 @@ def _floats(address):
 
 
 @numba.njit(inline="always")
+def _bfloat16s(address):
+    return numba.carray(_pointer_to_bfloat16s(address), ((1 << 60) if address != 0 else 0,))
+
+
+@numba.njit(inline="always")
 def _ints(address):
     return numba.carray(_pointer_to_ints(address), (1 << 60,))
 
 
 @numba.njit(inline="always")
-def next_jobs(packed):
-    """The next share [start, stop) of the jobs; an empty one where none is left."""
+def next_jobs(packed, phase=0, jobs=0):
+    """The next share [start, stop) of the jobs, or of a phase's; an empty one where none is left."""
     header = numba.carray(packed, (HEADER,))
-    share = min(_fetch_add(packed), header[1])
-    return header[2] * share // header[1], header[2] * min(share + 1, header[1]) // header[1]
+    if jobs == 0:
+        jobs = header[_JOBS]
+    share = min(_fetch_add(packed, phase), header[_SHARES])
+    return jobs * share // header[_SHARES], jobs * min(share + 1, header[_SHARES]) // header[
+        _SHARES
+    ]
+
+
+@numba.njit(inline="always")
+def wait_for_team(packed):
+    """Go on when all threads have come here: what they wrote can be read."""
+    barrier = numba.carray(packed, (HEADER,))[_BARRIER]
+    if barrier != 0:
+        _call(barrier)
 
 
 # What threads run: shares of the jobs until none is left. A word is an argument of the kernel or
@@ -516,8 +754,68 @@ def conv_backward(packed):
         jobs = next_jobs(packed)
 
 
-def few_rows_linear(packed):
+@_kernel()
+def _linear(packed, b, k, out, x, weight, bias, y):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
-        _few_rows_linear(jobs, *unpacked(packed, "i i i f f f f"))
+        _few_rows_linear(jobs, b, k, out, x, weight, bias, y)
         jobs = next_jobs(packed)
+
+
+@_kernel()
+def _step(
+    packed, b, m, d, n, r, w, norm_eps, bcdt_eps, norm, in_proj, in_bias, conv, conv_bias, x_proj,
+    dt_proj, dt_bias, A_log, D, out_proj, out_bias, residual, tail, h, new_residual, new_tail,
+    new_h, space,
+):  # fmt: skip
+    xz, x, delta, y, selected = (
+        space[: 2 * b * d], space[2 * b * d :], space[3 * b * d :], space[4 * b * d :],
+        space[5 * b * d :],
+    )  # fmt: skip
+    jobs = next_jobs(packed, 0, d)
+    while jobs[0] < jobs[1]:
+        _step_in(
+            jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail,
+            new_tail, xz, x,
+        )  # fmt: skip
+        jobs = next_jobs(packed, 0, d)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 1, r + 2 * n)
+    while jobs[0] < jobs[1]:
+        _step_select(jobs, b, d, r + 2 * n, x_proj, x, selected)
+        jobs = next_jobs(packed, 1, r + 2 * n)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 2, d)
+    while jobs[0] < jobs[1]:
+        _step_scan(
+            jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h,
+            delta, y,
+        )  # fmt: skip
+        jobs = next_jobs(packed, 2, d)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 3, m)
+    while jobs[0] < jobs[1]:
+        _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual)
+        jobs = next_jobs(packed, 3, m)
+
+
+_LINEAR = "iii f p p f"
+_STEP = "iiiiii ee p pp pp p pp p p pp f p f f p f f"
+_LINEAR_FLOAT32, _STEP_FLOAT32 = _LINEAR.replace("p", "f"), _STEP.replace("p", "f")
+_LINEAR_BFLOAT16, _STEP_BFLOAT16 = _LINEAR.replace("p", "h"), _STEP.replace("p", "h")
+
+
+def few_rows_linear(packed):
+    _linear(packed, *unpacked(packed, _LINEAR_FLOAT32))
+
+
+def few_rows_linear_bfloat16(packed):
+    _linear(packed, *unpacked(packed, _LINEAR_BFLOAT16))
+
+
+def layer_step(packed):
+    _step(packed, *unpacked(packed, _STEP_FLOAT32))
+
+
+def layer_step_bfloat16(packed):
+    _step(packed, *unpacked(packed, _STEP_BFLOAT16))

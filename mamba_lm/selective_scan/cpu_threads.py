@@ -19,39 +19,55 @@ import numba
 import torch
 from torch import Tensor
 
-from mamba_lm.selective_scan.cpu_kernels import HEADER, SIGNATURE
+from mamba_lm.selective_scan.cpu_kernels import HEADER, PHASES, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
 _SHARES_A_THREAD = 4  # where a thread is held up, the others take over its part
-_DTYPES = (torch.float32, torch.int64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 _PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
 
 
-def run(kernel: Callable, *values: Tensor | int | None, jobs: int, work: int) -> None:
+def run(
+    kernel: Callable, *values: Tensor | float | None, jobs: int, work: int, in_phases: bool = False
+) -> None:
     """Let a kernel do `jobs` jobs, of `work` operations in all, on as many threads as is worth it.
 
-    Tensors must be contiguous, or strided in a way that other values tell the kernel.
+    Tensors must be contiguous, or strided in a way that other values tell the kernel. in_phases:
+    the kernel's threads wait for each other, so that it takes a team or runs on one thread.
     """
     if jobs == 0:
         return
-    for value in values:  # kernels see addresses only
-        if isinstance(value, Tensor) and (value.dtype not in _DTYPES or value.device.type != "cpu"):
-            raise TypeError(f"the CPU kernels take no {value.dtype} on {value.device}")
+    has_team = _openmp() is not None and os.getpid() == _PROCESS
     threads = min(torch.get_num_threads(), jobs) if work >= _PARALLEL_THRESHOLD else 1
+    if in_phases and not has_team:
+        threads = 1
     shares = min(jobs, threads * _SHARES_A_THREAD) if threads > 1 else 1
-    addresses = (v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values)
-    packed = (ctypes.c_int64 * (HEADER + len(values)))(0, shares, jobs, *addresses)
+    barrier = _barrier() if in_phases and threads > 1 else 0
+    packed = (ctypes.c_int64 * (HEADER + len(values)))(
+        *(0,) * PHASES, shares, jobs, barrier, *map(_packed, values)
+    )
     function = _compiled(kernel)
     if threads == 1:
         function(packed)
-    elif _openmp() is not None and os.getpid() == _PROCESS:
+    elif has_team:
         _openmp().GOMP_parallel(function, packed, threads, 0)
     else:
         pool = _pool(os.getpid(), torch.get_num_threads())
         # They hold what they work on: Ctrl-C ends the waiting, not the work.
         for future in [pool.submit(_call, function, packed, values) for _ in range(threads)]:
             future.result()
+
+
+def _packed(value: Tensor | float | None) -> int:
+    """A tensor's address, the bits of a float as a double, an integer, 0 for None."""
+    if isinstance(value, Tensor):
+        if value.dtype not in _DTYPES or not value.is_cpu:  # kernels see addresses only
+            raise TypeError(f"the CPU kernels take no {value.dtype} on {value.device}")
+        return value.data_ptr()
+    if isinstance(value, float):
+        return ctypes.c_int64.from_buffer(ctypes.c_double(value)).value
+    return value or 0
 
 
 def _call(function: Callable, packed, values: tuple) -> None:
@@ -81,6 +97,12 @@ def _openmp() -> ctypes.CDLL | None:
     """The GNU OpenMP runtime that torch brought along; None where it has another."""
     libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     return ctypes.CDLL(str(libraries[0])) if libraries else None
+
+
+@functools.cache
+def _barrier() -> int:
+    """The address of the function that waits for all threads of a team."""
+    return ctypes.cast(_openmp().GOMP_barrier, ctypes.c_void_p).value
 
 
 @functools.lru_cache(maxsize=1)

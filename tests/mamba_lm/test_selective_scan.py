@@ -401,20 +401,22 @@ def test_same_bits_on_any_number_of_threads(openmp, threads, monkeypatch):
             assert_all_equal(got, want)
 
 
-@pytest.mark.parametrize("rows", [(1,), (2, 1), (3,), (4,), (1, 7), (8,), (9,)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (3,), (4,), (1, 7), (32,), (33,)])
 @pytest.mark.parametrize("out, k", [(1, 1), (80, 96), (301, 768)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_of_few_rows(rows, out, k, bias, threads):
+def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     threads(2)
     torch.manual_seed(0)
-    wide = torch.randn(*rows, 2 * k)
-    weight, offset = torch.randn(out, k), torch.randn(out) if bias else None
+    wide = torch.randn(*rows, 2 * k, dtype=dtype)
+    weight = torch.randn(out, k, dtype=dtype)
+    offset = torch.randn(out, dtype=dtype) if bias else None
     for x in (wide[..., :k], wide[..., k:].contiguous()):
         with torch.no_grad():
             got = cpu.linear(x, weight, offset)
         exact = F.linear(x.double(), weight.double(), offset.double() if bias else None)
-        assert got.shape == (*rows, out)
-        assert_close(got, exact)
+        assert got.shape == (*rows, out) and got.dtype == dtype
+        assert_close(got.double(), exact, tolerance=tolerance)
     weight.requires_grad_()
     assert torch.equal(cpu.linear(x, weight, offset), F.linear(x, weight, offset))
     assert cpu.linear(x, weight, offset).requires_grad

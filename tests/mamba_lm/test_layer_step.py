@@ -1,0 +1,188 @@
+"""One token through a layer in one kernel: against float64, hooks, threads and what it is given."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from mamba_lm import model as model_module
+from mamba_lm.selective_scan import cpu_threads
+
+VARIANTS = {
+    "mamba": {},
+    "odd widths": {"d_model": 33, "expand": 3},
+    "several tiles": {"d_model": 150, "n_layer": 1},
+    "biases": {"proj_bias": True, "conv_bias": False, "norm_eps": 0.1},
+    "falcon": {"bcdt_rms_eps": 0.5},
+    "convolution of two": {"d_conv": 2},
+    "no convolution": {"d_conv": 1},
+}
+variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that the kernel takes while a test runs."""
+    taken = []
+
+    def step(*args):
+        stepped = actual(*args)
+        taken.append(stepped is not None)
+        return stepped
+
+    actual = model_module.layer_step
+    monkeypatch.setattr(model_module, "layer_step", step)
+    return taken
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def tensors(state) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{layer}": tensor
+        for part, layers in state._asdict().items()
+        for layer, tensor in enumerate(layers)
+        if tensor.numel()
+    }
+
+
+def prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 31, (rows, 6))
+    return ids[:, :5], ids[:, 5:]
+
+
+@variants
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 32])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@torch.no_grad()
+def test_equals_float64(changes, rows, dtype, tolerance, make_model, assert_near, steps):
+    model = make_model(**changes).to(dtype)
+    exact = copy.deepcopy(model).double()
+    prefix, token = prompt(rows)
+    _, state = model(prefix)
+    logits, after = model(token, state)
+    wanted, wanted_after = exact(token, state.to(torch.float64))
+    assert steps == [True] * len(state.ssm)
+    assert_near(logits, wanted, tolerance)
+    assert_near(tensors(after), tensors(wanted_after), tolerance)
+    assert {t.dtype for t in after.conv} == {dtype}
+    assert {t.dtype for t in after.ssm} == {torch.float32}
+
+
+@torch.no_grad()
+def test_many_rows_take_the_general_path(make_model, steps):
+    prefix, token = prompt(33)
+    model = make_model()
+    model(token, model(prefix)[1])
+    assert steps == []
+
+
+def test_gradients_take_the_general_path(make_model, steps):
+    prefix, token = prompt(2)
+    model = make_model()
+    logits, _ = model(token, model(prefix)[1])
+    logits.sum().backward()
+    assert steps == [] and model.backbone.layers[0].mixer.A_log.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_formats_that_it_does_not_know_take_the_general_path(make_model, assert_near, steps):
+    prefix, token = prompt(2)
+    model = make_model()
+    _, state = model(prefix)
+    wanted, _ = model(token, state)
+    model.backbone.layers[0].mixer.A_log.data = model.backbone.layers[0].mixer.A_log.double()
+    assert_near(model(token, state)[0], wanted, 1e-5)
+    assert steps == [True, True, False, True]
+    residuals_in_bfloat16 = make_model(residual_in_fp32=False).bfloat16()
+    _, state = residuals_in_bfloat16(prefix)
+    residuals_in_bfloat16(token, state)
+    assert len(steps) == 4
+
+
+@torch.no_grad()
+def test_hooks_and_replaced_modules_are_called(make_model, assert_near, steps):
+    """What reads Δ, and what LoRA puts in a projection's place, sees every token."""
+    prefix, token = prompt(2)
+    model = make_model()
+    _, state = model(prefix)
+    wanted, _ = model(token, state)
+    seen = []
+    mixer = model.backbone.layers[0].mixer
+    handle = mixer.dt_proj.register_forward_hook(lambda m, i, delta: seen.append(delta))
+    assert_near(model(token, state)[0], wanted, 1e-5)
+    assert seen[0].shape == (2, 1, 48)
+    handle.remove()
+    mixer.out_proj = nn.Sequential(mixer.out_proj, nn.Hardtanh(-0.1, 0.1))
+    changed, _ = model(token, state)
+    assert (changed - wanted).abs().max() > 0.01
+    assert steps == [True] * 2 + [True] + [True]  # the other layer goes on to use it
+
+
+@torch.no_grad()
+def test_leaves_the_given_state_as_it_was(make_model, assert_near, steps):
+    prefix, token = prompt(3)
+    model = make_model()
+    _, state = model(prefix)
+    before = {name: tensor.clone() for name, tensor in tensors(state).items()}
+    first, _ = model(token, state)
+    assert_near(tensors(state), before, 0)
+    assert torch.equal(model(token, state)[0], first) and len(steps) == 4
+
+
+@torch.no_grad()
+def test_rows_know_nothing_of_each_other(make_model):
+    prefix, token = prompt(6)
+    model = make_model()
+    _, state = model(prefix)
+    wanted, _ = model(token, state)
+    state.ssm[0][2], state.conv[1][4] = float("nan"), float("inf")
+    got, _ = model(token, state)
+    others = [0, 1, 3, 5]
+    assert torch.equal(got[others], wanted[others])
+    assert got[2].isnan().all() and not got[4].isfinite().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("team", [True, False])
+def test_same_bits_on_any_number_of_threads(dtype, team, make_model, threads, monkeypatch):
+    """In a team of torch's threads, or alone where its OpenMP cannot be had."""
+    if not team:
+        monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
+    elif cpu_threads._openmp() is None:
+        pytest.skip("torch has no GNU OpenMP here")
+    monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
+    model = make_model(d_model=90).to(dtype)
+    prefix, token = prompt(5)
+    threads(1)
+    _, state = model(prefix)
+    wanted, wanted_after = model(token, state)
+    for count in (2, 3, os.cpu_count() + 3) * 10:
+        threads(count)
+        got, after = model(token, state)
+        assert torch.equal(got, wanted)
+        for name, tensor in tensors(after).items():
+            assert torch.equal(tensor, tensors(wanted_after)[name]), name
+
+
+@torch.no_grad()
+def test_extreme_delta_and_gates_stay_exact(make_model, assert_near):
+    model = make_model()
+    for block in model.backbone.layers:
+        block.mixer.dt_proj.bias += torch.linspace(-60, 60, 48)
+        block.mixer.in_proj.weight *= 30
+    prefix, token = prompt(4)
+    _, state = model(prefix)
+    exact = copy.deepcopy(model).double()
+    wanted, wanted_after = exact(token, state.to(torch.float64))
+    got, after = model(token, state)
+    assert_near(got, wanted, 1e-4)
+    assert_near(tensors(after), tensors(wanted_after), 1e-4)
