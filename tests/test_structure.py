@@ -87,7 +87,7 @@ def test_no_sys_path_edits(path):
         ("squad_utils.py", "from mamba_lm.model import MambaLM"),
         ("squad_utils.py", "def f():\n    import context_qa.results"),
         ("mamba_lm/model.py", "from squad_utils import Example"),
-        ("mamba_lm/selective_scan/cpu.py", "import context_qa"),
+        ("mamba_lm/selective_scan/cpu/__init__.py", "import context_qa"),
         ("context_qa/dataset.py", "import train_mamba_with_context"),
         ("context_qa/dataset.py", "from studies.lora_finetuning import train"),
         ("context_qa/dataset.py", "from data.demo.make_demo import make_passage"),
@@ -109,7 +109,10 @@ def test_the_import_rule_catches(path, source):
     "path, source",
     [
         ("mamba_lm/model.py", "import torch\nfrom mamba_lm.selective_scan import selective_scan"),
-        ("mamba_lm/selective_scan/cpu.py", "from . import reference\nfrom errors import UserError"),
+        (
+            "mamba_lm/selective_scan/cpu/__init__.py",
+            "from . import reference\nfrom errors import UserError",
+        ),
         ("context_qa/dataset.py", "from squad_utils import Example\nimport mamba_lm.training"),
         ("studies/lora_finetuning/train.py", "from studies.lora_finetuning import news"),
         ("studies/lora_finetuning/train.py", "from .news import x\nfrom context_qa import results"),

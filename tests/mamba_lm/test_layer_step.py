@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mamba_lm import model as model_module
-from mamba_lm.selective_scan import cpu_threads
+from mamba_lm.selective_scan.cpu import threads as cpu_threads
 
 VARIANTS = {
     "mamba": {},

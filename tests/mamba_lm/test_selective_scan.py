@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import mamba_lm.selective_scan as selective_scan_module
 from errors import UserError
-from mamba_lm.selective_scan import backend_name, cpu, cpu_threads, load_backend, reference
+from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
+from mamba_lm.selective_scan.cpu import threads as cpu_threads
 
 # (l, d, n): lengths around the kernels' chunks of 32 steps, widths around their tiles of 128.
 SHAPES = [
@@ -541,8 +542,8 @@ def test_a_missing_backend_names_its_install_command(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, cpu.__name__)
-    for name in ("cpu_kernels", "cpu_threads"):
-        monkeypatch.delitem(sys.modules, f"mamba_lm.selective_scan.{name}")
+    for name in ("elementary", "packing", "scan_kernels", "step_kernels", "threads"):
+        monkeypatch.delitem(sys.modules, f"{cpu.__name__}.{name}")
     load_backend.cache_clear()
     with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):
         selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))

@@ -8,6 +8,7 @@ array of integers, tensors as addresses; threads draw shares of the jobs until n
 
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ import numba
 import torch
 from torch import Tensor
 
-from mamba_lm.selective_scan.cpu_kernels import HEADER, PHASES, SIGNATURE
+from mamba_lm.selective_scan.cpu.packing import HEADER, PHASES, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
@@ -78,6 +79,9 @@ def _call(function: Callable, packed, values: tuple) -> None:
 def _compiled(kernel: Callable) -> Callable:
     """The kernel as a C function. Numba keeps what it compiles on disk; if it has to compile, and
     that takes long, say so."""
+    # Numba looks at the kernel's own file alone to see whether what it kept is still right: with
+    # what all files say in its name, a kernel is another one when any of them changes.
+    kernel.__qualname__ = f"{kernel.__name__}_{_digest_of_sources()}"
     timer = threading.Timer(2.0, _say_compiling)
     timer.daemon = True
     timer.start()
@@ -85,6 +89,12 @@ def _compiled(kernel: Callable) -> Callable:
         return numba.cfunc(SIGNATURE, cache=True)(kernel).ctypes
     finally:
         timer.cancel()
+
+
+@functools.cache
+def _digest_of_sources() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 @functools.cache

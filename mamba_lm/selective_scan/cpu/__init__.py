@@ -7,20 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mamba_lm.selective_scan.cpu_kernels import (
+from mamba_lm.selective_scan.cpu import step_kernels
+from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     TILE,
     conv_backward,
     conv_forward,
-    few_rows_linear,
-    few_rows_linear_bfloat16,
-    layer_step_bfloat16,
     scan_backward,
     scan_forward,
     scan_step,
 )
-from mamba_lm.selective_scan.cpu_kernels import layer_step as layer_step_float32
-from mamba_lm.selective_scan.cpu_threads import keep_freed_memory, run
+from mamba_lm.selective_scan.cpu.threads import keep_freed_memory, run
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
@@ -169,9 +166,9 @@ def linear(x, weight, bias=None):
     if not is_few:
         return F.linear(x, weight, bias)
     y = torch.empty(*x.shape[:-1], out)
-    kernel = few_rows_linear if x.dtype == torch.float32 else few_rows_linear_bfloat16
     bias = bias if bias is None else bias.contiguous()
     values = (x.float().contiguous(), weight.contiguous(), bias, y)
+    kernel = step_kernels.few_rows_linear[x.dtype]
     run(kernel, rows, k, out, *values, jobs=out, work=rows * out * k)
     return y.to(x.dtype)
 
@@ -197,7 +194,7 @@ def layer_step(weights, residual, conv, ssm):
     after = torch.empty_like(residual), torch.empty_like(conv), torch.empty_like(ssm)
     space = residual.new_empty(b * (5 * d + r + 2 * n))
     run(
-        layer_step_float32 if conv.dtype == torch.float32 else layer_step_bfloat16,
+        step_kernels.layer_step[conv.dtype],
         *(b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps, *parameters),
         *(residual, conv, ssm, *after, space),
         jobs=min(d, m, r + 2 * n),

@@ -1,0 +1,351 @@
+"""The scan and the convolution over whole rows, forward and backward, in float32.
+
+A job is one row of the batch and one tile of `TILE` channels, read in chunks of `CHUNK` steps, so
+that all it touches stays in the processor's nearest cache. Every inner loop runs over the channels
+of a tile, which LLVM turns into vector instructions; the loop over the state's n stands outside
+that over the steps, for one i's part of the state is then all that moves. The forward pass keeps
+the state at the start of every chunk; the backward pass replays a chunk from there and then walks
+it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
+
+Arrays come flat and in float32: the tokens of a row of the batch stand together, `lengths` of them
+from `starts` on, both int64. `?s` is the distance between the tokens of `?`, d where it is not
+given. A kernel does jobs [start, stop), tile after tile, of each all rows.
+"""
+
+import numba
+import numpy as np
+
+from mamba_lm.selective_scan.cpu.elementary import (
+    LN2,
+    LOG2E,
+    exp2,
+    f32,
+    kernel,
+    part,
+    reduction_kernel,
+    sigmoid,
+)
+from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked
+
+TILE = 128
+CHUNK = 32
+
+# Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
+# other, except those at fixed distances in one array: with two arrays for all, loops start sooner.
+_A, _H, _GA = 0, 1, 2
+_UPDATE, _OUT, _GOUT, _GINPUT, _GEXPONENT, _STATE, _DECAY = range(7)
+
+
+@kernel()
+def _load_decay_rates(own, A, n, first, width):
+    """A (d, n) in powers of two: exp(Δ A) is then exp2(Δ a)."""
+    for i in range(n):
+        a_i = own[i, _A]
+        for c in range(width):
+            a_i[c] = A[(first + c) * n + i] * LOG2E
+
+
+@kernel()
+def _scan_forward(
+    jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, starts, lengths, y, hT, saved
+):  # fmt: skip
+    """Jobs [start, stop) of the scan."""
+    own = np.empty((n, 2, TILE), f32)
+    w = np.empty((CHUNK, 2, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job % rows, job // rows * TILE
+        width = min(TILE, d - first)
+        skip = D[first : first + width]
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
+        for i in range(n):
+            if h0.size > 0:
+                own[i, _H, :width] = part(h0, row * n + i, d, first, width)
+            else:
+                own[i, _H] = f32(0.0)
+        for chunk in range((lengths[row] + CHUNK - 1) // CHUNK):
+            step = starts[row] + chunk * CHUNK
+            steps = min(CHUNK, lengths[row] - chunk * CHUNK)
+            if saved.size > 0:
+                for i in range(n):
+                    at = (starts[row] // CHUNK + row + chunk) * n + i
+                    part(saved, at, d, first, width)[:] = own[i, _H, :width]
+            for s in range(steps):
+                x_s, delta_s = (
+                    part(x, step + s, xs, first, width),
+                    part(delta, step + s, ds, first, width),
+                )
+                update_s, out_s = w[s, _UPDATE], w[s, _OUT]
+                for c in range(width):
+                    update_s[c] = delta_s[c] * x_s[c]
+                    out_s[c] = skip[c] * x_s[c]
+            for i in range(n):
+                a_i, h_i = own[i, _A], own[i, _H]
+                for s in range(steps):
+                    delta_s = part(delta, step + s, ds, first, width)
+                    update_s, out_s = w[s, _UPDATE], w[s, _OUT]
+                    b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
+                    for c in range(width):
+                        state = exp2(delta_s[c] * a_i[c]) * h_i[c] + update_s[c] * b_i
+                        h_i[c] = state
+                        out_s[c] += state * c_i
+            for s in range(steps):
+                y_s, out_s = part(y, step + s, d, first, width), w[s, _OUT]
+                if z.size > 0:
+                    z_s = part(z, step + s, zs, first, width)
+                    for c in range(width):
+                        y_s[c] = out_s[c] * z_s[c] * sigmoid(z_s[c])
+                else:
+                    y_s[:] = out_s[:width]
+        for i in range(n):
+            part(hT, row * n + i, d, first, width)[:] = own[i, _H, :width]
+
+
+@kernel()
+def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h1):
+    """Jobs [start, stop) of one step: the state goes from h0 to h1 without a stop on the way."""
+    own, update = np.empty((n, 1, TILE), f32), np.empty(TILE, f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job % rows, job // rows * TILE
+        width = min(TILE, d - first)
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
+        skip, y_s = D[first : first + width], part(y, row, d, first, width)
+        x_s, delta_s = part(x, row, xs, first, width), part(delta, row, ds, first, width)
+        for c in range(width):
+            update[c] = delta_s[c] * x_s[c]
+            y_s[c] = skip[c] * x_s[c]
+        for i in range(n):
+            before = part(h0, row * n + i, d, first, width)
+            after = part(h1, row * n + i, d, first, width)
+            a_i, b_i, c_i = own[i, _A], B[row * bs + i], C[row * cs + i]
+            for c in range(width):
+                state = exp2(delta_s[c] * a_i[c]) * before[c] + update[c] * b_i
+                after[c] = state
+                y_s[c] += state * c_i
+        if z.size > 0:
+            z_s = part(z, row, zs, first, width)
+            for c in range(width):
+                y_s[c] *= z_s[c] * sigmoid(z_s[c])
+
+
+@reduction_kernel()
+def _scan_backward(
+    jobs, rows, tokens, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, starts, lengths, saved,
+    gy, ghT, gx, gdelta, gz, gA, gB, gC, gD, gh0,
+):  # fmt: skip
+    """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
+    (tiles, tokens, n) are partial sums, so that threads share nothing and the result does not
+    depend on their number; the latter two come as zeros."""
+    own = np.empty((n, 3, TILE), f32)
+    w = np.empty((CHUNK + 1, 7, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, tile = job % rows, job // rows
+        first = tile * TILE
+        width = min(TILE, d - first)
+        skip, gskip = D[first : first + width], part(gD, row, d, first, width)
+        gskip[:] = f32(0.0)
+        if row == 0 or job == jobs[0]:
+            _load_decay_rates(own, A, n, first, width)
+        for i in range(n):
+            own[i, _GA] = f32(0.0)
+            own[i, _H, :width] = part(ghT, row * n + i, d, first, width)
+        for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
+            step = starts[row] + chunk * CHUNK
+            steps = min(CHUNK, lengths[row] - chunk * CHUNK)
+            for s in range(steps):
+                x_s, delta_s, gy_s = (
+                    part(x, step + s, xs, first, width),
+                    part(delta, step + s, ds, first, width),
+                    part(gy, step + s, d, first, width),
+                )
+                update_s, out_s, gout_s = w[s, _UPDATE], w[s, _OUT], w[s, _GOUT]
+                for c in range(width):
+                    update_s[c] = delta_s[c] * x_s[c]
+                    out_s[c] = skip[c] * x_s[c]
+                if z.size > 0:
+                    z_s = part(z, step + s, zs, first, width)
+                    gz_s = part(gz, step + s, d, first, width)
+                    for c in range(width):
+                        gate = sigmoid(z_s[c])
+                        silu = z_s[c] * gate
+                        gz_s[c] = gy_s[c] * (gate + silu * (f32(1.0) - gate))
+                        gout_s[c] = gy_s[c] * silu
+                else:
+                    gout_s[:width] = gy_s
+                w[s, _GINPUT], w[s, _GEXPONENT] = f32(0.0), f32(0.0)
+            for i in range(n):
+                a_i, ga_i, gh_i = own[i, _A], own[i, _GA], own[i, _H]
+                w[0, _STATE, :width] = part(
+                    saved, (starts[row] // CHUNK + row + chunk) * n + i, d, first, width
+                )
+                for s in range(steps):
+                    delta_s, w_s = part(delta, step + s, ds, first, width), w[s]
+                    update_s, out_s, gout_s = w_s[_UPDATE], w_s[_OUT], w_s[_GOUT]
+                    h_s, h_after, decay_s = w_s[_STATE], w[s + 1, _STATE], w_s[_DECAY]
+                    b_i, c_i, gc_i = B[(step + s) * bs + i], C[(step + s) * cs + i], f32(0.0)
+                    for c in range(width):
+                        decay = exp2(delta_s[c] * a_i[c])
+                        state = decay * h_s[c] + update_s[c] * b_i
+                        decay_s[c] = decay
+                        h_after[c] = state
+                        out_s[c] += state * c_i
+                        gc_i += gout_s[c] * state
+                    gC[(tile * tokens + step + s) * n + i] = gc_i
+                for s in range(steps - 1, -1, -1):
+                    delta_s, w_s = part(delta, step + s, ds, first, width), w[s]
+                    update_s, gout_s, h_s = w_s[_UPDATE], w_s[_GOUT], w_s[_STATE]
+                    decay_s, ginput_s, gexponent_s = w_s[_DECAY], w_s[_GINPUT], w_s[_GEXPONENT]
+                    b_i, c_i, gb_i = B[(step + s) * bs + i], C[(step + s) * cs + i], f32(0.0)
+                    for c in range(width):
+                        g = gh_i[c] + gout_s[c] * c_i
+                        decayed = g * decay_s[c]
+                        exponent = decayed * h_s[c]
+                        gh_i[c] = decayed
+                        gexponent_s[c] += exponent * a_i[c]
+                        ga_i[c] += exponent * delta_s[c]
+                        ginput_s[c] += g * b_i
+                        gb_i += g * update_s[c]
+                    gB[(tile * tokens + step + s) * n + i] = gb_i
+            for s in range(steps):
+                x_s, delta_s = (
+                    part(x, step + s, xs, first, width),
+                    part(delta, step + s, ds, first, width),
+                )
+                gx_s, gdelta_s = (
+                    part(gx, step + s, d, first, width),
+                    part(gdelta, step + s, d, first, width),
+                )
+                gout_s, ginput_s, gexponent_s = w[s, _GOUT], w[s, _GINPUT], w[s, _GEXPONENT]
+                for c in range(width):
+                    gskip[c] += gout_s[c] * x_s[c]
+                    gx_s[c] = ginput_s[c] * delta_s[c] + gout_s[c] * skip[c]
+                    gdelta_s[c] = LN2 * gexponent_s[c] + ginput_s[c] * x_s[c]
+                if z.size > 0:
+                    gz_s, out_s = part(gz, step + s, d, first, width), w[s, _OUT]
+                    for c in range(width):
+                        gz_s[c] *= out_s[c]
+        for i in range(n):
+            part(gA, row * n + i, d, first, width)[:] = own[i, _GA, :width]
+            part(gh0, row * n + i, d, first, width)[:] = own[i, _H, :width]
+
+
+@kernel()
+def _conv_forward(jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, y):
+    """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
+    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job % rows, job // rows * TILE
+        width, start = min(TILE, d - first), starts[row]
+        bias_t = bias[first : first + width]
+        for t in range(lengths[row]):
+            total[:width] = bias_t
+            for k in range(w):
+                tap = part(weight, k, d, first, width)
+                before = _input_at(
+                    t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
+                )
+                for c in range(width):
+                    total[c] += tap[c] * before[c]
+            y_t = part(y, start + t, d, first, width)
+            for c in range(width):
+                y_t[c] = total[c] * sigmoid(total[c])
+
+
+@numba.njit(inline="always")
+def _input_at(t, row, start, x, xs, tail, w, zeros, d, first, width):
+    """The convolution's input at step t >= -(w - 1) of a row: from x, the tail before it, or 0."""
+    if t >= 0:
+        return part(x, start + t, xs, first, width)
+    if tail.size > 0:
+        return part(tail, row * (w - 1) + t + w - 1, d, first, width)
+    return zeros[:width]
+
+
+@kernel()
+def _conv_backward(
+    jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, gy, gx, gweight, gbias, gtail
+):
+    """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
+    partial sums over the rows."""
+    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
+    gtaps = np.empty((w, TILE), f32)
+    # The gradients of the w inputs that end at the present step, by step modulo w.
+    ginput = np.empty((w, TILE), f32)
+    for job in range(jobs[0], jobs[1]):
+        row, first = job % rows, job // rows * TILE
+        width, start = min(TILE, d - first), starts[row]
+        bias_t, gbias_t = bias[first : first + width], part(gbias, row, d, first, width)
+        gbias_t[:], gtaps[:], ginput[:] = f32(0.0), f32(0.0), f32(0.0)
+        for t in range(lengths[row] - 1, -w, -1):
+            if t >= 0:
+                total[:width] = bias_t
+                for k in range(w):
+                    tap = part(weight, k, d, first, width)
+                    before = _input_at(
+                        t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
+                    )
+                    for c in range(width):
+                        total[c] += tap[c] * before[c]
+                gy_t = part(gy, start + t, d, first, width)
+                for c in range(width):
+                    gate = sigmoid(total[c])
+                    slope = gate + total[c] * gate * (f32(1.0) - gate)
+                    total[c] = gy_t[c] * slope
+                    gbias_t[c] += total[c]
+                for k in range(w):
+                    tap, gtap = part(weight, k, d, first, width), gtaps[k]
+                    at = t + k - (w - 1)
+                    before = _input_at(at, row, start, x, xs, tail, w, zeros, d, first, width)
+                    gbefore = ginput[at % w]
+                    for c in range(width):
+                        gtap[c] += total[c] * before[c]
+                        gbefore[c] += total[c] * tap[c]
+                part(gx, start + t, d, first, width)[:] = ginput[t % w, :width]
+            elif tail.size > 0:
+                at = row * (w - 1) + t + w - 1
+                part(gtail, at, d, first, width)[:] = ginput[t % w, :width]
+            ginput[t % w] = f32(0.0)
+        for k in range(w):
+            part(gweight, row * w + k, d, first, width)[:] = gtaps[k, :width]
+
+
+# What threads run: shares of the jobs until none is left. A word of kinds is an argument or two of
+# the kernel. Written out, since Numba would keep no closure on disk that made them.
+
+
+def scan_forward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_forward(jobs, *unpacked(packed, "i i i fi fi f fi fi f fi f l l f f f"))
+        jobs = next_jobs(packed)
+
+
+def scan_backward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_backward(
+            jobs, *unpacked(packed, "i i i i fi fi f fi fi f fi l l f f f f f f f f f f f")
+        )
+        jobs = next_jobs(packed)
+
+
+def scan_step(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _scan_step(jobs, *unpacked(packed, "i i i fi fi f fi fi f fi f f f"))
+        jobs = next_jobs(packed)
+
+
+def conv_forward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _conv_forward(jobs, *unpacked(packed, "i i i fi f f f l l f"))
+        jobs = next_jobs(packed)
+
+
+def conv_backward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _conv_backward(jobs, *unpacked(packed, "i i i fi f f f l l f f f f f"))
+        jobs = next_jobs(packed)

@@ -1,0 +1,258 @@
+"""The CPU backend's kernels for decoding: products of few rows, and one token through a layer.
+
+What limits them is how fast weights come from main memory, so that each is read once, for all rows.
+Parameters and the convolution's tail are float32 or bfloat16, all else is float32; arrays come
+flat.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from mamba_lm.selective_scan.cpu.elementary import (
+    LOG2E,
+    exp2,
+    f32,
+    kernel,
+    part,
+    put,
+    reduction_kernel,
+    sigmoid,
+    softplus,
+    to_float,
+)
+from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked, wait_for_team
+
+
+@reduction_kernel()
+def _multiply(weight, first, stop, k, bias, b, x, y, ys):
+    """Rows [first, stop) of weight (?, k) times all rows of x (b, k), plus bias, into y (b, ys).
+
+    The weight is read once, from main memory, whatever b is: two of its rows at a time, far from
+    each other, which the memory serves faster than one, and four of x.
+    """
+    half = (stop - first + 1) // 2
+    for r in range(first, first + half):
+        s = min(r + half, stop - 1)  # of an odd number of rows one comes twice
+        w_r, w_s = part(weight, r, k, 0, k), part(weight, s, k, 0, k)
+        for row in range(0, b - 3, 4):
+            x0, x1 = part(x, row, k, 0, k), part(x, row + 1, k, 0, k)
+            x2, x3 = part(x, row + 2, k, 0, k), part(x, row + 3, k, 0, k)
+            r0, r1, r2, r3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+            s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+            for c in range(k):
+                r_c, s_c = to_float(w_r[c]), to_float(w_s[c])
+                r0 += r_c * x0[c]
+                r1 += r_c * x1[c]
+                r2 += r_c * x2[c]
+                r3 += r_c * x3[c]
+                s0 += s_c * x0[c]
+                s1 += s_c * x1[c]
+                s2 += s_c * x2[c]
+                s3 += s_c * x3[c]
+            y[row * ys + r], y[row * ys + s] = r0, s0
+            y[(row + 1) * ys + r], y[(row + 1) * ys + s] = r1, s1
+            y[(row + 2) * ys + r], y[(row + 2) * ys + s] = r2, s2
+            y[(row + 3) * ys + r], y[(row + 3) * ys + s] = r3, s3
+        for row in range(b - b % 4, b):
+            x0, r0, s0 = part(x, row, k, 0, k), f32(0.0), f32(0.0)
+            for c in range(k):
+                r0 += to_float(w_r[c]) * x0[c]
+                s0 += to_float(w_s[c]) * x0[c]
+            y[row * ys + r], y[row * ys + s] = r0, s0
+    if bias.size > 0:
+        for row in range(b):
+            for r in range(first, stop):
+                y[row * ys + r] += to_float(bias[r])
+
+
+@kernel()
+def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
+    """Rows [start, stop) of weight (out, k) times x (b, k), into y (b, out)."""
+    _multiply(weight, jobs[0], jobs[1], k, bias, b, x, y, out)
+
+
+# The four phases of a layer's step: b tokens, one a row, from residual (b, m) to residual_out.
+# Parameters and the convolution's tail are float32 or bfloat16, all else is float32. A job is one
+# row of the phase's product, and so one channel; each phase waits for all of the one before.
+
+
+@reduction_kernel()
+def _rms_norm(x, eps, y):
+    """x over the root of its mean square, into y."""
+    total = f32(0.0)
+    for c in range(y.size):
+        total += x[c] * x[c]
+    scale = f32(1.0 / math.sqrt(total / y.size + eps))
+    for c in range(y.size):
+        y[c] = x[c] * scale
+
+
+@kernel()
+def _step_in(
+    jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail, new_tail,
+    xz, x,
+):  # fmt: skip
+    """Norm, input projection xz (b, 2 d) and the convolution x (b, d) of its first half."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    u, total = np.empty(b * m, f32), np.empty(width, f32)
+    for row in range(b):
+        u_r = part(u, row, m, 0, m)
+        _rms_norm(part(residual, row, m, 0, m), norm_eps, u_r)
+        for c in range(m):
+            u_r[c] *= to_float(norm[c])
+    _multiply(in_proj, first, first + width, m, in_bias, b, u, xz, 2 * d)
+    _multiply(in_proj, d + first, d + first + width, m, in_bias, b, u, xz, 2 * d)
+    for row in range(b):
+        now = part(xz, row, 2 * d, first, width)
+        for c in range(width):
+            total[c] = to_float(conv[(first + c) * w + w - 1]) * now[c]
+            if conv_bias.size > 0:
+                total[c] += to_float(conv_bias[first + c])
+        for k in range(w - 1):
+            before = part(tail, row * (w - 1) + k, d, first, width)
+            after = part(new_tail, row * (w - 1) + k, d, first, width)
+            if k < w - 2:
+                after[:] = part(tail, row * (w - 1) + k + 1, d, first, width)
+            for c in range(width):
+                total[c] += to_float(conv[(first + c) * w + k]) * to_float(before[c])
+                if k == w - 2:
+                    put(after, c, now[c])
+        x_r = part(x, row, d, first, width)
+        for c in range(width):
+            x_r[c] = total[c] * sigmoid(total[c])
+
+
+@kernel()
+def _step_select(jobs, b, d, k, x_proj, x, selected):
+    """dt, B and C of each row, side by side: selected (b, k)."""
+    _multiply(x_proj, jobs[0], jobs[1], d, x_proj[:0], b, x, selected, k)
+
+
+@kernel()
+def _step_scan(
+    jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h, delta, y
+):  # fmt: skip
+    """Δ, the recurrence and the gate: the state new_h (b, n, d) and y (b, d)."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    dt, B, C = np.empty(b * r, f32), np.empty(b * n, f32), np.empty(b * n, f32)
+    for row in range(b):
+        of_row = part(selected, row, r + 2 * n, 0, r + 2 * n)
+        dt_r, B_r, C_r = part(dt, row, r, 0, r), part(B, row, n, 0, n), part(C, row, n, 0, n)
+        dt_r[:], B_r[:], C_r[:] = of_row[:r], of_row[r : r + n], of_row[r + n :]
+        if bcdt_eps >= 0.0:
+            _rms_norm(dt_r, bcdt_eps, dt_r)
+            _rms_norm(B_r, bcdt_eps, B_r)
+            _rms_norm(C_r, bcdt_eps, C_r)
+    _multiply(dt_proj, first, first + width, r, dt_bias, b, dt, delta, d)
+    a, update = np.empty(width, f32), np.empty(b * width, f32)
+    for row in range(b):
+        x_r, y_r = part(x, row, d, first, width), part(y, row, d, first, width)
+        delta_r, update_r = part(delta, row, d, first, width), part(update, row, width, 0, width)
+        for c in range(width):
+            delta_r[c] = softplus(delta_r[c])
+            update_r[c] = delta_r[c] * x_r[c]
+            y_r[c] = to_float(D[first + c]) * x_r[c]
+    for i in range(n):
+        for c in range(width):
+            a[c] = -LOG2E * exp2(LOG2E * to_float(A_log[(first + c) * n + i]))
+        for row in range(b):
+            before = part(h, row * n + i, d, first, width)
+            after = part(new_h, row * n + i, d, first, width)
+            delta_r, y_r = part(delta, row, d, first, width), part(y, row, d, first, width)
+            update_r = part(update, row, width, 0, width)
+            b_i, c_i = B[row * n + i], C[row * n + i]
+            for c in range(width):
+                state = exp2(delta_r[c] * a[c]) * before[c] + update_r[c] * b_i
+                after[c] = state
+                y_r[c] += state * c_i
+    for row in range(b):
+        z_r, y_r = part(xz, row, 2 * d, d + first, width), part(y, row, d, first, width)
+        for c in range(width):
+            y_r[c] *= z_r[c] * sigmoid(z_r[c])
+
+
+@kernel()
+def _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual):
+    """Output projection, added to the residual."""
+    first, width = jobs[0], jobs[1] - jobs[0]
+    _multiply(out_proj, first, first + width, d, out_bias, b, y, new_residual, m)
+    for row in range(b):
+        before, after = (
+            part(residual, row, m, first, width),
+            part(new_residual, row, m, first, width),
+        )
+        for c in range(width):
+            after[c] += before[c]
+
+
+@kernel()
+def _linear(packed, b, k, out, x, weight, bias, y):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _few_rows_linear(jobs, b, k, out, x, weight, bias, y)
+        jobs = next_jobs(packed)
+
+
+@kernel()
+def _step(
+    packed, b, m, d, n, r, w, norm_eps, bcdt_eps, norm, in_proj, in_bias, conv, conv_bias, x_proj,
+    dt_proj, dt_bias, A_log, D, out_proj, out_bias, residual, tail, h, new_residual, new_tail,
+    new_h, space,
+):  # fmt: skip
+    xz, x, delta, y, selected = (
+        space[: 2 * b * d], space[2 * b * d :], space[3 * b * d :], space[4 * b * d :],
+        space[5 * b * d :],
+    )  # fmt: skip
+    jobs = next_jobs(packed, 0, d)
+    while jobs[0] < jobs[1]:
+        _step_in(
+            jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail,
+            new_tail, xz, x,
+        )  # fmt: skip
+        jobs = next_jobs(packed, 0, d)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 1, r + 2 * n)
+    while jobs[0] < jobs[1]:
+        _step_select(jobs, b, d, r + 2 * n, x_proj, x, selected)
+        jobs = next_jobs(packed, 1, r + 2 * n)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 2, d)
+    while jobs[0] < jobs[1]:
+        _step_scan(
+            jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h,
+            delta, y,
+        )  # fmt: skip
+        jobs = next_jobs(packed, 2, d)
+    wait_for_team(packed)
+    jobs = next_jobs(packed, 3, m)
+    while jobs[0] < jobs[1]:
+        _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual)
+        jobs = next_jobs(packed, 3, m)
+
+
+_LINEAR = "iii f p p f"
+_STEP = "iiiiii ee p pp pp p pp p p pp f p f f p f f"
+_LINEAR_FLOAT32, _STEP_FLOAT32 = _LINEAR.replace("p", "f"), _STEP.replace("p", "f")
+_LINEAR_BFLOAT16, _STEP_BFLOAT16 = _LINEAR.replace("p", "h"), _STEP.replace("p", "h")
+
+
+def _linear_float32(packed):
+    _linear(packed, *unpacked(packed, _LINEAR_FLOAT32))
+
+
+def _linear_bfloat16(packed):
+    _linear(packed, *unpacked(packed, _LINEAR_BFLOAT16))
+
+
+def _step_float32(packed):
+    _step(packed, *unpacked(packed, _STEP_FLOAT32))
+
+
+def _step_bfloat16(packed):
+    _step(packed, *unpacked(packed, _STEP_BFLOAT16))
+
+
+few_rows_linear = {torch.float32: _linear_float32, torch.bfloat16: _linear_bfloat16}
+layer_step = {torch.float32: _step_float32, torch.bfloat16: _step_bfloat16}
