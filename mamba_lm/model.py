@@ -29,6 +29,7 @@ from mamba_lm.selective_scan import (
     layer_step,
     linear,
     reads_packed,
+    rms_norm,
     selective_scan,
     steps_whole_layers,
 )
@@ -122,8 +123,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)  # in x's dtype: that of the residual
-        return normed.to(self.weight.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):

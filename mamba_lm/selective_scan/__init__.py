@@ -1,7 +1,6 @@
-"""The selective scan, its causal convolution, products of few rows and a layer's step: one
-signature, several backends.
+"""The selective scan and what stands around it in a layer: one signature, several backends.
 
-    reference   a plain loop in any dtype: the definition
+    reference   a plain loop in any dtype: the definition, and what other backends have no own of
     cpu         fused Numba kernels in float32 that never hold a (b, l, d, n) tensor
     cuda        the kernels of mamba-ssm and causal-conv1d, called directly
 
@@ -13,14 +12,15 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
+from mamba_lm.selective_scan import reference
 
 BACKENDS = ("reference", "cpu", "cuda")
 _INSTALL = {
@@ -110,16 +110,19 @@ def causal_conv1d(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., k) times weight (out, k), plus bias (out,): `torch.nn.functional.linear`, which the
-    cpu backend replaces where decoding multiplies few rows without gradients."""
-    backend = _backend(x)
-    return getattr(backend, "linear", F.linear)(x, weight, bias)
+    """x (..., k) times weight (out, k), plus bias (out,), if any."""
+    return _operation("linear", x)(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., m) over the root of its mean square, computed in x's dtype, times weight (m,), in
+    weight's dtype."""
+    return _operation("rms_norm", x)(x, weight, eps)
 
 
 def steps_whole_layers(residual: Tensor) -> bool:
     """Whether the backend takes a residual (b, 1, m), as it is now, through `layer_step`."""
-    steps = getattr(_backend(residual), "steps_whole_layers", None)
-    return steps is not None and steps(residual)
+    return _operation("steps_whole_layers", residual)(residual)
 
 
 def layer_step(
@@ -182,6 +185,11 @@ def _check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _operation(name: str, x: Tensor) -> Callable:
+    """The backend's own, where it has one."""
+    return getattr(_backend(x), name, None) or getattr(reference, name)
 
 
 def _backend(x: Tensor) -> ModuleType:

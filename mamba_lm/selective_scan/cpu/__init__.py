@@ -1,4 +1,4 @@
-"""Fused selective scan and causal convolution for the CPU, in float32; no (b, l, d, n) tensor."""
+"""Fused operations for the CPU, in float32; the scan holds no (b, l, d, n) tensor."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.cpu import step_kernels
+from mamba_lm.selective_scan.cpu.norm_kernels import BLOCK, norm_backward, norm_forward
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
+    CONV_TILE,
     TILE,
     conv_backward,
     conv_forward,
@@ -60,7 +63,6 @@ class _SelectiveScan(torch.autograd.Function):
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, tail, starts, lengths):
-        weight = weight.T.contiguous()  # (w, d)
         ctx.save_for_backward(x, weight, bias, tail, starts, lengths)
         return _convolution(x, weight, bias, tail, starts, lengths)
 
@@ -68,17 +70,42 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gy):
         x, weight, bias, tail, starts, lengths = ctx.saved_tensors
-        (w, d), b = weight.shape, len(lengths)
+        (d, w), b = weight.shape, len(lengths)
         gx, gweight, gbias = x.new_empty(x.shape), x.new_empty(b, w, d), x.new_empty(b, d)
         gtail = x.new_empty(b, w - 1, d) if tail is not None else None
         run(
             conv_backward,
-            *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths),
+            *(b, d, w, *_rows(x), _taps(weight), bias, tail, starts, lengths),
             *(gy.contiguous(), gx, gweight, gbias, gtail),
-            jobs=b * -(-d // TILE),
+            jobs=b * -(-d // CONV_TILE),
             work=x.numel() * w,
         )
         return gx, gweight.sum(0).T, gbias.sum(0), gtail, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        m, y = len(weight), torch.empty_like(x)
+        tokens = x.numel() // m
+        run(
+            norm_forward, tokens, m, eps, x, weight, y, jobs=-(-tokens // BLOCK), work=8 * x.numel()
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, weight = ctx.saved_tensors
+        m, gx = len(weight), torch.empty_like(x)
+        tokens = x.numel() // m
+        blocks = -(-tokens // BLOCK)
+        gweight = x.new_empty(blocks, m)
+        values = (x, weight, gy.contiguous(), gx, gweight)
+        run(norm_backward, tokens, m, ctx.eps, *values, jobs=blocks, work=8 * x.numel())
+        return gx, gweight.sum(0), None
 
 
 def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
@@ -131,21 +158,32 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
     if _needs_grad(inputs):
         y = _CausalConv1d.apply(*inputs, *places)
     else:
-        y = _convolution(inputs[0], inputs[1].T.contiguous(), bias, tail, *places)
+        y = _convolution(*inputs, *places)
     return y.to(x.dtype)
 
 
 def _convolution(x, weight, bias, tail, starts, lengths):
-    """SiLU of the convolution of x with weight (w, d)."""
-    (w, d), b = weight.shape, len(lengths)
+    (d, w), b = weight.shape, len(lengths)
     y = x.new_empty(x.shape)
     run(
         conv_forward,
-        *(b, d, w, *_rows(x), weight, bias, tail, starts, lengths, y),
-        jobs=b * -(-d // TILE),
+        *(b, d, w, *_rows(x), _taps(weight), bias, tail, starts, lengths, y),
+        jobs=b * -(-d // CONV_TILE),
         work=x.numel() * w,
     )
     return y
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """weight (d, w) as kernels read it: (w, d), with rows of zeros in front that make fours."""
+    return F.pad(weight.T, (0, 0, -weight.shape[1] % 4, 0)).contiguous()
+
+
+def rms_norm(x, weight, eps):
+    """Arguments and result as `mamba_lm.selective_scan.rms_norm`."""
+    if x.dtype == weight.dtype == torch.float32 and x.shape[-1:] == weight.shape:
+        return _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
+    return reference.rms_norm(x, weight, eps)
 
 
 def linear(x, weight, bias=None):

@@ -29,6 +29,7 @@ from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked
 
 TILE = 128
 CHUNK = 32
+CONV_TILE = 384  # wider, since memory limits it: longer pieces of a token come faster
 
 # Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
 # other, except those at fixed distances in one array: with two arrays for all, loops start sooner.
@@ -230,36 +231,54 @@ def _scan_backward(
             part(gh0, row * n + i, d, first, width)[:] = own[i, _H, :width]
 
 
+# The convolution's taps come in fours, so that a sum stays in registers: weight (pad + w, d) begins
+# with pad = -w % 4 rows of zeros, which meet zeros. Tap k meets the input at step t - (w - 1) + k.
+
+
 @kernel()
 def _conv_forward(jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, y):
-    """Jobs [start, stop) of SiLU(conv(x)). weight (w, d) and tail (rows, w - 1, d), all flat."""
-    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
+    """Jobs [start, stop) of SiLU(conv(x)); tail (rows, w - 1, d) flat."""
+    zeros, total = np.zeros(CONV_TILE, f32), np.empty(CONV_TILE, f32)
     for job in range(jobs[0], jobs[1]):
-        row, first = job % rows, job // rows * TILE
-        width, start = min(TILE, d - first), starts[row]
-        bias_t = bias[first : first + width]
+        row, first = job % rows, job // rows * CONV_TILE
+        width, start = min(CONV_TILE, d - first), starts[row]
         for t in range(lengths[row]):
-            total[:width] = bias_t
-            for k in range(w):
-                tap = part(weight, k, d, first, width)
-                before = _input_at(
-                    t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
-                )
-                for c in range(width):
-                    total[c] += tap[c] * before[c]
+            _convolve(total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width)
             y_t = part(y, start + t, d, first, width)
             for c in range(width):
                 y_t[c] = total[c] * sigmoid(total[c])
 
 
+@kernel()
+def _convolve(total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width):
+    """The convolution at step t of a row, bias included, into total."""
+    pad = -w % 4
+    total[:width] = bias[first : first + width]
+    for k in range(-pad, w, 4):
+        x0 = _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width)
+        x1 = _input(t, k + 1, row, start, x, xs, tail, w, zeros, d, first, width)
+        x2 = _input(t, k + 2, row, start, x, xs, tail, w, zeros, d, first, width)
+        x3 = _input(t, k + 3, row, start, x, xs, tail, w, zeros, d, first, width)
+        _add_four_products(total, weight, k + pad, x0, x1, x2, x3, d, first, width)
+
+
 @numba.njit(inline="always")
-def _input_at(t, row, start, x, xs, tail, w, zeros, d, first, width):
-    """The convolution's input at step t >= -(w - 1) of a row: from x, the tail before it, or 0."""
-    if t >= 0:
-        return part(x, start + t, xs, first, width)
-    if tail.size > 0:
-        return part(tail, row * (w - 1) + t + w - 1, d, first, width)
+def _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width):
+    """What tap k meets at step t of a row: from x, the tail before it, or 0."""
+    at = t + k - (w - 1)
+    if k >= 0 and at >= 0:
+        return part(x, start + at, xs, first, width)
+    if k >= 0 and tail.size > 0:
+        return part(tail, row * (w - 1) + at + w - 1, d, first, width)
     return zeros[:width]
+
+
+@kernel()
+def _add_four_products(total, weight, k, x0, x1, x2, x3, d, first, width):
+    tap0, tap1 = part(weight, k, d, first, width), part(weight, k + 1, d, first, width)
+    tap2, tap3 = part(weight, k + 2, d, first, width), part(weight, k + 3, d, first, width)
+    for c in range(width):
+        total[c] += tap0[c] * x0[c] + tap1[c] * x1[c] + tap2[c] * x2[c] + tap3[c] * x3[c]
 
 
 @kernel()
@@ -268,46 +287,54 @@ def _conv_backward(
 ):
     """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
     partial sums over the rows."""
-    zeros, total = np.zeros(TILE, f32), np.empty(TILE, f32)
-    gtaps = np.empty((w, TILE), f32)
-    # The gradients of the w inputs that end at the present step, by step modulo w.
-    ginput = np.empty((w, TILE), f32)
+    pad = -w % 4
+    zeros, total = np.zeros(CONV_TILE, f32), np.empty(CONV_TILE, f32)
+    gtaps = np.empty((pad + w, CONV_TILE), f32)
+    # The gradients of the convolution at the present step and those after it, by step modulo w.
+    later = np.empty((w, CONV_TILE), f32)
     for job in range(jobs[0], jobs[1]):
-        row, first = job % rows, job // rows * TILE
-        width, start = min(TILE, d - first), starts[row]
-        bias_t, gbias_t = bias[first : first + width], part(gbias, row, d, first, width)
-        gbias_t[:], gtaps[:], ginput[:] = f32(0.0), f32(0.0), f32(0.0)
-        for t in range(lengths[row] - 1, -w, -1):
+        row, first = job % rows, job // rows * CONV_TILE
+        width, start = min(CONV_TILE, d - first), starts[row]
+        gbias_t = part(gbias, row, d, first, width)
+        gbias_t[:], gtaps[:], later[:] = f32(0.0), f32(0.0), f32(0.0)
+        for t in range(lengths[row] - 1, -w if tail.size > 0 else -1, -1):
+            g = later[t % w]
             if t >= 0:
-                total[:width] = bias_t
-                for k in range(w):
-                    tap = part(weight, k, d, first, width)
-                    before = _input_at(
-                        t + k - (w - 1), row, start, x, xs, tail, w, zeros, d, first, width
-                    )
-                    for c in range(width):
-                        total[c] += tap[c] * before[c]
+                _convolve(
+                    total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width
+                )
                 gy_t = part(gy, start + t, d, first, width)
                 for c in range(width):
                     gate = sigmoid(total[c])
-                    slope = gate + total[c] * gate * (f32(1.0) - gate)
-                    total[c] = gy_t[c] * slope
-                    gbias_t[c] += total[c]
-                for k in range(w):
-                    tap, gtap = part(weight, k, d, first, width), gtaps[k]
-                    at = t + k - (w - 1)
-                    before = _input_at(at, row, start, x, xs, tail, w, zeros, d, first, width)
-                    gbefore = ginput[at % w]
+                    g[c] = gy_t[c] * (gate + total[c] * gate * (f32(1.0) - gate))
+                    gbias_t[c] += g[c]
+                for k in range(-pad, w, 4):
+                    x0 = _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width)
+                    x1 = _input(t, k + 1, row, start, x, xs, tail, w, zeros, d, first, width)
+                    x2 = _input(t, k + 2, row, start, x, xs, tail, w, zeros, d, first, width)
+                    x3 = _input(t, k + 3, row, start, x, xs, tail, w, zeros, d, first, width)
+                    gtap = gtaps[k + pad : k + pad + 4]
                     for c in range(width):
-                        gtap[c] += total[c] * before[c]
-                        gbefore[c] += total[c] * tap[c]
-                part(gx, start + t, d, first, width)[:] = ginput[t % w, :width]
-            elif tail.size > 0:
-                at = row * (w - 1) + t + w - 1
-                part(gtail, at, d, first, width)[:] = ginput[t % w, :width]
-            ginput[t % w] = f32(0.0)
+                        gtap[0, c] += g[c] * x0[c]
+                        gtap[1, c] += g[c] * x1[c]
+                        gtap[2, c] += g[c] * x2[c]
+                        gtap[3, c] += g[c] * x3[c]
+            else:
+                g[:] = f32(0.0)
+            total[:] = f32(0.0)
+            for k in range(-pad, w, 4):
+                # The input at step t met tap k at step t + w - 1 - k.
+                g0 = later[(t + w - 1 - k) % w] if k >= 0 else zeros
+                g1 = later[(t + w - 2 - k) % w] if k >= -1 else zeros
+                g2 = later[(t + w - 3 - k) % w] if k >= -2 else zeros
+                g3 = later[(t + w - 4 - k) % w]
+                _add_four_products(total, weight, k + pad, g0, g1, g2, g3, d, first, width)
+            if t >= 0:
+                part(gx, start + t, d, first, width)[:] = total[:width]
+            else:
+                part(gtail, row * (w - 1) + t + w - 1, d, first, width)[:] = total[:width]
         for k in range(w):
-            part(gweight, row * w + k, d, first, width)[:] = gtaps[k, :width]
+            part(gweight, row * w + k, d, first, width)[:] = gtaps[pad + k, :width]
 
 
 # What threads run: shares of the jobs until none is left. A word of kinds is an argument or two of

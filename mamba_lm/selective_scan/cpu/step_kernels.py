@@ -5,8 +5,6 @@ Parameters and the convolution's tail are float32 or bfloat16, all else is float
 flat.
 """
 
-import math
-
 import numpy as np
 import torch
 
@@ -22,6 +20,7 @@ from mamba_lm.selective_scan.cpu.elementary import (
     softplus,
     to_float,
 )
+from mamba_lm.selective_scan.cpu.norm_kernels import normalize
 from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked, wait_for_team
 
 
@@ -78,17 +77,6 @@ def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
 # row of the phase's product, and so one channel; each phase waits for all of the one before.
 
 
-@reduction_kernel()
-def _rms_norm(x, eps, y):
-    """x over the root of its mean square, into y."""
-    total = f32(0.0)
-    for c in range(y.size):
-        total += x[c] * x[c]
-    scale = f32(1.0 / math.sqrt(total / y.size + eps))
-    for c in range(y.size):
-        y[c] = x[c] * scale
-
-
 @kernel()
 def _step_in(
     jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail, new_tail,
@@ -99,7 +87,7 @@ def _step_in(
     u, total = np.empty(b * m, f32), np.empty(width, f32)
     for row in range(b):
         u_r = part(u, row, m, 0, m)
-        _rms_norm(part(residual, row, m, 0, m), norm_eps, u_r)
+        normalize(part(residual, row, m, 0, m), norm_eps, u_r)
         for c in range(m):
             u_r[c] *= to_float(norm[c])
     _multiply(in_proj, first, first + width, m, in_bias, b, u, xz, 2 * d)
@@ -142,9 +130,9 @@ def _step_scan(
         dt_r, B_r, C_r = part(dt, row, r, 0, r), part(B, row, n, 0, n), part(C, row, n, 0, n)
         dt_r[:], B_r[:], C_r[:] = of_row[:r], of_row[r : r + n], of_row[r + n :]
         if bcdt_eps >= 0.0:
-            _rms_norm(dt_r, bcdt_eps, dt_r)
-            _rms_norm(B_r, bcdt_eps, B_r)
-            _rms_norm(C_r, bcdt_eps, C_r)
+            normalize(dt_r, bcdt_eps, dt_r)
+            normalize(B_r, bcdt_eps, B_r)
+            normalize(C_r, bcdt_eps, C_r)
     _multiply(dt_proj, first, first + width, r, dt_bias, b, dt, delta, d)
     a, update = np.empty(width, f32), np.empty(b * width, f32)
     for row in range(b):
