@@ -115,8 +115,10 @@ def test_scan_matches_the_reference(l, d, n, gate, state, padded):
 
 @pytest.mark.parametrize("bias, tail", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize(
-    "l, d, w", [(1, 63, 4), (2, 96, 4), (3, 1, 4), (17, 130, 3), (100, 96, 4), (33, 64, 1)]
-)
+    "l, d, w",
+    [(1, 63, 4), (2, 96, 4), (3, 1, 4), (100, 400, 4), (17, 130, 3), (33, 64, 1), (20, 70, 2),
+     (9, 50, 5), (30, 33, 8)],
+)  # fmt: skip
 def test_convolution_matches_the_reference(l, d, w, bias, tail):
     inputs = conv_inputs(3, l, d, w, bias, tail)
     got = gradients(cpu.causal_conv1d, inputs)
@@ -345,9 +347,10 @@ def test_nan_comes_out_where_it_belongs(name):
     )
 
 
+@pytest.mark.parametrize("w", [2, 4, 5])
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_tail"])
-def test_nan_passes_the_convolution(name):
-    inputs = conv_inputs(3, 20, 70, 4)
+def test_nan_passes_the_convolution(name, w):
+    inputs = conv_inputs(3, 20, 70, w)
     at = 75 if name == "initial_tail" else inputs[name].numel() // 2
     inputs[name].view(-1)[at] = float("nan")
     got = gradients(cpu.causal_conv1d, inputs)
@@ -421,6 +424,31 @@ def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     weight.requires_grad_()
     assert torch.equal(cpu.linear(x, weight, offset), F.linear(x, weight, offset))
     assert cpu.linear(x, weight, offset).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 11, 33), (70, 768), (0, 4)], ids=str)
+def test_rms_norm(shape, threads, monkeypatch):
+    """Against the definition in float64; the same bits on any number of threads."""
+    monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape) * torch.logspace(-3, 2, shape[-1]), torch.randn(shape[-1])
+    g = torch.randn(shape)
+
+    def found(function, dtype):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, weight)]
+        y = function(*leaves, 1e-5)
+        return dict(
+            zip(
+                ("y", "x", "weight"), (y, *torch.autograd.grad(y, leaves, g.to(dtype))), strict=True
+            )
+        )
+
+    got = found(cpu.rms_norm, torch.float32)
+    assert_all_close(got, found(reference.rms_norm, torch.float64))
+    threads(3)
+    assert_all_equal(found(cpu.rms_norm, torch.float32), got)
+    mixed = cpu.rms_norm(x, weight.bfloat16(), 1e-5)
+    assert torch.equal(mixed, reference.rms_norm(x, weight.bfloat16(), 1e-5))
 
 
 def test_the_kernels_trust_no_types():
