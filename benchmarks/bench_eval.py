@@ -5,9 +5,9 @@
     python -m benchmarks.bench_eval --quick                               # embedded data, 4 layers
 
 Random weights, greedy decoding, --max_new_tokens each, stops ignored. Passages are a seeded sample
-with all their questions. `seconds` is a question's; `ratio` is to ours, shared. Ours also scores
-"I don't know." after every question, which the peers do not. A peer that is slow answers only the
-first questions of the sample.
+with all their questions, as many on average as in the data. `seconds` is a question's; `ratio` is
+to ours, shared. Ours also scores "I don't know." after every question, which the peers do not. A
+peer that is slow answers only the first questions of the sample.
 """
 
 import random
@@ -69,11 +69,15 @@ def main(args) -> None:
 
 
 def sample(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """All questions of `count` passages, drawn by a fixed seed."""
+    """All questions of `count` passages: of a hundred seeded draws the one whose questions per
+    passage are nearest to the data's."""
     passages: dict[str, list[Example]] = {}
     for example in examples:
         passages.setdefault(example.context, []).append(example)
-    return random.Random(0).sample(list(passages.values()), min(count, len(passages)))
+    count = min(count, len(passages))
+    wanted = len(examples) / len(passages) * count
+    draws = (random.Random(seed).sample(list(passages.values()), count) for seed in range(100))
+    return min(draws, key=lambda draw: abs(sum(map(len, draw)) - wanted))
 
 
 def prepare(

@@ -54,6 +54,12 @@ class Contender:
     items: int = 1
     tokens: int = 0
 
+    def time(self) -> float:
+        """Seconds of one call."""
+        started = time.perf_counter()
+        self.call()
+        return time.perf_counter() - started
+
 
 class Worker:
     """A contender in a process of its own, where no other's settings or memory can touch it."""
@@ -85,9 +91,7 @@ def _sizes() -> tuple[int, int]:
 
 
 def _timed() -> float:
-    started = time.perf_counter()
-    _contender.call()
-    return time.perf_counter() - started
+    return _contender.time()
 
 
 def _peak_growth() -> int:
@@ -107,7 +111,7 @@ def peak_bytes() -> int:
 
 
 def alternate(
-    workers: Mapping[str, Worker], rounds: int, patience: float = 10.0
+    workers: Mapping[str, Worker | Contender], rounds: int, patience: float = 10.0
 ) -> dict[str, list[float]]:
     """Seconds of each worker's call in each round, all of them in turn, after one to warm up.
 
@@ -131,7 +135,7 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
 
 
 def rows_per_item(
-    workers: Mapping[str, Worker], base: str, rounds: int, patience: float
+    workers: Mapping[str, Worker | Contender], base: str, rounds: int, patience: float
 ) -> list[dict]:
     """For `report`: seconds of an item, ratio to `base`; tokens of an item and in a second."""
     measured = alternate(workers, rounds, patience)

@@ -4,15 +4,24 @@ import importlib.util
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_eval, bench_model, bench_train, learning, same_answers, timing
+from benchmarks import (
+    bench_decode,
+    bench_eval,
+    bench_growth,
+    bench_model,
+    bench_train,
+    learning,
+    same_answers,
+    timing,
+)
 from errors import UserError
 from mamba_lm.model import MambaConfig, MambaLM
+from squad_utils import read_examples
 
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"
 
@@ -36,16 +45,12 @@ def in_process(monkeypatch):
         def __init__(self, prepare, *args):
             self.contender = prepare(*args)
             self.items, self.tokens = self.contender.items, self.contender.tokens
-
-        def time(self) -> float:
-            started = time.perf_counter()
-            self.contender.call()
-            return time.perf_counter() - started
+            self.time = self.contender.time
 
         def peak_growth(self) -> int:
             return 3_000_000
 
-    for module in (bench_model, bench_train, bench_eval):
+    for module in (bench_model, bench_train, bench_eval, bench_decode):
         monkeypatch.setattr(module, "Worker", Worker)
 
 
@@ -80,6 +85,46 @@ def test_bench_eval(in_process, monkeypatch, tmp_path):
     assert "transformers, batches of 8" in rows
 
 
+def test_bench_eval_asks_as_many_questions_a_passage_as_the_data():
+    examples = read_examples(VALIDATION)
+    passages = bench_eval.sample(examples, 15)
+    assert len(passages) == 15 and all(len({e.context for e in p}) == 1 for p in passages)
+    of_data = len(examples) / len({e.context for e in examples})
+    assert sum(map(len, passages)) / 15 == pytest.approx(of_data, rel=0.02)
+    assert bench_eval.sample(examples, 15) == passages
+
+
+def test_bench_decode(in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_decode, "WIDTH", 64)
+    path = tmp_path / "rows.json"
+    shape = ("--n_layer", 1, "--rounds", 1, "--max_new_tokens", 2)
+    run(bench_decode, monkeypatch, *shape, "--json", path)
+    rows = rows_of(path)
+    for dtype in ("float32", "bfloat16"):
+        assert rows[f"weights read once, {dtype}"]["ratio"] == 1.0
+        assert rows[f"ours, {dtype}"]["tokens"] == 1
+
+
+def test_bench_growth(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_growth, "WIDTH", 16)
+    monkeypatch.setattr(bench_growth, "BY_QUESTIONS", [(4, 1, 9), (2, 2, 9)])
+    monkeypatch.setattr(bench_growth, "BY_LENGTH", [(1, 2, 8), (1, 2, 32)])
+    path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    drawn = ("--plot", plot) if importlib.util.find_spec("matplotlib") else ()
+    run(bench_growth, monkeypatch, "--n_layer", 1, "--rounds", 1, "--json", path, *drawn)
+    rows = rows_of(path)
+    assert rows["1 x 9, shared"]["tokens"] == rows["1 x 9, unshared"]["tokens"] == 9 + 20 + 16
+    assert rows["2 x 32, shared"]["tokens"] == 16 + 20 + 16
+    assert rows["2 x 32, unshared"]["tokens"] == 32 + 20 + 16
+    assert not drawn or plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        run(bench_growth, monkeypatch, "--plot", "x.png")
+
+
 def a_contender(size: int) -> timing.Contender:
     return timing.Contender(lambda: torch.ones(size), items=3, tokens=size)
 
@@ -95,18 +140,19 @@ def test_a_worker_measures_in_a_process_of_its_own():
     any(importlib.util.find_spec(name) is None for name in ("gguf", "llama_cpp")),
     reason="gguf and llama-cpp-python are not installed (requirements-benchmarks.txt)",
 )
-def test_llama_cpp_computes_the_same(tmp_path):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_llama_cpp_computes_the_same(dtype, tolerance, tmp_path):
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=60, d_model=64, n_layer=2)).eval()
-    write_gguf(model, tmp_path / "model.gguf")
+    write_gguf(model, tmp_path / "model.gguf", dtype)
     peer = LlamaCpp(tmp_path / "model.gguf", context=64)
     ids = torch.randint(60, (1, 20))
     peer.read(ids[0].tolist())
     with torch.no_grad():
         logits, _ = model(ids)
-    assert torch.allclose(torch.tensor(peer.logits().copy()), logits[0, -1], atol=1e-4)
+    assert torch.allclose(torch.tensor(peer.logits().copy()), logits[0, -1], atol=tolerance)
     peer.read(ids[0].tolist())
     alone = peer.decode(3)
     assert peer.answer(ids[0, :12].tolist(), [ids[0, 12:].tolist()] * 2, 3) == [alone, alone]
