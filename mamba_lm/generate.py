@@ -77,6 +77,7 @@ def decode(
     tokens = torch.zeros(b, max_new_tokens, dtype=torch.long, device=device)
     counts = torch.zeros(b, dtype=torch.long, device=device)
     log_probs = torch.zeros(b, dtype=torch.float64, device=device)
+    step = model.stepper()
     rows = torch.arange(b, device=device)  # the batch's rows, by their place in the answer
     for count in range(max_new_tokens + 1):
         best, choice = reading.log_probs.max(dim=1)  # (b,)
@@ -93,8 +94,8 @@ def decode(
             reading = reading.fork(going)
         tokens[rows, count] = choice
         counts[rows] += 1
-        hidden, state = model.encode(choice.unsqueeze(1), reading.state)
-        reading = Reading(_log_probs(model, hidden[:, 0], vocab_size), state)
+        hidden, state = step(choice, reading.state)
+        reading = Reading(_log_probs(model, hidden, vocab_size), state)
     rows_of_tokens = zip(tokens.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
     return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows_of_tokens]
 

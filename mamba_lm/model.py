@@ -15,7 +15,7 @@ First Competitive Attention-free 7B Language Model", 2024) adds an RMS norm on B
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from mamba_lm.selective_scan import (
     LayerWeights,
     causal_conv1d,
-    layer_step,
+    fused_layers,
     linear,
     reads_packed,
     rms_norm,
     selective_scan,
-    steps_whole_layers,
 )
 
 
@@ -211,15 +210,10 @@ class MambaBlock(nn.Module):
         self.mixer = MambaMixer(config)
 
     def forward(self, residual: Tensor, conv, ssm, lengths) -> tuple[Tensor, Tensor, Tensor]:
-        is_step = conv is not None and lengths is None and residual.shape[1] == 1
-        weights = self._weights() if is_step and steps_whole_layers(residual) else None
-        stepped = weights and layer_step(weights, residual, conv, ssm)
-        if stepped:
-            return stepped
         output, conv, ssm = self.mixer(self.norm(residual), conv, ssm, lengths)
         return residual + output, conv, ssm
 
-    def _weights(self) -> LayerWeights | None:
+    def weights(self) -> LayerWeights | None:
         """None where they do not say all: a module is replaced, as by LoRA, or has a hook."""
         norm, mixer = self.norm, self.mixer
         in_proj, conv, x_proj = mixer.in_proj, mixer.conv1d, mixer.x_proj
@@ -272,9 +266,7 @@ class MambaLM(nn.Module):
             is_real = torch.arange(l, device=input_ids.device) < lengths[:, None]  # (b, l)
             places = is_real.flatten().nonzero().squeeze(1)  # (tokens,)
             input_ids = input_ids.flatten().index_select(0, places)
-        hidden = self.backbone.embeddings(input_ids)  # (b, l, m), or (tokens, m)
-        if self.config.residual_in_fp32:
-            hidden = at_least_float32(hidden)
+        hidden = self._embed(input_ids)  # (b, l, m), or (tokens, m)
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
         new_convs, new_ssms = [], []
         for layer, conv, ssm in zip(self.backbone.layers, convs, ssms, strict=True):
@@ -286,6 +278,29 @@ class MambaLM(nn.Module):
             padded = hidden.new_zeros(b * l, self.config.d_model)
             hidden = padded.index_copy(0, places, hidden).view(b, l, self.config.d_model)
         return hidden, MambaState(tuple(new_convs), tuple(new_ssms))
+
+    def stepper(self) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
+        """What reads one token more a row: (token_ids (b,), state) to hidden (b, m) and a state.
+
+        As `encode`, but in one kernel where the backend has it. Good until weights are moved,
+        replaced or hooked.
+        """
+        weights = [layer.weights() for layer in self.backbone.layers]
+        fused = fused_layers(weights) if None not in weights else None
+
+        def step(token_ids, state):
+            stepped = fused(self._embed(token_ids[:, None]), *state) if fused is not None else None
+            if stepped is None:
+                hidden, state = self.encode(token_ids[:, None], state)
+                return hidden[:, 0], state
+            residual, convs, ssms = stepped
+            return self.backbone.norm_f(residual)[:, 0], MambaState(convs, ssms)
+
+        return step
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        hidden = self.backbone.embeddings(input_ids)
+        return at_least_float32(hidden) if self.config.residual_in_fp32 else hidden
 
     def forward(
         self,

@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ _INSTALL = {
 
 
 class LayerWeights(NamedTuple):
-    """All of a pre-norm layer, for `layer_step`; m is the width of the residual, r dt's rank."""
+    """All of a pre-norm layer, for `fused_layers`; m is the residual's width, r dt's rank."""
 
     norm_eps: float
     bcdt_rms_eps: float | None  # Falcon-Mamba's RMS norm on B, C and dt; None: no such norm
@@ -120,20 +120,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _operation("rms_norm", x)(x, weight, eps)
 
 
-def steps_whole_layers(residual: Tensor) -> bool:
-    """Whether the backend takes a residual (b, 1, m), as it is now, through `layer_step`."""
-    return _operation("steps_whole_layers", residual)(residual)
+def fused_layers(weights: Sequence[LayerWeights]) -> Callable | None:
+    """A function that takes one token through all layers in one kernel, if the backend has it.
 
-
-def layer_step(
-    weights: LayerWeights, residual: Tensor, conv: Tensor, ssm: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """One token through one layer, all in one kernel, where `steps_whole_layers`.
-
-    residual (b, 1, m), conv (b, w - 1, d), ssm (b, n, d): returns what becomes of them, or None
-    where the kernel does not know the weights' format.
+    It makes of residual (b, 1, m) and, of each layer, conv (b, w - 1, d) and ssm (b, n, d) what
+    they are after the token, or None where they are not for it. It is good for as long as the
+    weights are not moved.
     """
-    return _backend(residual).layer_step(weights, residual, conv, ssm)
+    return _operation("fused_layers", weights[0].in_proj)(weights)
 
 
 def reads_packed(x: Tensor) -> bool:

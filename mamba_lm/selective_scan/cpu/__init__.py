@@ -20,7 +20,7 @@ from mamba_lm.selective_scan.cpu.scan_kernels import (
     scan_forward,
     scan_step,
 )
-from mamba_lm.selective_scan.cpu.threads import keep_freed_memory, run
+from mamba_lm.selective_scan.cpu.threads import give_way, keep_freed_memory, run
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
@@ -211,35 +211,51 @@ def linear(x, weight, bias=None):
     return y.to(x.dtype)
 
 
-def steps_whole_layers(residual: Tensor) -> bool:
-    """Whether these rows go through `layer_step`: few of them, without gradients."""
-    return (
-        residual.shape[0] <= _FEW_ROWS
-        and residual.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def layer_step(weights, residual, conv, ssm):
-    """Arguments and results as `mamba_lm.selective_scan.layer_step`."""
-    norm_eps, bcdt_rms_eps, *parameters = weights
-    if not _are_alike([conv, *(p for p in parameters if p is not None)]):
+def fused_layers(weights):
+    """Argument and result as `mamba_lm.selective_scan.fused_layers`: few rows, no gradients."""
+    norm_eps, bcdt_rms_eps, *first = weights[0]
+    shapes = [None if p is None else p.shape for p in first]
+    parameters = []  # held, so that their addresses stay theirs
+    for norm_eps_of_layer, bcdt_rms_eps_of_layer, *of_layer in weights:
+        if (norm_eps_of_layer, bcdt_rms_eps_of_layer) != (norm_eps, bcdt_rms_eps):
+            return None
+        if [None if p is None else p.shape for p in of_layer] != shapes:
+            return None
+        parameters += [None if p is None else p.contiguous() for p in of_layer]
+    if not _are_alike([p for p in parameters if p is not None]):
         return None
-    parameters = [None if p is None else p.contiguous() for p in parameters]
-    residual, conv, ssm = residual.contiguous(), conv.contiguous(), ssm.contiguous()
-    (b, _, m), n, (d, r), w = residual.shape, ssm.shape[1], weights.dt_proj.shape, conv.shape[1] + 1
-    after = torch.empty_like(residual), torch.empty_like(conv), torch.empty_like(ssm)
-    space = residual.new_empty(b * (5 * d + r + 2 * n))
-    run(
-        step_kernels.layer_step[conv.dtype],
-        *(b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps, *parameters),
-        *(residual, conv, ssm, *after, space),
-        jobs=min(d, m, r + 2 * n),
-        work=b * m * d,
-        in_phases=True,
-    )
-    return after
+    dtype, (m, d), w = weights[0].out_proj.dtype, weights[0].out_proj.shape, shapes[3][-1]
+    n, r, n_layer = weights[0].A_log.shape[1], weights[0].dt_proj.shape[1], len(weights)
+    addresses = torch.tensor([0 if p is None else p.data_ptr() for p in parameters])
+    formats = {(torch.float32, dtype)}
+
+    def step(residual, convs, ssms):
+        b = len(residual)
+        if (
+            not 0 < b <= _FEW_ROWS
+            or residual.dtype != torch.float32
+            or {(ssm.dtype, conv.dtype) for ssm, conv in zip(ssms, convs, strict=True)} != formats
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
+        new_convs = torch.empty(n_layer, b, w - 1, d, dtype=dtype).unbind()
+        new_ssms = torch.empty(n_layer, b, n, d, dtype=torch.float32).unbind()
+        states = zip(convs, ssms, new_convs, new_ssms, strict=True)
+        residual = residual.clone(memory_format=torch.contiguous_format)
+        run(
+            step_kernels.step[dtype],
+            *(n_layer, b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps),
+            *(give_way(), torch.zeros(n_layer, step_kernels.PHASES, 2, dtype=torch.int64)),
+            *(residual, residual.new_empty(b * (5 * d + r + 2 * n + m))),
+            *(torch.tensor([v.data_ptr() for of_layer in states for v in of_layer]), addresses),
+            jobs=min(d, m, r + 2 * n),
+            work=n_layer * b * m * d,
+        )
+        return residual, new_convs, new_ssms
+
+    return step
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:

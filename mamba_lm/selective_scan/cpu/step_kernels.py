@@ -21,7 +21,14 @@ from mamba_lm.selective_scan.cpu.elementary import (
     to_float,
 )
 from mamba_lm.selective_scan.cpu.norm_kernels import normalize
-from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked, wait_for_team
+from mamba_lm.selective_scan.cpu.packing import (
+    next_jobs,
+    next_of_phase,
+    num_shares,
+    share_is_done,
+    unpacked,
+    wait_for_phase,
+)
 
 
 @reduction_kernel()
@@ -72,9 +79,8 @@ def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
     _multiply(weight, jobs[0], jobs[1], k, bias, b, x, y, out)
 
 
-# The four phases of a layer's step: b tokens, one a row, from residual (b, m) to residual_out.
-# Parameters and the convolution's tail are float32 or bfloat16, all else is float32. A job is one
-# row of the phase's product, and so one channel; each phase waits for all of the one before.
+# The four phases of a layer, b tokens, one a row. A job is one row of the phase's product, and so
+# one channel.
 
 
 @kernel()
@@ -162,85 +168,110 @@ def _step_scan(
 
 
 @kernel()
-def _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual):
-    """Output projection, added to the residual."""
+def _step_out(jobs, b, m, d, out_proj, out_bias, y, added, residual):
+    """Output projection, added to residual (b, m)."""
     first, width = jobs[0], jobs[1] - jobs[0]
-    _multiply(out_proj, first, first + width, d, out_bias, b, y, new_residual, m)
+    _multiply(out_proj, first, first + width, d, out_bias, b, y, added, m)
     for row in range(b):
-        before, after = (
+        added_r, residual_r = (
+            part(added, row, m, first, width),
             part(residual, row, m, first, width),
-            part(new_residual, row, m, first, width),
         )
         for c in range(width):
-            after[c] += before[c]
+            residual_r[c] += added_r[c]
 
 
 @kernel()
-def _linear(packed, b, k, out, x, weight, bias, y):
-    jobs = next_jobs(packed)
-    while jobs[0] < jobs[1]:
-        _few_rows_linear(jobs, b, k, out, x, weight, bias, y)
-        jobs = next_jobs(packed)
-
-
-@kernel()
-def _step(
-    packed, b, m, d, n, r, w, norm_eps, bcdt_eps, norm, in_proj, in_bias, conv, conv_bias, x_proj,
-    dt_proj, dt_bias, A_log, D, out_proj, out_bias, residual, tail, h, new_residual, new_tail,
-    new_h, space,
+def _step_layer(
+    phase, shares, give_way, progress, b, m, d, n, r, w, norm_eps, bcdt_eps, residual, space,
+    tail, h, new_tail, new_h, norm, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, dt_bias,
+    A_log, D, out_proj, out_bias,
 ):  # fmt: skip
-    xz, x, delta, y, selected = (
+    """One layer, of which `phase` is the first phase; weights as in `LayerWeights`."""
+    xz, x, delta, y, selected, added = (
         space[: 2 * b * d], space[2 * b * d :], space[3 * b * d :], space[4 * b * d :],
-        space[5 * b * d :],
+        space[5 * b * d :], space[5 * b * d + b * (r + 2 * n) :],
     )  # fmt: skip
-    jobs = next_jobs(packed, 0, d)
+    jobs = next_of_phase(progress, phase, shares, d)
     while jobs[0] < jobs[1]:
         _step_in(
             jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail,
             new_tail, xz, x,
         )  # fmt: skip
-        jobs = next_jobs(packed, 0, d)
-    wait_for_team(packed)
-    jobs = next_jobs(packed, 1, r + 2 * n)
+        share_is_done(progress, phase)
+        jobs = next_of_phase(progress, phase, shares, d)
+    wait_for_phase(progress, phase, shares, give_way)
+    jobs = next_of_phase(progress, phase + 1, shares, r + 2 * n)
     while jobs[0] < jobs[1]:
         _step_select(jobs, b, d, r + 2 * n, x_proj, x, selected)
-        jobs = next_jobs(packed, 1, r + 2 * n)
-    wait_for_team(packed)
-    jobs = next_jobs(packed, 2, d)
+        share_is_done(progress, phase + 1)
+        jobs = next_of_phase(progress, phase + 1, shares, r + 2 * n)
+    wait_for_phase(progress, phase + 1, shares, give_way)
+    jobs = next_of_phase(progress, phase + 2, shares, d)
     while jobs[0] < jobs[1]:
         _step_scan(
             jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h,
             delta, y,
         )  # fmt: skip
-        jobs = next_jobs(packed, 2, d)
-    wait_for_team(packed)
-    jobs = next_jobs(packed, 3, m)
+        share_is_done(progress, phase + 2)
+        jobs = next_of_phase(progress, phase + 2, shares, d)
+    wait_for_phase(progress, phase + 2, shares, give_way)
+    jobs = next_of_phase(progress, phase + 3, shares, m)
     while jobs[0] < jobs[1]:
-        _step_out(jobs, b, m, d, residual, out_proj, out_bias, y, new_residual)
-        jobs = next_jobs(packed, 3, m)
+        _step_out(jobs, b, m, d, out_proj, out_bias, y, added, residual)
+        share_is_done(progress, phase + 3)
+        jobs = next_of_phase(progress, phase + 3, shares, m)
+    wait_for_phase(progress, phase + 3, shares, give_way)
 
 
-_LINEAR = "iii f p p f"
-_STEP = "iiiiii ee p pp pp p pp p p pp f p f f p f f"
-_LINEAR_FLOAT32, _STEP_FLOAT32 = _LINEAR.replace("p", "f"), _STEP.replace("p", "f")
-_LINEAR_BFLOAT16, _STEP_BFLOAT16 = _LINEAR.replace("p", "h"), _STEP.replace("p", "h")
+# What threads run, for parameters of float32 and of bfloat16.
+
+_LINEAR_FLOAT32, _LINEAR_BFLOAT16 = "iii f f f f", "iii f h h f"
+# Shapes and numbers, what all layers share, tables of addresses; a layer's states; its weights.
+_STEP = "iiiiiii ee i p f f l l"
+_STATES_FLOAT32, _STATES_BFLOAT16 = "f f f f", "h f h f"
+_WEIGHTS_FLOAT32 = "f ff ff f ff f f ff"
+_WEIGHTS_BFLOAT16 = "h hh hh h hh h h hh"
+NUM_STATES, NUM_WEIGHTS, PHASES = 4, 12, 4  # of a layer
 
 
 def _linear_float32(packed):
-    _linear(packed, *unpacked(packed, _LINEAR_FLOAT32))
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _few_rows_linear(jobs, *unpacked(packed, _LINEAR_FLOAT32))
+        jobs = next_jobs(packed)
 
 
 def _linear_bfloat16(packed):
-    _linear(packed, *unpacked(packed, _LINEAR_BFLOAT16))
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _few_rows_linear(jobs, *unpacked(packed, _LINEAR_BFLOAT16))
+        jobs = next_jobs(packed)
 
 
 def _step_float32(packed):
-    _step(packed, *unpacked(packed, _STEP_FLOAT32))
+    n_layer, b, m, d, n, r, w, norm_eps, bcdt_eps, give_way, progress, residual, space, states, \
+        weights = unpacked(packed, _STEP)  # fmt: skip
+    for layer in range(n_layer):
+        _step_layer(
+            layer * PHASES, num_shares(packed), give_way, progress, b, m, d, n, r, w, norm_eps,
+            bcdt_eps, residual, space,
+            *unpacked(states[layer * NUM_STATES :], _STATES_FLOAT32),
+            *unpacked(weights[layer * NUM_WEIGHTS :], _WEIGHTS_FLOAT32),
+        )  # fmt: skip
 
 
 def _step_bfloat16(packed):
-    _step(packed, *unpacked(packed, _STEP_BFLOAT16))
+    n_layer, b, m, d, n, r, w, norm_eps, bcdt_eps, give_way, progress, residual, space, states, \
+        weights = unpacked(packed, _STEP)  # fmt: skip
+    for layer in range(n_layer):
+        _step_layer(
+            layer * PHASES, num_shares(packed), give_way, progress, b, m, d, n, r, w, norm_eps,
+            bcdt_eps, residual, space,
+            *unpacked(states[layer * NUM_STATES :], _STATES_BFLOAT16),
+            *unpacked(weights[layer * NUM_WEIGHTS :], _WEIGHTS_BFLOAT16),
+        )  # fmt: skip
 
 
 few_rows_linear = {torch.float32: _linear_float32, torch.bfloat16: _linear_bfloat16}
-layer_step = {torch.float32: _step_float32, torch.bfloat16: _step_bfloat16}
+step = {torch.float32: _step_float32, torch.bfloat16: _step_bfloat16}

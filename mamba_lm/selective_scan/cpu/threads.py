@@ -20,7 +20,7 @@ import numba
 import torch
 from torch import Tensor
 
-from mamba_lm.selective_scan.cpu.packing import HEADER, PHASES, SIGNATURE
+from mamba_lm.selective_scan.cpu.packing import HEADER, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.
 _PARALLEL_THRESHOLD = 200_000
@@ -29,29 +29,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 _PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
 
 
-def run(
-    kernel: Callable, *values: Tensor | float | None, jobs: int, work: int, in_phases: bool = False
-) -> None:
+def run(kernel: Callable, *values: Tensor | float | None, jobs: int, work: int) -> None:
     """Let a kernel do `jobs` jobs, of `work` operations in all, on as many threads as is worth it.
 
-    Tensors must be contiguous, or strided in a way that other values tell the kernel. in_phases:
-    the kernel's threads wait for each other, so that it takes a team or runs on one thread.
+    Tensors must be contiguous, or strided in a way that other values tell the kernel.
     """
     if jobs == 0:
         return
-    has_team = _openmp() is not None and os.getpid() == _PROCESS
     threads = min(torch.get_num_threads(), jobs) if work >= _PARALLEL_THRESHOLD else 1
-    if in_phases and not has_team:
-        threads = 1
     shares = min(jobs, threads * _SHARES_A_THREAD) if threads > 1 else 1
-    barrier = _barrier() if in_phases and threads > 1 else 0
-    packed = (ctypes.c_int64 * (HEADER + len(values)))(
-        *(0,) * PHASES, shares, jobs, barrier, *map(_packed, values)
-    )
+    packed = (ctypes.c_int64 * (HEADER + len(values)))(0, shares, jobs, *map(_packed, values))
     function = _compiled(kernel)
     if threads == 1:
         function(packed)
-    elif has_team:
+    elif _openmp() is not None and os.getpid() == _PROCESS:
         _openmp().GOMP_parallel(function, packed, threads, 0)
     else:
         pool = _pool(os.getpid(), torch.get_num_threads())
@@ -110,9 +101,10 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _barrier() -> int:
-    """The address of the function that waits for all threads of a team."""
-    return ctypes.cast(_openmp().GOMP_barrier, ctypes.c_void_p).value
+def give_way() -> int:
+    """The address of the C function that offers the core to other threads, 0 if there is none."""
+    function = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
+    return ctypes.cast(function, ctypes.c_void_p).value if function is not None else 0
 
 
 @functools.lru_cache(maxsize=1)
