@@ -218,7 +218,7 @@ class MambaBlock(nn.Module):
         norm, mixer = self.norm, self.mixer
         in_proj, conv, x_proj = mixer.in_proj, mixer.conv1d, mixer.x_proj
         dt_proj, out_proj = mixer.dt_proj, mixer.out_proj
-        for module in (norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj):
+        for module in (self, norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj):
             if type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks:
                 return None
         return LayerWeights(
@@ -228,7 +228,7 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
 
 
-_PLAIN = {RMSNorm, MambaMixer, Linear, nn.Conv1d, DeltaProjection}
+_PLAIN = {MambaBlock, RMSNorm, MambaMixer, Linear, nn.Conv1d, DeltaProjection}
 
 
 class MambaBackbone(nn.Module):
@@ -285,7 +285,8 @@ class MambaLM(nn.Module):
         As `encode`, but in one kernel where the backend has it. Good until weights are moved,
         replaced or hooked.
         """
-        weights = [layer.weights() for layer in self.backbone.layers]
+        layers = self.backbone.layers
+        weights = [layer.weights() if type(layer) is MambaBlock else None for layer in layers]
         fused = fused_layers(weights) if None not in weights else None
 
         def step(token_ids, state):

@@ -133,10 +133,28 @@ def test_hooks_and_replaced_modules_are_called(make_model, assert_near, steps):
     assert_near(one_more(model, token, state)[0], wanted, 1e-5)
     assert seen[0].shape == (2, 1, 48)
     handle.remove()
+    with model.backbone.layers[1].register_forward_hook(lambda m, i, output: seen.append(output)):
+        one_more(model, token, state)
+    assert seen[1][0].shape == (2, 1, 24)
     mixer.out_proj = nn.Sequential(mixer.out_proj, nn.Hardtanh(-0.1, 0.1))
     changed, _ = one_more(model, token, state)
     assert (changed - wanted).abs().max() > 0.01
     assert steps == [True]  # before the hook
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_errors_not_other_memory(make_model, steps):
+    prefix, token = prompt(2)
+    model = make_model()
+    _, state = model(prefix)
+    for other in (model(prompt(3)[0])[1], make_model(d_state=4)(prefix)[1]):
+        with pytest.raises((RuntimeError, ValueError)):
+            one_more(model, token, other)
+    mixer = model.backbone.layers[1].mixer
+    mixer.x_proj.weight = nn.Parameter(mixer.x_proj.weight[:-1])
+    with pytest.raises((RuntimeError, ValueError)):
+        one_more(model, token, state)
+    assert not any(steps)
 
 
 @torch.no_grad()

@@ -213,30 +213,35 @@ def linear(x, weight, bias=None):
 
 def fused_layers(weights):
     """Argument and result as `mamba_lm.selective_scan.fused_layers`: few rows, no gradients."""
-    norm_eps, bcdt_rms_eps, *first = weights[0]
-    shapes = [None if p is None else p.shape for p in first]
-    parameters = []  # held, so that their addresses stay theirs
-    for norm_eps_of_layer, bcdt_rms_eps_of_layer, *of_layer in weights:
-        if (norm_eps_of_layer, bcdt_rms_eps_of_layer) != (norm_eps, bcdt_rms_eps):
-            return None
-        if [None if p is None else p.shape for p in of_layer] != shapes:
-            return None
-        parameters += [None if p is None else p.contiguous() for p in of_layer]
-    if not _are_alike([p for p in parameters if p is not None]):
+    (m, d), (_, r), w = (
+        weights[0].out_proj.shape,
+        weights[0].dt_proj.shape,
+        weights[0].conv.shape[2],
+    )
+    n, n_layer, dtype = weights[0].A_log.shape[1], len(weights), weights[0].out_proj.dtype
+    shapes = [
+        (m,), (2 * d, m), (2 * d,), (d, 1, w), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,),
+        (m, d), (m,),
+    ]  # fmt: skip
+    (norm_eps, bcdt_rms_eps), *others = {of_layer[:2] for of_layer in weights}
+    parameters = [p for of_layer in weights for p in of_layer[2:]]
+    fit = (p is None or p.shape == s for p, s in zip(parameters, shapes * n_layer, strict=True))
+    if others or not all(fit) or not _are_alike([p for p in parameters if p is not None]):
         return None
-    dtype, (m, d), w = weights[0].out_proj.dtype, weights[0].out_proj.shape, shapes[3][-1]
-    n, r, n_layer = weights[0].A_log.shape[1], weights[0].dt_proj.shape[1], len(weights)
+    # Held by `step`, so that their addresses stay theirs.
+    parameters = [None if p is None else p.contiguous() for p in parameters]
     addresses = torch.tensor([0 if p is None else p.data_ptr() for p in parameters])
-    formats = {(torch.float32, dtype)}
 
     def step(residual, convs, ssms):
         b = len(residual)
         if (
             not 0 < b <= _FEW_ROWS
             or residual.dtype != torch.float32
-            or {(ssm.dtype, conv.dtype) for ssm, conv in zip(ssms, convs, strict=True)} != formats
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
+            or not len(convs) == len(ssms) == n_layer
+            or not all(v.shape == (b, w - 1, d) and _are_alike([v, parameters[0]]) for v in convs)
+            or not all(v.shape == (b, n, d) and _are_alike([v, residual]) for v in ssms)
         ):
             return None
         convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
