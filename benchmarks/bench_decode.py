@@ -4,8 +4,8 @@
     python -m benchmarks.bench_decode           # mamba-130m's shape
     python -m benchmarks.bench_decode --quick
 
-Every token needs every weight once, so that the memory's bandwidth is the limit: ratios are to a
-sum over as many bytes, in the same round. Random weights, in float32 and in bfloat16.
+Every token needs every weight once, so that the memory's bandwidth is the limit: ratios are to
+torch's sum over as many bytes, in the same round. Random weights, in float32 and in bfloat16.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ from mamba_lm.generate import decode, read
 from mamba_lm.model import MambaConfig, MambaLM
 
 VOCABULARY, WIDTH = 50277, 768
-FLOOR, OURS, LLAMA = "weights read once", "ours", "llama.cpp"
+READING, OURS, LLAMA = "weights read once", "ours", "llama.cpp"
 PROMPT = list(range(100, 260))
 
 
@@ -42,7 +42,7 @@ def parse_args():
 def main(args) -> None:
     if args.quick:
         args.n_layer, args.max_new_tokens, args.rounds = 4, 16, 5
-    names = [FLOOR, OURS]
+    names = [READING, OURS]
     if installed("gguf", "llama_cpp"):
         names.append(LLAMA)
     rows = []
@@ -51,14 +51,14 @@ def main(args) -> None:
             f"{name}, {dtype}": Worker(prepare, name, dtype, args.n_layer, args.max_new_tokens)
             for name in names
         }
-        rows += rows_per_item(workers, f"{FLOOR}, {dtype}", args.rounds, patience=60)
+        rows += rows_per_item(workers, f"{READING}, {dtype}", args.rounds, patience=60)
     report(f"one stream, d_model {WIDTH}, {args.n_layer} layers", rows, args.json)
 
 
 def prepare(name: str, dtype: str, n_layer: int, new: int) -> Contender:
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(VOCABULARY, WIDTH, n_layer)).eval().to(DTYPES[dtype])
-    if name == FLOOR:
+    if name == READING:
         num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         weights = torch.ones(num_bytes // 4)
         return Contender(lambda: [weights.sum() for _ in range(new)], new, new)

@@ -2,12 +2,12 @@
 
     pip install -r requirements-benchmarks.txt
     python -m benchmarks.bench_eval --data rajpurkar/squad:validation     # mamba-130m's shape
-    python -m benchmarks.bench_eval --quick                               # embedded data, 4 layers
+    python -m benchmarks.bench_eval --quick                               # embedded data, 2 layers
 
 Random weights, greedy decoding, --max_new_tokens each, stops ignored. Passages are a seeded sample
 with all their questions, as many on average as in the data. `seconds` is a question's; `ratio` is
 to ours, shared. Ours also scores "I don't know." after every question, which the peers do not. A
-peer that is slow answers only the first questions of the sample.
+peer that is slow answers only some questions of the sample, of its middle lengths.
 """
 
 import random
@@ -123,11 +123,14 @@ def ours(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contend
 
 
 def transformers(model: MambaLM, tokenizer, passages, new: int, batch_size: int) -> Contender:
-    """The first batch of prompts, by `generate` with left padding and a mask."""
+    """A batch of prompts of like length, the sample's median: the less padding, the faster. By
+    `generate` with left padding and a mask."""
     from transformers import AutoModelForCausalLM
 
     prefixes, suffixes = tokens_of(tokenizer, passages)
-    prompts = [p + s for p, of in zip(prefixes, suffixes, strict=True) for s in of][:batch_size]
+    prompts = [p + s for p, of in zip(prefixes, suffixes, strict=True) for s in of]
+    first = max((len(prompts) - batch_size) // 2, 0)
+    prompts = sorted(prompts, key=len)[first : first + batch_size]
     longest = max(map(len, prompts))
     inputs = {
         "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in prompts]),
@@ -148,10 +151,14 @@ def transformers(model: MambaLM, tokenizer, passages, new: int, batch_size: int)
 
 
 def llama_cpp(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contender:
-    """The first passages; by its own means, it can keep the state after a prefix."""
+    """Six passages of lengths evenly spread over the sample's; by its own means, llama.cpp can keep
+    a prefix's state."""
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
-    prefixes, suffixes = tokens_of(tokenizer, passages[:6])
+    passages = sorted(passages, key=lambda passage: len(passage[0].context))
+    count = min(6, len(passages))
+    passages = [passages[(2 * i + 1) * len(passages) // (2 * count)] for i in range(count)]
+    prefixes, suffixes = tokens_of(tokenizer, passages)
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(model, Path(folder) / "model.gguf")
         peer = LlamaCpp(Path(folder) / "model.gguf")

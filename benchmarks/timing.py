@@ -115,7 +115,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds of each worker's call in each round, all of them in turn, after one to warm up.
 
-    A worker whose first call takes longer than `patience` seconds is not called again.
+    A worker whose first call takes longer than `patience` seconds is not called again: that one,
+    warm or not, is then its time.
     """
     first = {name: worker.time() for name, worker in workers.items()}
     seconds = {name: [first[name]] if first[name] > patience else [] for name in workers}
@@ -151,6 +152,7 @@ def rows_per_item(
                 "seconds": statistics.median(values),
                 "ratio": ratio(values, seconds[base]),
                 "measured_on": workers[name].items,
+                "calls": len(values),
                 "tokens": tokens,
                 "tokens_a_second": tokens / statistics.median(values),
             }

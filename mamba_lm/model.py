@@ -60,6 +60,9 @@ class MambaConfig:
             "dt_rank": self.dt_rank or math.ceil(self.d_model / 16),
             "d_inner": self.d_inner or self.expand * self.d_model,
         }
+        for name in ("norm_eps", "bcdt_rms_eps"):  # JSON may hold an integer
+            value = getattr(self, name)
+            derived[name] = value if value is None else float(value)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "dt_rank", "d_inner"):
@@ -218,9 +221,14 @@ class MambaBlock(nn.Module):
         norm, mixer = self.norm, self.mixer
         in_proj, conv, x_proj = mixer.in_proj, mixer.conv1d, mixer.x_proj
         dt_proj, out_proj = mixer.dt_proj, mixer.out_proj
-        for module in (self, norm, mixer, in_proj, conv, x_proj, dt_proj, out_proj):
-            if type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks:
-                return None
+        plain = (
+            (self, MambaBlock), (norm, RMSNorm), (mixer, MambaMixer), (in_proj, Linear),
+            (conv, nn.Conv1d), (x_proj, Linear), (dt_proj, DeltaProjection), (out_proj, Linear),
+        )  # fmt: skip
+        if not all(
+            type(module) is expected and _is_untouched(module) for module, expected in plain
+        ):
+            return None
         return LayerWeights(
             norm.eps, mixer.bcdt_rms_eps, norm.weight, in_proj.weight, in_proj.bias, conv.weight,
             conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D,
@@ -228,7 +236,16 @@ class MambaBlock(nn.Module):
         )  # fmt: skip
 
 
-_PLAIN = {MambaBlock, RMSNorm, MambaMixer, Linear, nn.Conv1d, DeltaProjection}
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module does no more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, *_EVERY_MODULES_HOOKS
+    return not any(hooks) and "forward" not in vars(module)
+
+
+_EVERY_MODULES_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+)
 
 
 class MambaBackbone(nn.Module):

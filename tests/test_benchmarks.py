@@ -140,19 +140,23 @@ def test_a_worker_measures_in_a_process_of_its_own():
     any(importlib.util.find_spec(name) is None for name in ("gguf", "llama_cpp")),
     reason="gguf and llama-cpp-python are not installed (requirements-benchmarks.txt)",
 )
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_llama_cpp_computes_the_same(dtype, tolerance, tmp_path):
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=60, d_model=64, n_layer=2)).eval()
+    with torch.no_grad():  # at their start, weights of several kinds hardly matter
+        for name, parameter in model.named_parameters():
+            parameter += torch.randn_like(parameter) * (0.02 if "proj" in name else 0.1)
     write_gguf(model, tmp_path / "model.gguf", dtype)
     peer = LlamaCpp(tmp_path / "model.gguf", context=64)
     ids = torch.randint(60, (1, 20))
     peer.read(ids[0].tolist())
     with torch.no_grad():
         logits, _ = model(ids)
-    assert torch.allclose(torch.tensor(peer.logits().copy()), logits[0, -1], atol=tolerance)
+    got, wanted = torch.tensor(peer.logits().copy()), logits[0, -1]
+    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
     peer.read(ids[0].tolist())
     alone = peer.decode(3)
     assert peer.answer(ids[0, :12].tolist(), [ids[0, 12:].tolist()] * 2, 3) == [alone, alone]

@@ -1,7 +1,7 @@
 """The selective scan and what stands around it in a layer: one signature, several backends.
 
     reference   a plain loop in any dtype: the definition, and what other backends have no own of
-    cpu         fused Numba kernels in float32 that never hold a (b, l, d, n) tensor
+    cpu         fused Numba kernels that never hold a (b, l, d, n) tensor
     cuda        the kernels of mamba-ssm and causal-conv1d, called directly
 
 A tensor's device chooses the backend; `MAMBA_SCAN_BACKEND` overrides the choice. The first call

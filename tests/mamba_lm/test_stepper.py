@@ -136,6 +136,16 @@ def test_hooks_and_replaced_modules_are_called(make_model, assert_near, steps):
     with model.backbone.layers[1].register_forward_hook(lambda m, i, output: seen.append(output)):
         one_more(model, token, state)
     assert seen[1][0].shape == (2, 1, 24)
+    hook = nn.modules.module.register_module_forward_hook
+    with hook(lambda module, inputs, output: seen.append(module)):
+        one_more(model, token, state)
+    assert mixer.out_proj in seen
+    kept = mixer.forward
+    mixer.forward = lambda *args: kept(
+        *args[:1], None, None, *args[3:]
+    )  # as accelerate replaces it
+    assert (one_more(model, token, state)[0] - wanted).abs().max() > 0.01
+    del mixer.forward
     mixer.out_proj = nn.Sequential(mixer.out_proj, nn.Hardtanh(-0.1, 0.1))
     changed, _ = one_more(model, token, state)
     assert (changed - wanted).abs().max() > 0.01
@@ -147,7 +157,9 @@ def test_shapes_that_do_not_fit_are_errors_not_other_memory(make_model, steps):
     prefix, token = prompt(2)
     model = make_model()
     _, state = model(prefix)
-    for other in (model(prompt(3)[0])[1], make_model(d_state=4)(prefix)[1]):
+    for other in (
+        model(prompt(3)[0])[1], model(prompt(1)[0])[1], make_model(d_state=4)(prefix)[1],
+    ):  # fmt: skip
         with pytest.raises((RuntimeError, ValueError)):
             one_more(model, token, other)
     mixer = model.backbone.layers[1].mixer
@@ -169,7 +181,7 @@ def test_leaves_the_given_state_as_it_was(make_model, assert_near, steps):
 
 
 @torch.no_grad()
-def test_rows_know_nothing_of_each_other(make_model):
+def test_rows_know_nothing_of_each_other(make_model, steps):
     prefix, token = prompt(6)
     model = make_model()
     _, state = model(prefix)
@@ -179,12 +191,13 @@ def test_rows_know_nothing_of_each_other(make_model):
     others = [0, 1, 3, 5]
     assert torch.equal(got[others], wanted[others])
     assert got[2].isnan().all() and not got[4].isfinite().any()
+    assert steps == [True, True]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("team", [True, False])
-def test_same_bits_on_any_number_of_threads(dtype, team, make_model, threads, monkeypatch):
+def test_same_bits_on_any_number_of_threads(dtype, team, make_model, threads, monkeypatch, steps):
     """On torch's threads and, where its OpenMP cannot be had, on a pool of our own, with more of
     them than there are cores, so that some come late."""
     if not team:
@@ -192,25 +205,27 @@ def test_same_bits_on_any_number_of_threads(dtype, team, make_model, threads, mo
     elif cpu_threads._openmp() is None:
         pytest.skip("torch has no GNU OpenMP here")
     monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
-    model = make_model(d_model=90).to(dtype)
+    model = make_model(d_model=90, d_state=40, dt_rank=80).to(dtype)  # much in every phase
     prefix, token = prompt(5)
     threads(1)
     _, state = model(prefix)
     wanted, wanted_after = one_more(model, token, state)
-    for count in (2, 3, os.cpu_count() + 3) * 10:
+    for count in (2, 3, os.cpu_count() + 3) * 30:
         threads(count)
         got, after = one_more(model, token, state)
         assert torch.equal(got, wanted)
         for name, tensor in tensors(after).items():
             assert torch.equal(tensor, tensors(wanted_after)[name]), name
+    assert all(steps) and len(steps) == 91
 
 
 @torch.no_grad()
-def test_extreme_delta_and_gates_stay_exact(make_model, assert_near):
+def test_extreme_delta_and_gates_stay_exact(make_model, assert_near, steps):
     model = make_model()
     for block in model.backbone.layers:
         block.mixer.dt_proj.bias += torch.linspace(-60, 60, 48)
         block.mixer.in_proj.weight *= 30
+        block.mixer.A_log[:, 0] = torch.linspace(-100, 100, 48)
     prefix, token = prompt(4)
     _, state = model(prefix)
     exact = copy.deepcopy(model).double()
@@ -219,3 +234,45 @@ def test_extreme_delta_and_gates_stay_exact(make_model, assert_near):
     got, after = one_more(model, token, state)
     assert_near(got, wanted, 1e-4)
     assert_near(tensors(after), tensors(wanted_after), 1e-4)
+    assert steps == [True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_every_nan_stays_one(bits, dtype, make_model, steps):
+    """0x7FFFFFFF is the one that CUDA makes; adding to its bits gives minus zero."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    model = make_model().to(dtype)
+    prefix, token = prompt(2)
+    _, state = model(prefix)
+    model.backbone.layers[0].norm.weight.copy_(nan)
+    logits, after = one_more(model, token, state)
+    assert logits.isnan().all() and after.conv[0][:, -1].isnan().all() and steps == [True]
+
+
+@torch.no_grad()
+def test_other_default_formats_do_not_matter(make_model, steps):
+    model = make_model()
+    prefix, token = prompt(2)
+    _, state = model(prefix)
+    wanted, _ = one_more(model, token, state)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            got, _ = one_more(model, token, state)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(got, wanted)
+    assert steps == [True] * 3
+
+
+@torch.no_grad()
+def test_an_epsilon_of_one_is_one(make_model, assert_near, steps):
+    """As JSON writes it: an integer."""
+    model = make_model(norm_eps=1, bcdt_rms_eps=1)
+    prefix, token = prompt(2)
+    _, state = model(prefix)
+    wanted, _ = copy.deepcopy(model).double()(token, state.to(torch.float64))
+    assert_near(one_more(model, token, state)[0], wanted[:, 0], 1e-5)
+    assert steps == [True]

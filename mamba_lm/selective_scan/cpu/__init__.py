@@ -1,4 +1,4 @@
-"""Fused operations for the CPU, in float32; the scan holds no (b, l, d, n) tensor."""
+"""Fused operations for the CPU; the scan holds no (b, l, d, n) tensor and computes in float32."""
 
 from collections.abc import Iterable
 
@@ -113,7 +113,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
     is_step = x.dim() == 3 and x.shape[1] == 1 and lengths is None and initial_state is not None
     if is_step and not _needs_grad(floats):
-        y, final_state = _step(*floats)
+        y, final_state = _one_step(*floats)
     else:
         scan = _SelectiveScan.apply if _needs_grad(floats) else _scan
         y, final_state = scan(*floats, *_places(x, lengths))
@@ -135,7 +135,7 @@ def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
     return y, final_state
 
 
-def _step(x, delta, A, B, C, D, z, h0):
+def _one_step(x, delta, A, B, C, D, z, h0):
     """One step without gradients: y (b, 1, d) and the new state (b, n, d)."""
     (b, _, d), n = x.shape, A.shape[1]
     y, h1 = x.new_empty(b, 1, d), x.new_empty(b, n, d)
@@ -203,7 +203,7 @@ def linear(x, weight, bias=None):
     )
     if not is_few:
         return F.linear(x, weight, bias)
-    y = torch.empty(*x.shape[:-1], out)
+    y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
     bias = bias if bias is None else bias.contiguous()
     values = (x.float().contiguous(), weight.contiguous(), bias, y)
     kernel = step_kernels.few_rows_linear[x.dtype]
@@ -228,9 +228,8 @@ def fused_layers(weights):
     fit = (p is None or p.shape == s for p, s in zip(parameters, shapes * n_layer, strict=True))
     if others or not all(fit) or not _are_alike([p for p in parameters if p is not None]):
         return None
-    # Held by `step`, so that their addresses stay theirs.
     parameters = [None if p is None else p.contiguous() for p in parameters]
-    addresses = torch.tensor([0 if p is None else p.data_ptr() for p in parameters])
+    weight_table = _addresses(parameters)
 
     def step(residual, convs, ssms):
         b = len(residual)
@@ -245,22 +244,29 @@ def fused_layers(weights):
         ):
             return None
         convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
-        new_convs = torch.empty(n_layer, b, w - 1, d, dtype=dtype).unbind()
-        new_ssms = torch.empty(n_layer, b, n, d, dtype=torch.float32).unbind()
-        states = zip(convs, ssms, new_convs, new_ssms, strict=True)
+        new_convs = convs[0].new_empty(n_layer, b, w - 1, d).unbind()
+        new_ssms = ssms[0].new_empty(n_layer, b, n, d).unbind()
+        states = [v for layer in zip(convs, ssms, new_convs, new_ssms, strict=True) for v in layer]
         residual = residual.clone(memory_format=torch.contiguous_format)
+        progress = residual.new_zeros(n_layer, step_kernels.PHASES, 2, dtype=torch.int64)
+        space = residual.new_empty(b * (5 * d + r + 2 * n + m))
         run(
             step_kernels.step[dtype],
             *(n_layer, b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps),
-            *(give_way(), torch.zeros(n_layer, step_kernels.PHASES, 2, dtype=torch.int64)),
-            *(residual, residual.new_empty(b * (5 * d + r + 2 * n + m))),
-            *(torch.tensor([v.data_ptr() for of_layer in states for v in of_layer]), addresses),
-            jobs=min(d, m, r + 2 * n),
+            *(give_way(), progress, residual, space, _addresses(states), weight_table),
+            jobs=min(d, m, r + 2 * n),  # no phase has fewer: each gets as many shares
             work=n_layer * b * m * d,
+            holding=[parameters, states],
         )
         return residual, new_convs, new_ssms
 
     return step
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> Tensor:
+    """A table for kernels, which see no more of these tensors: whoever runs them holds them."""
+    addresses = [0 if v is None else v.data_ptr() for v in tensors]
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:

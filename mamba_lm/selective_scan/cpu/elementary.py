@@ -9,7 +9,7 @@ from numba.extending import intrinsic, overload
 
 f32 = np.float32
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
-_LOWEST, _HIGHEST = f32(-125.0), f32(126.0)
+_LOWEST, HIGHEST = f32(-125.0), f32(126.0)
 # Adding 1.5 * 2^23 rounds a float32 to an integer that stands in its lowest mantissa bits.
 _ROUND = f32(12582912.0)
 
@@ -66,7 +66,11 @@ def _put_rounded(array, at, value):
     def put_bfloat16(array, at, value):
         bits = _float_bits(value)
         odd = (bits >> numba.int32(16)) & numba.int32(1)  # ties go to even
-        array[at] = numba.uint16((bits + numba.int32(0x7FFF) + odd) >> numba.int32(16))
+        if value == value:
+            bits += numba.int32(0x7FFF) + odd
+        else:
+            bits |= numba.int32(0x400000)  # whatever its lower half: NaN
+        array[at] = numba.uint16(bits >> numba.int32(16))
 
     def put_float(array, at, value):
         array[at] = value
@@ -91,13 +95,14 @@ def exp2(x):
     p = p * r + f32(2.4022242e-1)
     p = p * r + f32(6.9314700e-1)
     p = p * r + f32(1.0)
-    return _bits_float(_float_bits(p) + (_float_bits(shifted) << numba.int32(23)))
+    scale = _bits_float((_float_bits(shifted) << numba.int32(23)) + numba.int32(0x3F800000))
+    return p * scale
 
 
 @kernel()
 def sigmoid(x):
     exponent = -LOG2E * x
-    return f32(1.0) / (f32(1.0) + exp2(_HIGHEST if exponent > _HIGHEST else exponent))
+    return f32(1.0) / (f32(1.0) + exp2(HIGHEST if exponent > HIGHEST else exponent))
 
 
 @kernel()

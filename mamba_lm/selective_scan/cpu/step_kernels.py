@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mamba_lm.selective_scan.cpu.elementary import (
+    HIGHEST,
     LOG2E,
     exp2,
     f32,
@@ -35,8 +36,8 @@ from mamba_lm.selective_scan.cpu.packing import (
 def _multiply(weight, first, stop, k, bias, b, x, y, ys):
     """Rows [first, stop) of weight (?, k) times all rows of x (b, k), plus bias, into y (b, ys).
 
-    The weight is read once, from main memory, whatever b is: two of its rows at a time, far from
-    each other, which the memory serves faster than one, and four of x.
+    The weight is read once, from main memory, whatever b is: two of its rows at a time, which
+    come faster than one to a core, and four of x.
     """
     half = (stop - first + 1) // 2
     for r in range(first, first + half):
@@ -84,7 +85,7 @@ def _few_rows_linear(jobs, b, k, out, x, weight, bias, y):
 
 
 @kernel()
-def _step_in(
+def _phase_in(
     jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail, new_tail,
     xz, x,
 ):  # fmt: skip
@@ -119,13 +120,13 @@ def _step_in(
 
 
 @kernel()
-def _step_select(jobs, b, d, k, x_proj, x, selected):
+def _phase_select(jobs, b, d, k, x_proj, x, selected):
     """dt, B and C of each row, side by side: selected (b, k)."""
     _multiply(x_proj, jobs[0], jobs[1], d, x_proj[:0], b, x, selected, k)
 
 
 @kernel()
-def _step_scan(
+def _phase_scan(
     jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h, delta, y
 ):  # fmt: skip
     """Δ, the recurrence and the gate: the state new_h (b, n, d) and y (b, d)."""
@@ -150,7 +151,8 @@ def _step_scan(
             y_r[c] = to_float(D[first + c]) * x_r[c]
     for i in range(n):
         for c in range(width):
-            a[c] = -LOG2E * exp2(LOG2E * to_float(A_log[(first + c) * n + i]))
+            exponent = LOG2E * to_float(A_log[(first + c) * n + i])
+            a[c] = -LOG2E * exp2(HIGHEST if exponent > HIGHEST else exponent)
         for row in range(b):
             before = part(h, row * n + i, d, first, width)
             after = part(new_h, row * n + i, d, first, width)
@@ -168,7 +170,7 @@ def _step_scan(
 
 
 @kernel()
-def _step_out(jobs, b, m, d, out_proj, out_bias, y, added, residual):
+def _phase_out(jobs, b, m, d, out_proj, out_bias, y, added, residual):
     """Output projection, added to residual (b, m)."""
     first, width = jobs[0], jobs[1] - jobs[0]
     _multiply(out_proj, first, first + width, d, out_bias, b, y, added, m)
@@ -182,7 +184,7 @@ def _step_out(jobs, b, m, d, out_proj, out_bias, y, added, residual):
 
 
 @kernel()
-def _step_layer(
+def _layer(
     phase, shares, give_way, progress, b, m, d, n, r, w, norm_eps, bcdt_eps, residual, space,
     tail, h, new_tail, new_h, norm, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, dt_bias,
     A_log, D, out_proj, out_bias,
@@ -194,7 +196,7 @@ def _step_layer(
     )  # fmt: skip
     jobs = next_of_phase(progress, phase, shares, d)
     while jobs[0] < jobs[1]:
-        _step_in(
+        _phase_in(
             jobs, b, m, d, w, residual, norm, norm_eps, in_proj, in_bias, conv, conv_bias, tail,
             new_tail, xz, x,
         )  # fmt: skip
@@ -203,13 +205,13 @@ def _step_layer(
     wait_for_phase(progress, phase, shares, give_way)
     jobs = next_of_phase(progress, phase + 1, shares, r + 2 * n)
     while jobs[0] < jobs[1]:
-        _step_select(jobs, b, d, r + 2 * n, x_proj, x, selected)
+        _phase_select(jobs, b, d, r + 2 * n, x_proj, x, selected)
         share_is_done(progress, phase + 1)
         jobs = next_of_phase(progress, phase + 1, shares, r + 2 * n)
     wait_for_phase(progress, phase + 1, shares, give_way)
     jobs = next_of_phase(progress, phase + 2, shares, d)
     while jobs[0] < jobs[1]:
-        _step_scan(
+        _phase_scan(
             jobs, b, d, n, r, selected, bcdt_eps, dt_proj, dt_bias, A_log, D, h, xz, x, new_h,
             delta, y,
         )  # fmt: skip
@@ -218,7 +220,7 @@ def _step_layer(
     wait_for_phase(progress, phase + 2, shares, give_way)
     jobs = next_of_phase(progress, phase + 3, shares, m)
     while jobs[0] < jobs[1]:
-        _step_out(jobs, b, m, d, out_proj, out_bias, y, added, residual)
+        _phase_out(jobs, b, m, d, out_proj, out_bias, y, added, residual)
         share_is_done(progress, phase + 3)
         jobs = next_of_phase(progress, phase + 3, shares, m)
     wait_for_phase(progress, phase + 3, shares, give_way)
@@ -253,7 +255,7 @@ def _step_float32(packed):
     n_layer, b, m, d, n, r, w, norm_eps, bcdt_eps, give_way, progress, residual, space, states, \
         weights = unpacked(packed, _STEP)  # fmt: skip
     for layer in range(n_layer):
-        _step_layer(
+        _layer(
             layer * PHASES, num_shares(packed), give_way, progress, b, m, d, n, r, w, norm_eps,
             bcdt_eps, residual, space,
             *unpacked(states[layer * NUM_STATES :], _STATES_FLOAT32),
@@ -265,7 +267,7 @@ def _step_bfloat16(packed):
     n_layer, b, m, d, n, r, w, norm_eps, bcdt_eps, give_way, progress, residual, space, states, \
         weights = unpacked(packed, _STEP)  # fmt: skip
     for layer in range(n_layer):
-        _step_layer(
+        _layer(
             layer * PHASES, num_shares(packed), give_way, progress, b, m, d, n, r, w, norm_eps,
             bcdt_eps, residual, space,
             *unpacked(states[layer * NUM_STATES :], _STATES_BFLOAT16),

@@ -29,10 +29,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 _PROCESS = os.getpid()  # OpenMP's threads do not survive a fork
 
 
-def run(kernel: Callable, *values: Tensor | float | None, jobs: int, work: int) -> None:
+def run(
+    kernel: Callable, *values: Tensor | float | None, jobs: int, work: int, holding: object = None
+) -> None:
     """Let a kernel do `jobs` jobs, of `work` operations in all, on as many threads as is worth it.
 
-    Tensors must be contiguous, or strided in a way that other values tell the kernel.
+    Tensors must be contiguous, or strided in a way that other values tell the kernel; `holding` has
+    those that it reaches through a table of addresses.
     """
     if jobs == 0:
         return
@@ -47,7 +50,8 @@ def run(kernel: Callable, *values: Tensor | float | None, jobs: int, work: int) 
     else:
         pool = _pool(os.getpid(), torch.get_num_threads())
         # They hold what they work on: Ctrl-C ends the waiting, not the work.
-        for future in [pool.submit(_call, function, packed, values) for _ in range(threads)]:
+        held = (values, holding)
+        for future in [pool.submit(_run_share, function, packed, held) for _ in range(threads)]:
             future.result()
 
 
@@ -62,7 +66,7 @@ def _packed(value: Tensor | float | None) -> int:
     return value or 0
 
 
-def _call(function: Callable, packed, values: tuple) -> None:
+def _run_share(function: Callable, packed, held: object) -> None:
     function(packed)
 
 
