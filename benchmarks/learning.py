@@ -7,7 +7,8 @@ questions of a context against batches of examples drawn one by one, along examp
 A condition is the kind of batch and its number of questions. Runs of a seed start from the same
 weights and are trained on the same questions and negatives, each on one thread. Minutes are those
 of its processor: what else the machine does moves them little.
-Adds a line to the file for every look at the held-out loss; prints the table of all its lines.
+Adds a line to the file for every look at the held-out loss; prints the table of all its lines on
+these conditions.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     runs = [(condition, seed) for seed in args.seeds for condition in args.conditions]
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(lambda run: start(*run), runs))
-    print_table([json.loads(line) for line in Path(args.output).read_text().splitlines()])
+    rows = [json.loads(line) for line in Path(args.output).read_text().splitlines()]
+    print_table([row for row in rows if row["condition"] in args.conditions])
 
 
 def start(condition: str, seed: int) -> None:
@@ -130,32 +132,25 @@ class Looks(TrainerCallback):
 
 
 def print_table(rows: list[dict]) -> None:
-    """Mean over seeds, with the standard deviation: at equal examples, and at the minutes that the
-    fastest condition took in all."""
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    curves = {
-        (condition, seed): np.array(
-            [
-                (row["examples"], row["seconds"] / 60, row["loss"])
-                for row in rows
-                if (row["condition"], row["seed"]) == (condition, seed)
-            ]
-        ).T
-        for condition in conditions
-        for seed in {row["seed"] for row in rows if row["condition"] == condition}
-    }
-    least = min(curve[1][-1] for curve in curves.values())
+    """Means over seeds with standard deviations: the loss at the end, that at the minutes which the
+    fastest run took in all, and the minutes to the lowest loss that all runs reach."""
+    runs: dict[tuple[str, int], list] = {}
+    for row in rows:
+        seen = (row["examples"], row["seconds"] / 60, row["loss"])
+        runs.setdefault((row["condition"], row["seed"]), []).append(seen)
+    curves = {run: np.array(looks).T for run, looks in runs.items()}
+    least = min(minutes[-1] for _, minutes, _ in curves.values())
+    common = max(loss.min() for *_, loss in curves.values())
     print(f"{'condition':16}{'seeds':>6}{'minutes':>9}{'loss at the end':>22}"
-          f"{f'loss at {least:.1f} minutes':>26}")  # fmt: skip
-    for condition in conditions:
+          f"{f'at {least:.1f} minutes':>22}{f'minutes to {common:.3f}':>22}")  # fmt: skip
+    for condition in dict.fromkeys(name for name, _ in curves):
         of = [curve for (name, _), curve in curves.items() if name == condition]
-        end = [curve[2][-1] for curve in of]
-        early = [np.interp(least, curve[1], curve[2]) for curve in of]
-        minutes = np.mean([curve[1][-1] for curve in of])
-        print(
-            f"{condition:16}{len(of):6d}{minutes:9.1f}"
-            f"{np.mean(end):14.4f} ± {np.std(end):.4f}{np.mean(early):18.4f} ± {np.std(early):.4f}"
-        )
+        end = [loss[-1] for *_, loss in of]
+        early = [np.interp(least, minutes, loss) for _, minutes, loss in of]
+        until = [np.interp(-common, -np.minimum.accumulate(loss), at) for _, at, loss in of]
+        spans = "".join(f"{np.mean(v):14.4f} ± {np.std(v):.3f}" for v in (end, early))
+        print(f"{condition:16}{len(of):6d}{np.mean([minutes[-1] for _, minutes, _ in of]):9.1f}"
+              f"{spans}{np.mean(until):14.2f} ± {np.std(until):.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":
