@@ -1,6 +1,7 @@
 """What the benchmarks share: peers timed in alternation, a table with ratios, the same as JSON."""
 
 import argparse
+import atexit
 import importlib.util
 import json
 import multiprocessing
@@ -67,7 +68,13 @@ class Worker:
     def __init__(self, prepare: Callable[..., Contender], *args):
         """prepare: importable by name; makes the contender from args, in the process."""
         self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (prepare, args))
+        atexit.register(self.end)
         self.items, self.tokens = self.pool.apply(_sizes)
+
+    def end(self) -> None:
+        """Let the process come to its end: if it is killed, its semaphores are said to leak."""
+        self.pool.close()
+        self.pool.join()
 
     def time(self) -> float:
         """Seconds of one call."""

@@ -134,6 +134,7 @@ def test_a_worker_measures_in_a_process_of_its_own():
     assert (worker.items, worker.tokens) == (3, 20_000_000)
     assert 70e6 < worker.peak_growth() < 100e6
     assert worker.time() > 0
+    worker.end()
 
 
 @pytest.mark.skipif(
