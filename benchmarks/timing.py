@@ -69,7 +69,16 @@ class Worker:
         """prepare: importable by name; makes the contender from args, in the process."""
         self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (prepare, args))
         atexit.register(self.end)
-        self.items, self.tokens = self.pool.apply(_sizes)
+        self.sizes = self.pool.apply_async(_sizes)  # workers start side by side
+
+    @property
+    def items(self) -> int:
+        """Of a call; waits until the contender is made."""
+        return self.sizes.get()[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.sizes.get()[1]
 
     def end(self) -> None:
         """Let the process come to its end: if it is killed, its semaphores are said to leak."""
@@ -146,19 +155,18 @@ def rows_per_item(
     workers: Mapping[str, Worker | Contender], base: str, rounds: int, patience: float
 ) -> list[dict]:
     """For `report`: seconds of an item, ratio to `base`; tokens of an item and in a second."""
+    items = {name: worker.items for name, worker in workers.items()}  # all have started
     measured = alternate(workers, rounds, patience)
-    seconds = {
-        name: [value / workers[name].items for value in values] for name, values in measured.items()
-    }
+    seconds = {name: [value / items[name] for value in values] for name, values in measured.items()}
     rows = []
     for name, values in seconds.items():
-        tokens = workers[name].tokens / workers[name].items
+        tokens = workers[name].tokens / items[name]
         rows.append(
             {
                 "name": name,
                 "seconds": statistics.median(values),
                 "ratio": ratio(values, seconds[base]),
-                "measured_on": workers[name].items,
+                "measured_on": items[name],
                 "calls": len(values),
                 "tokens": tokens,
                 "tokens_a_second": tokens / statistics.median(values),
