@@ -1,7 +1,6 @@
 """What the benchmarks share: peers timed in alternation, a table with ratios, the same as JSON."""
 
 import argparse
-import atexit
 import importlib.util
 import json
 import multiprocessing
@@ -11,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,42 +67,33 @@ class Worker:
 
     def __init__(self, prepare: Callable[..., Contender], *args):
         """prepare: importable by name; makes the contender from args, in the process."""
-        self.pool = multiprocessing.get_context("spawn").Pool(1, _start, (prepare, args))
-        atexit.register(self.end)
-        self.sizes = self.pool.apply_async(_sizes)  # workers start side by side
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.sizes = self.process.submit(_start, prepare, args)  # workers start side by side
 
     @property
     def items(self) -> int:
-        """Of a call; waits until the contender is made."""
-        return self.sizes.get()[0]
+        """Of a call; waits until the contender is made, raises what went wrong with it."""
+        return self.sizes.result()[0]
 
     @property
     def tokens(self) -> int:
-        return self.sizes.get()[1]
-
-    def end(self) -> None:
-        """Let the process come to its end: if it is killed, its semaphores are said to leak."""
-        self.pool.close()
-        self.pool.join()
+        return self.sizes.result()[1]
 
     def time(self) -> float:
         """Seconds of one call."""
-        return self.pool.apply(_timed)
+        return self.process.submit(_timed).result()
 
     def peak_growth(self) -> int:
         """Bytes by which one call raises the process's resident memory at its peak."""
-        return self.pool.apply(_peak_growth)
+        return self.process.submit(_peak_growth).result()
 
 
 _contender: Contender  # of this process, if it is a worker
 
 
-def _start(prepare: Callable[..., Contender], args: tuple) -> None:
+def _start(prepare: Callable[..., Contender], args: tuple) -> tuple[int, int]:
     global _contender
     _contender = prepare(*args)
-
-
-def _sizes() -> tuple[int, int]:
     return _contender.items, _contender.tokens
 
 

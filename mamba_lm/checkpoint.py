@@ -31,6 +31,7 @@ NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_HUB_TOKENIZER_FILES = ["*.json", "tokenizer*", "vocab*", "merges.txt"]
 _UNREADABLE = (
     SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile
 )  # fmt: skip
@@ -323,17 +324,21 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 def load_tokenizer(model: str, tokenizer: str | None = None):
     """The tokenizer named by `tokenizer` (folder, tokenizer.json file or Hub name), else the one in
     the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces' models."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if tokenizer is None:
         folder = Path(model) if model.endswith(".json") else find_folder(model)
         has_own = any((folder / name).exists() for name in _TOKENIZER_FILES)
         tokenizer = str(folder) if has_own else DEFAULT_TOKENIZER
+    path = Path(tokenizer)
     try:
-        if Path(tokenizer).is_file():
-            loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>")
+        if not path.exists():  # not by AutoTokenizer, which asks for a wrong name for a minute
+            path = Path(snapshot_download(tokenizer, allow_patterns=_HUB_TOKENIZER_FILES))
+        if path.is_file():
+            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
         else:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
+            loaded = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # OSError, ValueError, KeyError, ... for one cause
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

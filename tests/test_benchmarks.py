@@ -134,7 +134,16 @@ def test_a_worker_measures_in_a_process_of_its_own():
     assert (worker.items, worker.tokens) == (3, 20_000_000)
     assert 70e6 < worker.peak_growth() < 100e6
     assert worker.time() > 0
-    worker.end()
+
+
+def no_contender() -> timing.Contender:
+    raise UserError("nosuch: no tokenizer")
+
+
+def test_what_goes_wrong_in_a_worker_is_told():
+    worker = timing.Worker(no_contender)
+    with pytest.raises(UserError, match="nosuch: no tokenizer"):
+        worker.items  # noqa: B018
 
 
 @pytest.mark.skipif(

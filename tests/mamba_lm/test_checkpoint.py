@@ -611,6 +611,18 @@ def test_without_a_tokenizer_of_its_own_a_model_gets_that_of_gpt_neox(folder):
             load_tokenizer(model)
 
 
+def test_a_hub_tokenizer_is_read_from_its_download(tokenizer, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        return str(TOKENIZER)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_tokenizer("any", "some/other")(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    assert asked == ["some/other"]
+
+
 @pytest.mark.parametrize("text", [b"{", b"", b"[]", b"\xe9"], ids=str)
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "file"])
 def test_a_broken_tokenizer(text, as_file, tmp_path):
