@@ -13,6 +13,7 @@ from mamba_lm.selective_scan.cpu.norm_kernels import BLOCK, norm_backward, norm_
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     CONV_TILE,
+    GROUP,
     TILE,
     conv_backward,
     conv_forward,
@@ -47,7 +48,7 @@ class _SelectiveScan(torch.autograd.Function):
         tiles = -(-d // TILE)
         gx, gdelta = _outputs(x, lengths), _outputs(x, lengths)
         gz = _outputs(x, lengths) if z is not None else None
-        gB, gC = x.new_zeros(tiles, *B.shape), x.new_zeros(tiles, *C.shape)
+        gB, gC = x.new_zeros(2, tiles, *B.shape[:-1], n + -n % GROUP)
         gA, gD, ginitial = x.new_empty(b, n, d), x.new_empty(b, d), x.new_empty(b, n, d)
         run(
             scan_backward,
@@ -57,7 +58,8 @@ class _SelectiveScan(torch.autograd.Function):
             work=tokens * d * n,
         )
         ginitial = ginitial if initial_state is not None else None
-        return gx, gdelta, gA.sum(0).T, gB.sum(0), gC.sum(0), gD.sum(0), gz, ginitial, None, None
+        gB, gC = gB.sum(0)[..., :n], gC.sum(0)[..., :n]
+        return gx, gdelta, gA.sum(0).T, gB, gC, gD.sum(0), gz, ginitial, None, None
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -288,6 +290,8 @@ def _needs_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
+    if A.shape[1] % GROUP:
+        B, C = (F.pad(v, (0, -A.shape[1] % GROUP)) for v in (B, C))
     return (
         *_rows(x), *_rows(delta), A.contiguous(), *_rows(B), *_rows(C), D.contiguous(), *_rows(z),
     )  # fmt: skip

@@ -1,15 +1,17 @@
 """The scan and the convolution over whole rows, forward and backward, in float32.
 
 A job is one row of the batch and one tile of `TILE` channels, read in chunks of `CHUNK` steps, so
-that all it touches stays in the processor's nearest cache. Every inner loop runs over the channels
+that all it touches stays in the processor's nearest caches. Every inner loop runs over the channels
 of a tile, which LLVM turns into vector instructions; the loop over the state's n stands outside
-that over the steps, for one i's part of the state is then all that moves. The forward pass keeps
-the state at the start of every chunk; the backward pass replays a chunk from there and then walks
-it in reverse (the recomputation of Gu & Dao 2023, section 3.3.2).
+that over the steps, for one i's part of the state is then all that moves. It goes by fours, which
+read what they share but once. The forward pass keeps the state at the start of every chunk; the
+backward pass replays a chunk from there and then walks it in reverse (the recomputation of Gu & Dao
+2023, section 3.3.2).
 
 Arrays come flat and in float32: the tokens of a row of the batch stand together, `lengths` of them
 from `starts` on, both int64. `?s` is the distance between the tokens of `?`, d where it is not
-given. A kernel does jobs [start, stop), tile after tile, of each all rows.
+given. B and C have zeros behind their n values, to a multiple of `GROUP`. A kernel does jobs
+[start, stop), tile after tile, of each all rows.
 """
 
 import numba
@@ -31,65 +33,80 @@ TILE = 128
 CHUNK = 32
 CONV_TILE = 384  # wider, since memory limits it: longer pieces of a token come faster
 
+GROUP = 4  # states in a loop; those beyond n stay 0
+
 # Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
 # other, except those at fixed distances in one array: with two arrays for all, loops start sooner.
-_A, _H, _GA = 0, 1, 2
-_UPDATE, _OUT, _GOUT, _GINPUT, _GEXPONENT, _STATE, _DECAY = range(7)
+# own (groups, ?, GROUP, TILE) is the states', w (CHUNK, ?, TILE) the steps'.
+_A, _H, _GA = range(3)
+_DELTA, _UPDATE, _OUT, _GOUT, _GINPUT, _GEXPONENT, _STATE = range(7)
+_DECAY = _STATE + GROUP
+_FORWARD_ROWS, _BACKWARD_ROWS = _OUT + 1, _DECAY + GROUP
+
+
+@numba.njit(inline="always")
+def _four(source, first):
+    """Four rows or values, from `first` on."""
+    return source[first], source[first + 1], source[first + 2], source[first + 3]
 
 
 @kernel()
 def _load_decay_rates(own, A, n, first, width):
     """A (d, n) in powers of two: exp(Δ A) is then exp2(Δ a)."""
     for i in range(n):
-        a_i = own[i, _A]
+        a_i = own[i // GROUP, _A, i % GROUP]
         for c in range(width):
             a_i[c] = A[(first + c) * n + i] * LOG2E
 
 
+@numba.njit(inline="always")
+def _load_step(w_s, x, xs, delta, ds, D, t, first, width):
+    """What all states share at step t: Δ, Δ x and the part of y that comes from x alone."""
+    x_t, delta_t = part(x, t, xs, first, width), part(delta, t, ds, first, width)
+    skip, delta_s, update_s, out_s = D[first : first + width], w_s[_DELTA], w_s[_UPDATE], w_s[_OUT]
+    for c in range(width):
+        delta_s[c] = delta_t[c]
+        update_s[c] = delta_t[c] * x_t[c]
+        out_s[c] = skip[c] * x_t[c]
+
+
+@numba.njit(inline="always")
+def _saved_at(starts, row, chunk, n):
+    """The row of `saved` with the first part of the state at the start of a chunk."""
+    return (starts[row] // CHUNK + row + chunk) * n
+
+
 @kernel()
 def _scan_forward(
-    jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, starts, lengths, y, hT, saved
+    jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, initial, starts, lengths, y,
+    final, saved,
 ):  # fmt: skip
     """Jobs [start, stop) of the scan."""
-    own = np.empty((n, 2, TILE), f32)
-    w = np.empty((CHUNK, 2, TILE), f32)
+    groups = -(-n // GROUP)
+    own = np.zeros((groups, 2, GROUP, TILE), f32)
+    w = np.empty((CHUNK, _FORWARD_ROWS, TILE), f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
         width = min(TILE, d - first)
-        skip = D[first : first + width]
         if row == 0 or job == jobs[0]:
             _load_decay_rates(own, A, n, first, width)
         for i in range(n):
-            if h0.size > 0:
-                own[i, _H, :width] = part(h0, row * n + i, d, first, width)
+            h_i = own[i // GROUP, _H, i % GROUP]
+            if initial.size > 0:
+                h_i[:width] = part(initial, row * n + i, d, first, width)
             else:
-                own[i, _H] = f32(0.0)
+                h_i[:] = f32(0.0)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK):
             step = starts[row] + chunk * CHUNK
             steps = min(CHUNK, lengths[row] - chunk * CHUNK)
             if saved.size > 0:
                 for i in range(n):
-                    at = (starts[row] // CHUNK + row + chunk) * n + i
-                    part(saved, at, d, first, width)[:] = own[i, _H, :width]
+                    at = _saved_at(starts, row, chunk, n) + i
+                    part(saved, at, d, first, width)[:] = own[i // GROUP, _H, i % GROUP, :width]
             for s in range(steps):
-                x_s, delta_s = (
-                    part(x, step + s, xs, first, width),
-                    part(delta, step + s, ds, first, width),
-                )
-                update_s, out_s = w[s, _UPDATE], w[s, _OUT]
-                for c in range(width):
-                    update_s[c] = delta_s[c] * x_s[c]
-                    out_s[c] = skip[c] * x_s[c]
-            for i in range(n):
-                a_i, h_i = own[i, _A], own[i, _H]
-                for s in range(steps):
-                    delta_s = part(delta, step + s, ds, first, width)
-                    update_s, out_s = w[s, _UPDATE], w[s, _OUT]
-                    b_i, c_i = B[(step + s) * bs + i], C[(step + s) * cs + i]
-                    for c in range(width):
-                        state = exp2(delta_s[c] * a_i[c]) * h_i[c] + update_s[c] * b_i
-                        h_i[c] = state
-                        out_s[c] += state * c_i
+                _load_step(w[s], x, xs, delta, ds, D, step + s, first, width)
+            for g in range(groups):
+                _advance(own[g], w, B, bs, C, cs, g, step, steps, width)
             for s in range(steps):
                 y_s, out_s = part(y, step + s, d, first, width), w[s, _OUT]
                 if z.size > 0:
@@ -99,13 +116,32 @@ def _scan_forward(
                 else:
                     y_s[:] = out_s[:width]
         for i in range(n):
-            part(hT, row * n + i, d, first, width)[:] = own[i, _H, :width]
+            part(final, row * n + i, d, first, width)[:] = own[i // GROUP, _H, i % GROUP, :width]
+
+
+@numba.njit(inline="always")
+def _advance(own_g, w, B, bs, C, cs, g, step, steps, width):
+    """A group's states over a chunk."""
+    a0, a1, a2, a3 = _four(own_g[_A], 0)
+    h0, h1, h2, h3 = _four(own_g[_H], 0)
+    for s in range(steps):
+        delta_s, update_s, out_s = w[s, _DELTA], w[s, _UPDATE], w[s, _OUT]
+        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
+        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        for c in range(width):
+            delta, update = delta_s[c], update_s[c]
+            next0 = exp2(delta * a0[c]) * h0[c] + update * b0
+            next1 = exp2(delta * a1[c]) * h1[c] + update * b1
+            next2 = exp2(delta * a2[c]) * h2[c] + update * b2
+            next3 = exp2(delta * a3[c]) * h3[c] + update * b3
+            h0[c], h1[c], h2[c], h3[c] = next0, next1, next2, next3
+            out_s[c] += next0 * c0 + next1 * c1 + next2 * c2 + next3 * c3
 
 
 @kernel()
 def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0, y, h1):
     """Jobs [start, stop) of one step: the state goes from h0 to h1 without a stop on the way."""
-    own, update = np.empty((n, 1, TILE), f32), np.empty(TILE, f32)
+    own, update = np.empty((-(-n // GROUP), 1, GROUP, TILE), f32), np.empty(TILE, f32)
     for job in range(jobs[0], jobs[1]):
         row, first = job % rows, job // rows * TILE
         width = min(TILE, d - first)
@@ -119,7 +155,7 @@ def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0
         for i in range(n):
             before = part(h0, row * n + i, d, first, width)
             after = part(h1, row * n + i, d, first, width)
-            a_i, b_i, c_i = own[i, _A], B[row * bs + i], C[row * cs + i]
+            a_i, b_i, c_i = own[i // GROUP, _A, i % GROUP], B[row * bs + i], C[row * cs + i]
             for c in range(width):
                 state = exp2(delta_s[c] * a_i[c]) * before[c] + update[c] * b_i
                 after[c] = state
@@ -133,13 +169,14 @@ def _scan_step(jobs, rows, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, h0
 @reduction_kernel()
 def _scan_backward(
     jobs, rows, tokens, d, n, x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, starts, lengths, saved,
-    gy, ghT, gx, gdelta, gz, gA, gB, gC, gD, gh0,
+    gy, gfinal, gx, gdelta, gz, gA, gB, gC, gD, ginitial,
 ):  # fmt: skip
     """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
-    (tiles, tokens, n) are partial sums, so that threads share nothing and the result does not
-    depend on their number; the latter two come as zeros."""
-    own = np.empty((n, 3, TILE), f32)
-    w = np.empty((CHUNK + 1, 7, TILE), f32)
+    (tiles, tokens, groups * GROUP) are partial sums, so that threads share nothing and the result
+    does not depend on their number; the latter two come as zeros."""
+    groups = -(-n // GROUP)
+    own = np.zeros((groups, 3, GROUP, TILE), f32)
+    w = np.empty((CHUNK + 1, _BACKWARD_ROWS, TILE), f32)
     for job in range(jobs[0], jobs[1]):
         row, tile = job % rows, job // rows
         first = tile * TILE
@@ -149,21 +186,14 @@ def _scan_backward(
         if row == 0 or job == jobs[0]:
             _load_decay_rates(own, A, n, first, width)
         for i in range(n):
-            own[i, _GA] = f32(0.0)
-            own[i, _H, :width] = part(ghT, row * n + i, d, first, width)
+            own[i // GROUP, _GA, i % GROUP] = f32(0.0)
+            own[i // GROUP, _H, i % GROUP, :width] = part(gfinal, row * n + i, d, first, width)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
             step = starts[row] + chunk * CHUNK
             steps = min(CHUNK, lengths[row] - chunk * CHUNK)
             for s in range(steps):
-                x_s, delta_s, gy_s = (
-                    part(x, step + s, xs, first, width),
-                    part(delta, step + s, ds, first, width),
-                    part(gy, step + s, d, first, width),
-                )
-                update_s, out_s, gout_s = w[s, _UPDATE], w[s, _OUT], w[s, _GOUT]
-                for c in range(width):
-                    update_s[c] = delta_s[c] * x_s[c]
-                    out_s[c] = skip[c] * x_s[c]
+                _load_step(w[s], x, xs, delta, ds, D, step + s, first, width)
+                gy_s, gout_s = part(gy, step + s, d, first, width), w[s, _GOUT]
                 if z.size > 0:
                     z_s = part(z, step + s, zs, first, width)
                     gz_s = part(gz, step + s, d, first, width)
@@ -175,44 +205,19 @@ def _scan_backward(
                 else:
                     gout_s[:width] = gy_s
                 w[s, _GINPUT], w[s, _GEXPONENT] = f32(0.0), f32(0.0)
-            for i in range(n):
-                a_i, ga_i, gh_i = own[i, _A], own[i, _GA], own[i, _H]
-                w[0, _STATE, :width] = part(
-                    saved, (starts[row] // CHUNK + row + chunk) * n + i, d, first, width
-                )
-                for s in range(steps):
-                    delta_s, w_s = part(delta, step + s, ds, first, width), w[s]
-                    update_s, out_s, gout_s = w_s[_UPDATE], w_s[_OUT], w_s[_GOUT]
-                    h_s, h_after, decay_s = w_s[_STATE], w[s + 1, _STATE], w_s[_DECAY]
-                    b_i, c_i, gc_i = B[(step + s) * bs + i], C[(step + s) * cs + i], f32(0.0)
-                    for c in range(width):
-                        decay = exp2(delta_s[c] * a_i[c])
-                        state = decay * h_s[c] + update_s[c] * b_i
-                        decay_s[c] = decay
-                        h_after[c] = state
-                        out_s[c] += state * c_i
-                        gc_i += gout_s[c] * state
-                    gC[(tile * tokens + step + s) * n + i] = gc_i
-                for s in range(steps - 1, -1, -1):
-                    delta_s, w_s = part(delta, step + s, ds, first, width), w[s]
-                    update_s, gout_s, h_s = w_s[_UPDATE], w_s[_GOUT], w_s[_STATE]
-                    decay_s, ginput_s, gexponent_s = w_s[_DECAY], w_s[_GINPUT], w_s[_GEXPONENT]
-                    b_i, c_i, gb_i = B[(step + s) * bs + i], C[(step + s) * cs + i], f32(0.0)
-                    for c in range(width):
-                        g = gh_i[c] + gout_s[c] * c_i
-                        decayed = g * decay_s[c]
-                        exponent = decayed * h_s[c]
-                        gh_i[c] = decayed
-                        gexponent_s[c] += exponent * a_i[c]
-                        ga_i[c] += exponent * delta_s[c]
-                        ginput_s[c] += g * b_i
-                        gb_i += g * update_s[c]
-                    gB[(tile * tokens + step + s) * n + i] = gb_i
+            for g in range(groups):
+                for k in range(GROUP):
+                    if GROUP * g + k < n:
+                        at = _saved_at(starts, row, chunk, n) + GROUP * g + k
+                        w[0, _STATE + k, :width] = part(saved, at, d, first, width)
+                    else:
+                        w[0, _STATE + k] = f32(0.0)
+                gB_g = gB[(tile * tokens + step) * groups * GROUP + g * GROUP :]
+                gC_g = gC[(tile * tokens + step) * groups * GROUP + g * GROUP :]
+                _replay(own[g], w, B, bs, C, cs, g, step, steps, width, gC_g, groups * GROUP)
+                _reverse(own[g], w, B, bs, C, cs, g, step, steps, width, gB_g, groups * GROUP)
             for s in range(steps):
-                x_s, delta_s = (
-                    part(x, step + s, xs, first, width),
-                    part(delta, step + s, ds, first, width),
-                )
+                x_s, delta_s = part(x, step + s, xs, first, width), w[s, _DELTA]
                 gx_s, gdelta_s = (
                     part(gx, step + s, d, first, width),
                     part(gdelta, step + s, d, first, width),
@@ -227,8 +232,76 @@ def _scan_backward(
                     for c in range(width):
                         gz_s[c] *= out_s[c]
         for i in range(n):
-            part(gA, row * n + i, d, first, width)[:] = own[i, _GA, :width]
-            part(gh0, row * n + i, d, first, width)[:] = own[i, _H, :width]
+            part(gA, row * n + i, d, first, width)[:] = own[i // GROUP, _GA, i % GROUP, :width]
+            part(ginitial, row * n + i, d, first, width)[:] = own[i // GROUP, _H, i % GROUP, :width]
+
+
+@numba.njit(inline="always")
+def _replay(own_g, w, B, bs, C, cs, g, step, steps, width, gC, gs):
+    """As _advance, each step's states and decays kept; the gradient of C on the way."""
+    a0, a1, a2, a3 = _four(own_g[_A], 0)
+    for s in range(steps):
+        w_s = w[s]
+        delta_s, update_s, out_s, gout_s = w_s[_DELTA], w_s[_UPDATE], w_s[_OUT], w_s[_GOUT]
+        h0, h1, h2, h3 = _four(w_s, _STATE)
+        after0, after1, after2, after3 = _four(w[s + 1], _STATE)
+        kept0, kept1, kept2, kept3 = _four(w_s, _DECAY)
+        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
+        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        gc0, gc1, gc2, gc3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+        for c in range(width):
+            delta, update, gout = delta_s[c], update_s[c], gout_s[c]
+            decay0, decay1 = exp2(delta * a0[c]), exp2(delta * a1[c])
+            decay2, decay3 = exp2(delta * a2[c]), exp2(delta * a3[c])
+            next0, next1 = decay0 * h0[c] + update * b0, decay1 * h1[c] + update * b1
+            next2, next3 = decay2 * h2[c] + update * b2, decay3 * h3[c] + update * b3
+            kept0[c], kept1[c], kept2[c], kept3[c] = decay0, decay1, decay2, decay3
+            after0[c], after1[c], after2[c], after3[c] = next0, next1, next2, next3
+            out_s[c] += next0 * c0 + next1 * c1 + next2 * c2 + next3 * c3
+            gc0 += gout * next0
+            gc1 += gout * next1
+            gc2 += gout * next2
+            gc3 += gout * next3
+        gC[s * gs], gC[s * gs + 1], gC[s * gs + 2], gC[s * gs + 3] = gc0, gc1, gc2, gc3
+
+
+@numba.njit(inline="always")
+def _reverse(own_g, w, B, bs, C, cs, g, step, steps, width, gB, gs):
+    """A group's gradients back over a chunk, from what _replay kept."""
+    a0, a1, a2, a3 = _four(own_g[_A], 0)
+    gh0, gh1, gh2, gh3 = _four(own_g[_H], 0)
+    ga0, ga1, ga2, ga3 = _four(own_g[_GA], 0)
+    for s in range(steps - 1, -1, -1):
+        w_s = w[s]
+        delta_s, update_s, gout_s = w_s[_DELTA], w_s[_UPDATE], w_s[_GOUT]
+        ginput_s, gexponent_s = w_s[_GINPUT], w_s[_GEXPONENT]
+        h0, h1, h2, h3 = _four(w_s, _STATE)
+        decay0, decay1, decay2, decay3 = _four(w_s, _DECAY)
+        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
+        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        gb0, gb1, gb2, gb3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+        for c in range(width):
+            delta, update, gout = delta_s[c], update_s[c], gout_s[c]
+            g0, g1 = gh0[c] + gout * c0, gh1[c] + gout * c1
+            g2, g3 = gh2[c] + gout * c2, gh3[c] + gout * c3
+            before0, before1 = g0 * decay0[c], g1 * decay1[c]
+            before2, before3 = g2 * decay2[c], g3 * decay3[c]
+            gh0[c], gh1[c], gh2[c], gh3[c] = before0, before1, before2, before3
+            exponent0, exponent1 = before0 * h0[c], before1 * h1[c]
+            exponent2, exponent3 = before2 * h2[c], before3 * h3[c]
+            gexponent_s[c] += (
+                exponent0 * a0[c] + exponent1 * a1[c] + exponent2 * a2[c] + exponent3 * a3[c]
+            )
+            ga0[c] += exponent0 * delta
+            ga1[c] += exponent1 * delta
+            ga2[c] += exponent2 * delta
+            ga3[c] += exponent3 * delta
+            ginput_s[c] += g0 * b0 + g1 * b1 + g2 * b2 + g3 * b3
+            gb0 += g0 * update
+            gb1 += g1 * update
+            gb2 += g2 * update
+            gb3 += g3 * update
+        gB[s * gs], gB[s * gs + 1], gB[s * gs + 2], gB[s * gs + 3] = gb0, gb1, gb2, gb3
 
 
 # The convolution's taps come in fours, so that a sum stays in registers: weight (pad + w, d) begins
