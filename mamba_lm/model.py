@@ -31,6 +31,7 @@ from mamba_lm.selective_scan import (
     reads_packed,
     rms_norm,
     selective_scan,
+    softplus_linear,
 )
 
 
@@ -140,7 +141,7 @@ class DeltaProjection(Linear):
     """
 
     def forward(self, dt: Tensor) -> Tensor:
-        return F.softplus(super().forward(dt))
+        return softplus_linear(dt, self.weight, self.bias)
 
 
 class MambaMixer(nn.Module):

@@ -114,6 +114,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _operation("linear", x)(x, weight, bias)
 
 
+def softplus_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """log(1 + e^y) of y = `linear(x, weight, bias)`."""
+    return _operation("softplus_linear", x)(x, weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., m) over the root of its mean square, computed in x's dtype, times weight (m,), in
     weight's dtype."""

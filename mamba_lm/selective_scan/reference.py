@@ -58,6 +58,10 @@ def causal_conv1d(
 linear = F.linear
 
 
+def softplus_linear(x, weight, bias):
+    return F.softplus(F.linear(x, weight, bias))
+
+
 def rms_norm(x, weight, eps):
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(weight.dtype) * weight
 

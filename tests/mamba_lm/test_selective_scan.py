@@ -1,5 +1,6 @@
 """The CPU kernels against the float64 reference, in output, state and every gradient."""
 
+import functools
 import itertools
 import math
 import sys
@@ -426,29 +427,61 @@ def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     assert cpu.linear(x, weight, offset).requires_grad
 
 
+def of_leaves(function, names, leaves, grad, dtype):
+    """function(*leaves) and the gradient of every leaf, by name."""
+    leaves = [v.to(dtype).requires_grad_() for v in leaves]
+    y = function(*leaves)
+    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
+    return dict(zip(("y", *names), (y.detach(), *grads), strict=True))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 5), (3, 11, 33), (70, 768), (0, 4)], ids=str)
 def test_rms_norm(shape, threads, monkeypatch):
     """Against the definition in float64; the same bits on any number of threads."""
     monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
     torch.manual_seed(0)
     x, weight = torch.randn(shape) * torch.logspace(-3, 2, shape[-1]), torch.randn(shape[-1])
-    g = torch.randn(shape)
 
-    def found(function, dtype):
-        leaves = [v.to(dtype).requires_grad_() for v in (x, weight)]
-        y = function(*leaves, 1e-5)
-        return dict(
-            zip(
-                ("y", "x", "weight"), (y, *torch.autograd.grad(y, leaves, g.to(dtype))), strict=True
-            )
-        )
+    def found(module, dtype):
+        norm = functools.partial(module.rms_norm, eps=1e-5)
+        return of_leaves(norm, ("x", "weight"), (x, weight), torch.ones(shape).cumsum(-1), dtype)
 
-    got = found(cpu.rms_norm, torch.float32)
-    assert_all_close(got, found(reference.rms_norm, torch.float64))
+    got = found(cpu, torch.float32)
+    assert_all_close(got, found(reference, torch.float64))
     threads(3)
-    assert_all_equal(found(cpu.rms_norm, torch.float32), got)
+    assert_all_equal(found(cpu, torch.float32), got)
     mixed = cpu.rms_norm(x, weight.bfloat16(), 1e-5)
     assert torch.equal(mixed, reference.rms_norm(x, weight.bfloat16(), 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 11, 33), (70, 400), (0, 4)], ids=str)
+def test_softplus_linear(shape, threads, monkeypatch):
+    """Against the definition in float64, every entry; the same bits on any number of threads."""
+    monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
+    torch.manual_seed(0)
+    d = shape[-1]
+    inputs = torch.randn(*shape[:-1], 3), torch.randn(d, 3), torch.linspace(-30, 30, d)
+
+    def found(module, dtype):
+        names = ("x", "weight", "bias")
+        return of_leaves(module.softplus_linear, names, inputs, torch.ones(shape), dtype)
+
+    got, want = found(cpu, torch.float32), found(reference, torch.float64)
+    assert_all_close(got, want)
+    torch.testing.assert_close(got["y"].double(), want["y"], rtol=3e-5, atol=0)  # tails too
+    threads(3)
+    assert_all_equal(found(cpu, torch.float32), got)
+    half = cpu.softplus_linear(*(v.bfloat16() for v in inputs))
+    assert half.dtype == torch.bfloat16
+    assert_close(half, want["y"], tolerance=2e-2)
+
+
+@pytest.mark.parametrize("x", [-80.0, -20.0, -7.0, -1.3, -1.2, 0.0, 3.0, 30.0, 200.0])
+def test_the_derivative_of_softplus_keeps_its_digits(x):
+    """Computed from softplus's own value, 1 - e^-y, which cancels where y is small."""
+    bias, x = torch.tensor([x], requires_grad=True), torch.tensor([x], dtype=torch.float64)
+    cpu.softplus_linear(torch.zeros(1, 1), torch.zeros(1, 1), bias).backward(torch.ones(1, 1))
+    torch.testing.assert_close(bias.grad.double(), x.sigmoid(), rtol=2e-6, atol=0)
 
 
 def test_the_kernels_trust_no_types():
@@ -570,7 +603,14 @@ def test_a_missing_backend_names_its_install_command(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, cpu.__name__)
-    for name in ("elementary", "packing", "scan_kernels", "step_kernels", "threads"):
+    for name in (
+        "elementary",
+        "packing",
+        "scan_kernels",
+        "step_kernels",
+        "threads",
+        "token_kernels",
+    ):
         monkeypatch.delitem(sys.modules, f"{cpu.__name__}.{name}")
     load_backend.cache_clear()
     with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):

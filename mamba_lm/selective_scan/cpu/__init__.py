@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.cpu import step_kernels
-from mamba_lm.selective_scan.cpu.norm_kernels import BLOCK, norm_backward, norm_forward
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     CONV_TILE,
@@ -22,6 +21,13 @@ from mamba_lm.selective_scan.cpu.scan_kernels import (
     scan_step,
 )
 from mamba_lm.selective_scan.cpu.threads import give_way, keep_freed_memory, run
+from mamba_lm.selective_scan.cpu.token_kernels import (
+    BLOCK,
+    norm_backward,
+    norm_forward,
+    softplus_backward,
+    softplus_forward,
+)
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
@@ -108,6 +114,28 @@ class _RMSNorm(torch.autograd.Function):
         values = (x, weight, gy.contiguous(), gx, gweight)
         run(norm_backward, tokens, m, ctx.eps, *values, jobs=blocks, work=8 * x.numel())
         return gx, gweight.sum(0), None
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        d, y = len(bias), torch.empty_like(x)
+        tokens = x.numel() // d
+        run(softplus_forward, tokens, d, x, bias, y, jobs=-(-tokens // BLOCK), work=16 * x.numel())
+        ctx.save_for_backward(y)  # which the scan keeps as well
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        (y,) = ctx.saved_tensors
+        d, gx = y.shape[-1], torch.empty_like(y)
+        tokens = y.numel() // d
+        blocks = -(-tokens // BLOCK)
+        gbias = y.new_empty(blocks, d)
+        values = (y, gy.contiguous(), gx, gbias)
+        run(softplus_backward, tokens, d, *values, jobs=blocks, work=16 * y.numel())
+        return gx, gbias.sum(0)
 
 
 def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
@@ -211,6 +239,14 @@ def linear(x, weight, bias=None):
     kernel = step_kernels.few_rows_linear[x.dtype]
     run(kernel, rows, k, out, *values, jobs=out, work=rows * out * k)
     return y.to(x.dtype)
+
+
+def softplus_linear(x, weight, bias):
+    """Arguments and result as `mamba_lm.selective_scan.softplus_linear`."""
+    y = linear(x, weight)
+    if y.dtype == bias.dtype == torch.float32 and bias.shape == y.shape[-1:]:
+        return _Softplus.apply(y, bias.contiguous())
+    return F.softplus(y + bias)
 
 
 def fused_layers(weights):

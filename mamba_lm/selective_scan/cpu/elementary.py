@@ -120,3 +120,18 @@ def softplus(x):
     p = p * square + f32(0.66666315)
     p = p * square + f32(2.0)
     return max(x, f32(0.0)) + s * p
+
+
+@kernel()
+def sigmoid_of_softplus(y):
+    """sigmoid(x), the derivative of softplus, where y = softplus(x): 1 - e^-y, within some ulp.
+
+    Where y is small that difference would have few digits left: there by its Taylor polynomial.
+    """
+    p = f32(1 / 720)
+    p = p * -y + f32(1 / 120)
+    p = p * -y + f32(1 / 24)
+    p = p * -y + f32(1 / 6)
+    p = p * -y + f32(1 / 2)
+    p = p * -y + f32(1.0)
+    return p * y if y < f32(0.25) else f32(1.0) - exp2(-LOG2E * y)

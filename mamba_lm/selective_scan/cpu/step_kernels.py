@@ -21,7 +21,6 @@ from mamba_lm.selective_scan.cpu.elementary import (
     softplus,
     to_float,
 )
-from mamba_lm.selective_scan.cpu.norm_kernels import normalize
 from mamba_lm.selective_scan.cpu.packing import (
     next_jobs,
     next_of_phase,
@@ -30,6 +29,7 @@ from mamba_lm.selective_scan.cpu.packing import (
     unpacked,
     wait_for_phase,
 )
+from mamba_lm.selective_scan.cpu.token_kernels import normalize
 
 
 @reduction_kernel()

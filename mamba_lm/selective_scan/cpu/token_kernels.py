@@ -1,4 +1,6 @@
-"""RMS norm, forward and backward, in float32: one pass over main memory where torch takes several.
+"""What is done to each token by itself: RMS norm and softplus, forward and backward, in float32.
+
+One pass over main memory, where torch's own operations take several.
 
 A job is `BLOCK` tokens; arrays come flat.
 """
@@ -12,6 +14,8 @@ from mamba_lm.selective_scan.cpu.elementary import (
     kernel,
     part,
     reduction_kernel,
+    sigmoid_of_softplus,
+    softplus,
 )
 from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked
 
@@ -57,6 +61,27 @@ def _norm_backward(jobs, tokens, m, eps, x, weight, gy, gx, gweight):
                 gx_t[c] = scale * (gy_t[c] * weight[c] - along * normed[c])
 
 
+@kernel()
+def _softplus_forward(jobs, tokens, d, x, bias, y):
+    for t in range(jobs[0] * BLOCK, min(jobs[1] * BLOCK, tokens)):
+        x_t, y_t = part(x, t, d, 0, d), part(y, t, d, 0, d)
+        for c in range(d):
+            y_t[c] = softplus(x_t[c] + bias[c])
+
+
+@kernel()
+def _softplus_backward(jobs, tokens, d, y, gy, gx, gbias):
+    """gbias (blocks, d) are partial sums."""
+    for job in range(jobs[0], jobs[1]):
+        gbias_j = part(gbias, job, d, 0, d)
+        gbias_j[:] = f32(0.0)
+        for t in range(job * BLOCK, min((job + 1) * BLOCK, tokens)):
+            y_t, gy_t, gx_t = part(y, t, d, 0, d), part(gy, t, d, 0, d), part(gx, t, d, 0, d)
+            for c in range(d):
+                gx_t[c] = gy_t[c] * sigmoid_of_softplus(y_t[c])
+                gbias_j[c] += gx_t[c]
+
+
 def norm_forward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
@@ -68,4 +93,18 @@ def norm_backward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
         _norm_backward(jobs, *unpacked(packed, "ii e f f f f f"))
+        jobs = next_jobs(packed)
+
+
+def softplus_forward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _softplus_forward(jobs, *unpacked(packed, "ii f f f"))
+        jobs = next_jobs(packed)
+
+
+def softplus_backward(packed):
+    jobs = next_jobs(packed)
+    while jobs[0] < jobs[1]:
+        _softplus_backward(jobs, *unpacked(packed, "ii f f f f"))
         jobs = next_jobs(packed)
