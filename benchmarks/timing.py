@@ -4,10 +4,13 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import resource
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -93,8 +96,16 @@ _contender: Contender  # of this process, if it is a worker
 
 def _start(prepare: Callable[..., Contender], args: tuple) -> tuple[int, int]:
     global _contender
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: the parent tells
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _contender = prepare(*args)
     return _contender.items, _contender.tokens
+
+
+def _end_with_parent() -> None:
+    """If that is killed, nothing else ends a worker and gives its memory back."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _timed() -> float:

@@ -602,16 +602,8 @@ def test_an_unknown_backend_names_the_known_ones(monkeypatch):
 def test_a_missing_backend_names_its_install_command(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, cpu.__name__)
-    for name in (
-        "elementary",
-        "packing",
-        "scan_kernels",
-        "step_kernels",
-        "threads",
-        "token_kernels",
-    ):
-        monkeypatch.delitem(sys.modules, f"{cpu.__name__}.{name}")
+    for name in [name for name in sys.modules if name.startswith(cpu.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
     load_backend.cache_clear()
     with pytest.raises(UserError, match=r"cpu selective scan is not installed.*pip install numba"):
         selective_scan_module.selective_scan(**scan_inputs(1, 3, 2, 2))

@@ -9,13 +9,12 @@ from torch.autograd.function import once_differentiable
 
 from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.cpu import step_kernels
+from mamba_lm.selective_scan.cpu.conv_kernels import TILE as CONV_TILE
+from mamba_lm.selective_scan.cpu.conv_kernels import conv_backward, conv_forward
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
-    CONV_TILE,
     GROUP,
     TILE,
-    conv_backward,
-    conv_forward,
     scan_backward,
     scan_forward,
     scan_step,

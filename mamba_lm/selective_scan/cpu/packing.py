@@ -1,6 +1,8 @@
 """What a kernel is called with: one array of integers, tensors in it as addresses.
 
 `threads.run` packs it, `unpacked` takes it apart, `next_jobs` draws the caller's share of the work.
+What threads run is a function of that array, which does shares of a kernel's jobs until none is
+left. Those functions are written out: Numba would keep no closure on disk that made them.
 """
 
 import numba

@@ -1,4 +1,4 @@
-"""The scan and the convolution over whole rows, forward and backward, in float32.
+"""The scan over whole rows and over one step, forward and backward, in float32.
 
 A job is one row of the batch and one tile of `TILE` channels, read in chunks of `CHUNK` steps, so
 that all it touches stays in the processor's nearest caches. Every inner loop runs over the channels
@@ -31,8 +31,6 @@ from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked
 
 TILE = 128
 CHUNK = 32
-CONV_TILE = 384  # wider, since memory limits it: longer pieces of a token come faster
-
 GROUP = 4  # states in a loop; those beyond n stay 0
 
 # Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
@@ -106,7 +104,8 @@ def _scan_forward(
             for s in range(steps):
                 _load_step(w[s], x, xs, delta, ds, D, step + s, first, width)
             for g in range(groups):
-                _advance(own[g], w, B, bs, C, cs, g, step, steps, width)
+                B_g, C_g = B[step * bs + GROUP * g :], C[step * cs + GROUP * g :]
+                _advance(own[g], w, B_g, bs, C_g, cs, steps, width)
             for s in range(steps):
                 y_s, out_s = part(y, step + s, d, first, width), w[s, _OUT]
                 if z.size > 0:
@@ -120,14 +119,14 @@ def _scan_forward(
 
 
 @numba.njit(inline="always")
-def _advance(own_g, w, B, bs, C, cs, g, step, steps, width):
-    """A group's states over a chunk."""
+def _advance(own_g, w, B, bs, C, cs, steps, width):
+    """A group's states over the steps of a chunk; B and C from its values at the first on."""
     a0, a1, a2, a3 = _four(own_g[_A], 0)
     h0, h1, h2, h3 = _four(own_g[_H], 0)
     for s in range(steps):
         delta_s, update_s, out_s = w[s, _DELTA], w[s, _UPDATE], w[s, _OUT]
-        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
-        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        b0, b1, b2, b3 = _four(B, s * bs)
+        c0, c1, c2, c3 = _four(C, s * cs)
         for c in range(width):
             delta, update = delta_s[c], update_s[c]
             next0 = exp2(delta * a0[c]) * h0[c] + update * b0
@@ -172,9 +171,10 @@ def _scan_backward(
     gy, gfinal, gx, gdelta, gz, gA, gB, gC, gD, ginitial,
 ):  # fmt: skip
     """Jobs [start, stop) of the scan's gradient. gA (rows, n, d), gD (rows, d) and gB, gC
-    (tiles, tokens, groups * GROUP) are partial sums, so that threads share nothing and the result
-    does not depend on their number; the latter two come as zeros."""
+    (tiles, tokens, gs) are partial sums, so that threads share nothing and the result does not
+    depend on their number; the latter two come as zeros."""
     groups = -(-n // GROUP)
+    gs = groups * GROUP
     own = np.zeros((groups, 3, GROUP, TILE), f32)
     w = np.empty((CHUNK + 1, _BACKWARD_ROWS, TILE), f32)
     for job in range(jobs[0], jobs[1]):
@@ -212,10 +212,10 @@ def _scan_backward(
                         w[0, _STATE + k, :width] = part(saved, at, d, first, width)
                     else:
                         w[0, _STATE + k] = f32(0.0)
-                gB_g = gB[(tile * tokens + step) * groups * GROUP + g * GROUP :]
-                gC_g = gC[(tile * tokens + step) * groups * GROUP + g * GROUP :]
-                _replay(own[g], w, B, bs, C, cs, g, step, steps, width, gC_g, groups * GROUP)
-                _reverse(own[g], w, B, bs, C, cs, g, step, steps, width, gB_g, groups * GROUP)
+                B_g, C_g = B[step * bs + GROUP * g :], C[step * cs + GROUP * g :]
+                at = (tile * tokens + step) * gs + GROUP * g
+                _replay(own[g], w, B_g, bs, C_g, cs, gC[at:], gs, steps, width)
+                _reverse(own[g], w, B_g, bs, C_g, cs, gB[at:], gs, steps, width)
             for s in range(steps):
                 x_s, delta_s = part(x, step + s, xs, first, width), w[s, _DELTA]
                 gx_s, gdelta_s = (
@@ -237,8 +237,8 @@ def _scan_backward(
 
 
 @numba.njit(inline="always")
-def _replay(own_g, w, B, bs, C, cs, g, step, steps, width, gC, gs):
-    """As _advance, each step's states and decays kept; the gradient of C on the way."""
+def _replay(own_g, w, B, bs, C, cs, gC, gs, steps, width):
+    """As _advance, with each step's states and decays kept; the gradient of C on the way."""
     a0, a1, a2, a3 = _four(own_g[_A], 0)
     for s in range(steps):
         w_s = w[s]
@@ -246,8 +246,8 @@ def _replay(own_g, w, B, bs, C, cs, g, step, steps, width, gC, gs):
         h0, h1, h2, h3 = _four(w_s, _STATE)
         after0, after1, after2, after3 = _four(w[s + 1], _STATE)
         kept0, kept1, kept2, kept3 = _four(w_s, _DECAY)
-        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
-        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        b0, b1, b2, b3 = _four(B, s * bs)
+        c0, c1, c2, c3 = _four(C, s * cs)
         gc0, gc1, gc2, gc3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
         for c in range(width):
             delta, update, gout = delta_s[c], update_s[c], gout_s[c]
@@ -266,7 +266,7 @@ def _replay(own_g, w, B, bs, C, cs, g, step, steps, width, gC, gs):
 
 
 @numba.njit(inline="always")
-def _reverse(own_g, w, B, bs, C, cs, g, step, steps, width, gB, gs):
+def _reverse(own_g, w, B, bs, C, cs, gB, gs, steps, width):
     """A group's gradients back over a chunk, from what _replay kept."""
     a0, a1, a2, a3 = _four(own_g[_A], 0)
     gh0, gh1, gh2, gh3 = _four(own_g[_H], 0)
@@ -277,8 +277,8 @@ def _reverse(own_g, w, B, bs, C, cs, g, step, steps, width, gB, gs):
         ginput_s, gexponent_s = w_s[_GINPUT], w_s[_GEXPONENT]
         h0, h1, h2, h3 = _four(w_s, _STATE)
         decay0, decay1, decay2, decay3 = _four(w_s, _DECAY)
-        b0, b1, b2, b3 = _four(B, (step + s) * bs + GROUP * g)
-        c0, c1, c2, c3 = _four(C, (step + s) * cs + GROUP * g)
+        b0, b1, b2, b3 = _four(B, s * bs)
+        c0, c1, c2, c3 = _four(C, s * cs)
         gb0, gb1, gb2, gb3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
         for c in range(width):
             delta, update, gout = delta_s[c], update_s[c], gout_s[c]
@@ -304,116 +304,6 @@ def _reverse(own_g, w, B, bs, C, cs, g, step, steps, width, gB, gs):
         gB[s * gs], gB[s * gs + 1], gB[s * gs + 2], gB[s * gs + 3] = gb0, gb1, gb2, gb3
 
 
-# The convolution's taps come in fours, so that a sum stays in registers: weight (pad + w, d) begins
-# with pad = -w % 4 rows of zeros, which meet zeros. Tap k meets the input at step t - (w - 1) + k.
-
-
-@kernel()
-def _conv_forward(jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, y):
-    """Jobs [start, stop) of SiLU(conv(x)); tail (rows, w - 1, d) flat."""
-    zeros, total = np.zeros(CONV_TILE, f32), np.empty(CONV_TILE, f32)
-    for job in range(jobs[0], jobs[1]):
-        row, first = job % rows, job // rows * CONV_TILE
-        width, start = min(CONV_TILE, d - first), starts[row]
-        for t in range(lengths[row]):
-            _convolve(total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width)
-            y_t = part(y, start + t, d, first, width)
-            for c in range(width):
-                y_t[c] = total[c] * sigmoid(total[c])
-
-
-@kernel()
-def _convolve(total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width):
-    """The convolution at step t of a row, bias included, into total."""
-    pad = -w % 4
-    total[:width] = bias[first : first + width]
-    for k in range(-pad, w, 4):
-        x0 = _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width)
-        x1 = _input(t, k + 1, row, start, x, xs, tail, w, zeros, d, first, width)
-        x2 = _input(t, k + 2, row, start, x, xs, tail, w, zeros, d, first, width)
-        x3 = _input(t, k + 3, row, start, x, xs, tail, w, zeros, d, first, width)
-        _add_four_products(total, weight, k + pad, x0, x1, x2, x3, d, first, width)
-
-
-@numba.njit(inline="always")
-def _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width):
-    """What tap k meets at step t of a row: from x, the tail before it, or 0."""
-    at = t + k - (w - 1)
-    if k >= 0 and at >= 0:
-        return part(x, start + at, xs, first, width)
-    if k >= 0 and tail.size > 0:
-        return part(tail, row * (w - 1) + at + w - 1, d, first, width)
-    return zeros[:width]
-
-
-@kernel()
-def _add_four_products(total, weight, k, x0, x1, x2, x3, d, first, width):
-    tap0, tap1 = part(weight, k, d, first, width), part(weight, k + 1, d, first, width)
-    tap2, tap3 = part(weight, k + 2, d, first, width), part(weight, k + 3, d, first, width)
-    for c in range(width):
-        total[c] += tap0[c] * x0[c] + tap1[c] * x1[c] + tap2[c] * x2[c] + tap3[c] * x3[c]
-
-
-@kernel()
-def _conv_backward(
-    jobs, rows, d, w, x, xs, weight, bias, tail, starts, lengths, gy, gx, gweight, gbias, gtail
-):
-    """Jobs [start, stop) of the convolution's gradient; gweight (rows, w, d), gbias (rows, d) are
-    partial sums over the rows."""
-    pad = -w % 4
-    zeros, total = np.zeros(CONV_TILE, f32), np.empty(CONV_TILE, f32)
-    gtaps = np.empty((pad + w, CONV_TILE), f32)
-    # The gradients of the convolution at the present step and those after it, by step modulo w.
-    later = np.empty((w, CONV_TILE), f32)
-    for job in range(jobs[0], jobs[1]):
-        row, first = job % rows, job // rows * CONV_TILE
-        width, start = min(CONV_TILE, d - first), starts[row]
-        gbias_t = part(gbias, row, d, first, width)
-        gbias_t[:], gtaps[:], later[:] = f32(0.0), f32(0.0), f32(0.0)
-        for t in range(lengths[row] - 1, -w if tail.size > 0 else -1, -1):
-            g = later[t % w]
-            if t >= 0:
-                _convolve(
-                    total, t, row, start, x, xs, weight, bias, tail, w, zeros, d, first, width
-                )
-                gy_t = part(gy, start + t, d, first, width)
-                for c in range(width):
-                    gate = sigmoid(total[c])
-                    g[c] = gy_t[c] * (gate + total[c] * gate * (f32(1.0) - gate))
-                    gbias_t[c] += g[c]
-                for k in range(-pad, w, 4):
-                    x0 = _input(t, k, row, start, x, xs, tail, w, zeros, d, first, width)
-                    x1 = _input(t, k + 1, row, start, x, xs, tail, w, zeros, d, first, width)
-                    x2 = _input(t, k + 2, row, start, x, xs, tail, w, zeros, d, first, width)
-                    x3 = _input(t, k + 3, row, start, x, xs, tail, w, zeros, d, first, width)
-                    gtap = gtaps[k + pad : k + pad + 4]
-                    for c in range(width):
-                        gtap[0, c] += g[c] * x0[c]
-                        gtap[1, c] += g[c] * x1[c]
-                        gtap[2, c] += g[c] * x2[c]
-                        gtap[3, c] += g[c] * x3[c]
-            else:
-                g[:] = f32(0.0)
-            total[:] = f32(0.0)
-            for k in range(-pad, w, 4):
-                # The input at step t met tap k at step t + w - 1 - k.
-                g0 = later[(t + w - 1 - k) % w] if k >= 0 else zeros
-                g1 = later[(t + w - 2 - k) % w] if k >= -1 else zeros
-                g2 = later[(t + w - 3 - k) % w] if k >= -2 else zeros
-                g3 = later[(t + w - 4 - k) % w]
-                _add_four_products(total, weight, k + pad, g0, g1, g2, g3, d, first, width)
-            if t >= 0:
-                part(gx, start + t, d, first, width)[:] = total[:width]
-            else:
-                part(gtail, row * (w - 1) + t + w - 1, d, first, width)[:] = total[:width]
-        for k in range(w):
-            part(gweight, row * w + k, d, first, width)[:] = gtaps[pad + k, :width]
-
-
-# What threads run: shares of the jobs until none is left. A word of kinds is an argument or two of
-# the kernel. Written out, since Numba would keep no closure on disk that made them.
-
-
 def scan_forward(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
@@ -434,18 +324,4 @@ def scan_step(packed):
     jobs = next_jobs(packed)
     while jobs[0] < jobs[1]:
         _scan_step(jobs, *unpacked(packed, "i i i fi fi f fi fi f fi f f f"))
-        jobs = next_jobs(packed)
-
-
-def conv_forward(packed):
-    jobs = next_jobs(packed)
-    while jobs[0] < jobs[1]:
-        _conv_forward(jobs, *unpacked(packed, "i i i fi f f f l l f"))
-        jobs = next_jobs(packed)
-
-
-def conv_backward(packed):
-    jobs = next_jobs(packed)
-    while jobs[0] < jobs[1]:
-        _conv_backward(jobs, *unpacked(packed, "i i i fi f f f l l f f f f f"))
         jobs = next_jobs(packed)
