@@ -1,6 +1,7 @@
 """What the benchmarks share: peers timed in alternation, a table with ratios, the same as JSON."""
 
 import argparse
+import atexit
 import importlib.util
 import json
 import multiprocessing
@@ -71,6 +72,7 @@ class Worker:
     def __init__(self, prepare: Callable[..., Contender], *args):
         """prepare: importable by name; makes the contender from args, in the process."""
         self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        atexit.register(self.process.shutdown)  # held till then: else collected amid Python's exit
         self.sizes = self.process.submit(_start, prepare, args)  # workers start side by side
 
     @property
