@@ -51,7 +51,7 @@ def main(args) -> None:
         args.n_layer, args.batch_size, args.rounds = 1, 16, 1
     names = [SHARED, UNSHARED]
     if installed("mambapy"):
-        names += [f"{MAMBAPY} of {size}" for size in ((8,) if args.quick else (1, 2, 8))]
+        names += [f"{MAMBAPY} of {size}" for size in ((2,) if args.quick else (1, 2, 4))]
     examples, contexts = batch(args.data, args.tokenizer, args.batch_size)
     workers = {name: Worker(prepare, name, examples, args.n_layer) for name in names}
     report(

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +78,26 @@ class Worker:
     @property
     def items(self) -> int:
         """Of a call; waits until the contender is made, raises what went wrong with it."""
-        return self.sizes.result()[0]
+        return _result(self.sizes)[0]
 
     @property
     def tokens(self) -> int:
-        return self.sizes.result()[1]
+        return _result(self.sizes)[1]
 
     def time(self) -> float:
         """Seconds of one call."""
-        return self.process.submit(_timed).result()
+        return _result(self.process.submit(_timed))
 
     def peak_growth(self) -> int:
         """Bytes by which one call raises the process's resident memory at its peak."""
-        return self.process.submit(_peak_growth).result()
+        return _result(self.process.submit(_peak_growth))
+
+
+def _result(future: Future):
+    try:
+        return future.result()
+    except BrokenExecutor as error:
+        raise UserError("a contender's process was killed: is the memory enough?") from error
 
 
 _contender: Contender  # of this process, if it is a worker

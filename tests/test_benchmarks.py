@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -143,6 +145,16 @@ def no_contender() -> timing.Contender:
 def test_what_goes_wrong_in_a_worker_is_told():
     worker = timing.Worker(no_contender)
     with pytest.raises(UserError, match="nosuch: no tokenizer"):
+        worker.items  # noqa: B018
+
+
+def kill_this_process() -> timing.Contender:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told():
+    worker = timing.Worker(kill_this_process)
+    with pytest.raises(UserError, match="was killed: is the memory enough"):
         worker.items  # noqa: B018
 
 
