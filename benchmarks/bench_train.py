@@ -42,7 +42,7 @@ def parse_args():
     parser = parse_benchmark_args(__doc__, EMBEDDED)
     parser.add_argument("--n_layer", type=positive_int, default=12, help="default: 12")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="default: 32")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
+    parser.add_argument("--rounds", type=positive_int, default=2, help="default: 2")
     return parser.parse_args()
 
 
@@ -57,7 +57,7 @@ def main(args) -> None:
     report(
         f"{len(examples)} examples on {contexts} contexts, d_model {WIDTH}, {args.n_layer} layers, "
         "float32",
-        rows_per_item(workers, SHARED, args.rounds, patience=20),
+        rows_per_item(workers, SHARED, args.rounds, patience=150),
         args.json,
     )
 
