@@ -244,7 +244,7 @@ def softplus_linear(x, weight, bias):
     """Arguments and result as `mamba_lm.selective_scan.softplus_linear`."""
     y = linear(x, weight)
     if y.dtype == bias.dtype == torch.float32 and bias.shape == y.shape[-1:]:
-        return _Softplus.apply(y, bias.contiguous())
+        return _Softplus.apply(y.contiguous(), bias.contiguous())
     return F.softplus(y + bias)
 
 
