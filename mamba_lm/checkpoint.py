@@ -31,7 +31,7 @@ NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_HUB_TOKENIZER_FILES = ["*.json", "tokenizer*", "vocab*", "merges.txt"]
+_HUB_TOKENIZER_FILES = ["*.json", "*.model", "tokenizer*", "vocab*", "merges.txt"]
 _UNREADABLE = (
     SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """The CPU kernels against the float64 reference, in output, state and every gradient."""
 
-import functools
 import itertools
 import math
 import sys
@@ -427,29 +426,17 @@ def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     assert cpu.linear(x, weight, offset).requires_grad
 
 
-def of_leaves(function, names, leaves, grad, dtype):
-    """function(*leaves) and the gradient of every leaf, by name."""
-    leaves = [v.to(dtype).requires_grad_() for v in leaves]
-    y = function(*leaves)
-    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
-    return dict(zip(("y", *names), (y.detach(), *grads), strict=True))
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 5), (3, 11, 33), (70, 768), (0, 4)], ids=str)
 def test_rms_norm(shape, threads, monkeypatch):
     """Against the definition in float64; the same bits on any number of threads."""
     monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
     torch.manual_seed(0)
     x, weight = torch.randn(shape) * torch.logspace(-3, 2, shape[-1]), torch.randn(shape[-1])
-
-    def found(module, dtype):
-        norm = functools.partial(module.rms_norm, eps=1e-5)
-        return of_leaves(norm, ("x", "weight"), (x, weight), torch.ones(shape).cumsum(-1), dtype)
-
-    got = found(cpu, torch.float32)
-    assert_all_close(got, found(reference, torch.float64))
+    inputs = {"x": x, "weight": weight}
+    got = gradients(cpu.rms_norm, inputs, eps=1e-5)
+    assert_all_close(got, gradients(reference.rms_norm, inputs, eps=1e-5, dtype=torch.float64))
     threads(3)
-    assert_all_equal(found(cpu, torch.float32), got)
+    assert_all_equal(gradients(cpu.rms_norm, inputs, eps=1e-5), got)
     mixed = cpu.rms_norm(x, weight.bfloat16(), 1e-5)
     assert torch.equal(mixed, reference.rms_norm(x, weight.bfloat16(), 1e-5))
 
@@ -460,20 +447,18 @@ def test_softplus_linear(shape, threads, monkeypatch):
     monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
     torch.manual_seed(0)
     d = shape[-1]
-    inputs = torch.randn(*shape[:-1], 3), torch.randn(d, 3), torch.linspace(-30, 30, d)
-
-    def found(module, dtype):
-        names = ("x", "weight", "bias")
-        return of_leaves(module.softplus_linear, names, inputs, torch.ones(shape), dtype)
-
-    got, want = found(cpu, torch.float32), found(reference, torch.float64)
+    x, weight = torch.randn(*shape[:-1], 3), torch.randn(d, 3)
+    inputs = {"x": x, "weight": weight, "bias": torch.linspace(-30, 30, d)}
+    got = gradients(cpu.softplus_linear, inputs)
+    want = gradients(reference.softplus_linear, inputs, dtype=torch.float64)
     assert_all_close(got, want)
-    torch.testing.assert_close(got["y"].double(), want["y"], rtol=3e-5, atol=0)  # tails too
+    y = want["result 0"]
+    torch.testing.assert_close(got["result 0"].double(), y, rtol=3e-5, atol=0)  # the tails too
     threads(3)
-    assert_all_equal(found(cpu, torch.float32), got)
-    half = cpu.softplus_linear(*(v.bfloat16() for v in inputs))
+    assert_all_equal(gradients(cpu.softplus_linear, inputs), got)
+    half = cpu.softplus_linear(**{name: v.bfloat16() for name, v in inputs.items()})
     assert half.dtype == torch.bfloat16
-    assert_close(half, want["y"], tolerance=2e-2)
+    assert_close(half, y, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("x", [-80.0, -20.0, -7.0, -1.3, -1.2, 0.0, 3.0, 30.0, 200.0])
