@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import mamba_lm.selective_scan as selective_scan_module
 from errors import UserError
 from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
+from mamba_lm.selective_scan.cpu import products
 from mamba_lm.selective_scan.cpu import threads as cpu_threads
 
 # (l, d, n): lengths around the kernels' chunks of 32 steps, widths around their tiles of 128.
@@ -424,6 +425,41 @@ def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     weight.requires_grad_()
     assert torch.equal(cpu.linear(x, weight, offset), F.linear(x, weight, offset))
     assert cpu.linear(x, weight, offset).requires_grad
+
+
+@pytest.mark.parametrize("rows", [(33,), (48,), (256,), (257,), (3, 181)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_with_a_large_weight(rows, bias, monkeypatch):
+    """In outputs and gradients against float64; oneDNN, which forgets none, sees few sizes."""
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(*rows, 768), "weight": torch.randn(768, 768)}
+    if bias:
+        inputs["bias"] = torch.randn(768)
+    sizes = []
+
+    def counted(x, *others, product=products._onednn_linear):
+        sizes.append(len(x))
+        return product(x, *others)
+
+    monkeypatch.setattr(products, "_onednn_linear", counted)
+    got = gradients(cpu.linear, inputs)
+    assert_all_close(got, gradients(reference.linear, inputs, dtype=torch.float64))
+    assert sizes and all(size in range(16, 257, 16) for size in sizes)
+    assert_all_equal(gradients(cpu.linear, inputs), got)
+
+    wide = torch.randn(*rows, 2 * 768)
+    frozen = {"weight": inputs["weight"], "bias": inputs.get("bias")}
+    of_half = gradients(lambda wide: cpu.linear(wide[..., 768:], **frozen), {"wide": wide})
+    want = cpu.linear(wide[..., 768:].contiguous(), **frozen)
+    assert torch.equal(of_half["result 0"], want)
+    assert not of_half["wide"][..., :768].any()
+    assert torch.equal(of_half["wide"][..., 768:], got["x"])  # of the same random gradients
+
+
+def test_products_without_onednn(monkeypatch):
+    x, weight = torch.randn(40, 768), torch.randn(768, 768)
+    monkeypatch.setattr(products, "_onednn_linear", None)
+    assert torch.equal(cpu.linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), (3, 11, 33), (70, 768), (0, 4)], ids=str)

@@ -11,6 +11,7 @@ from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.cpu import step_kernels
 from mamba_lm.selective_scan.cpu.conv_kernels import TILE as CONV_TILE
 from mamba_lm.selective_scan.cpu.conv_kernels import conv_backward, conv_forward
+from mamba_lm.selective_scan.cpu.products import FEW_ROWS, are_alike, linear, needs_grad
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     GROUP,
@@ -29,9 +30,6 @@ from mamba_lm.selective_scan.cpu.token_kernels import (
 )
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
-
-# Up to here the kernel for few rows is faster than torch's matrix product.
-_FEW_ROWS = 32
 
 keep_freed_memory()
 
@@ -141,10 +139,10 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
     is_step = x.dim() == 3 and x.shape[1] == 1 and lengths is None and initial_state is not None
-    if is_step and not _needs_grad(floats):
+    if is_step and not needs_grad(floats):
         y, final_state = _one_step(*floats)
     else:
-        scan = _SelectiveScan.apply if _needs_grad(floats) else _scan
+        scan = _SelectiveScan.apply if needs_grad(floats) else _scan
         y, final_state = scan(*floats, *_places(x, lengths))
     return y.to(x.dtype), final_state
 
@@ -184,7 +182,7 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
     )
     tail = None if initial_tail is None else initial_tail.float().contiguous()
     inputs, places = (x.float(), weight.float(), bias, tail), _places(x, lengths)
-    if _needs_grad(inputs):
+    if needs_grad(inputs):
         y = _CausalConv1d.apply(*inputs, *places)
     else:
         y = _convolution(*inputs, *places)
@@ -215,31 +213,6 @@ def rms_norm(x, weight, eps):
     return reference.rms_norm(x, weight, eps)
 
 
-def linear(x, weight, bias=None):
-    """Arguments and results as `mamba_lm.selective_scan.linear`.
-
-    torch's products of a few rows reach half the memory's bandwidth at best.
-    """
-    rows, (out, k) = x.shape[:-1].numel(), weight.shape
-    given = [v for v in (x, weight, bias) if v is not None]
-    is_few = (
-        0 < rows <= _FEW_ROWS
-        and _are_alike(given)
-        and x.shape[-1] == k
-        and (bias is None or bias.shape == (out,))
-        and not torch.is_autocast_enabled("cpu")
-        and not _needs_grad(given)
-    )
-    if not is_few:
-        return F.linear(x, weight, bias)
-    y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
-    bias = bias if bias is None else bias.contiguous()
-    values = (x.float().contiguous(), weight.contiguous(), bias, y)
-    kernel = step_kernels.few_rows_linear[x.dtype]
-    run(kernel, rows, k, out, *values, jobs=out, work=rows * out * k)
-    return y.to(x.dtype)
-
-
 def softplus_linear(x, weight, bias):
     """Arguments and result as `mamba_lm.selective_scan.softplus_linear`."""
     y = linear(x, weight)
@@ -263,7 +236,7 @@ def fused_layers(weights):
     (norm_eps, bcdt_rms_eps), *others = {of_layer[:2] for of_layer in weights}
     parameters = [p for of_layer in weights for p in of_layer[2:]]
     fit = (p is None or p.shape == s for p, s in zip(parameters, shapes * n_layer, strict=True))
-    if others or not all(fit) or not _are_alike([p for p in parameters if p is not None]):
+    if others or not all(fit) or not are_alike([p for p in parameters if p is not None]):
         return None
     parameters = [None if p is None else p.contiguous() for p in parameters]
     weight_table = _addresses(parameters)
@@ -271,13 +244,13 @@ def fused_layers(weights):
     def step(residual, convs, ssms):
         b = len(residual)
         if (
-            not 0 < b <= _FEW_ROWS
+            not 0 < b <= FEW_ROWS
             or residual.dtype != torch.float32
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or not len(convs) == len(ssms) == n_layer
-            or not all(v.shape == (b, w - 1, d) and _are_alike([v, parameters[0]]) for v in convs)
-            or not all(v.shape == (b, n, d) and _are_alike([v, residual]) for v in ssms)
+            or not all(v.shape == (b, w - 1, d) and are_alike([v, parameters[0]]) for v in convs)
+            or not all(v.shape == (b, n, d) and are_alike([v, residual]) for v in ssms)
         ):
             return None
         convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
@@ -306,22 +279,10 @@ def _addresses(tensors: Iterable[Tensor | None]) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
-def _are_alike(tensors: list[Tensor]) -> bool:
-    """Whether all are of one format that the kernels for few rows read."""
-    dtype = tensors[0].dtype
-    return dtype in (torch.float32, torch.bfloat16) and all(
-        v.dtype == dtype and v.is_cpu for v in tensors
-    )
-
-
 def _outputs(x: Tensor, lengths: Tensor) -> Tensor:
     """Room for results as x: kernels write where tokens are, zeros stay in the padding."""
     is_padded = int(lengths.sum()) < x.shape[:-1].numel()
     return x.new_zeros(x.shape) if is_padded else x.new_empty(x.shape)
-
-
-def _needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:

@@ -1,0 +1,90 @@
+"""The CPU backend's matrix products, each by what is fastest at its size."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba_lm.selective_scan.cpu import step_kernels
+from mamba_lm.selective_scan.cpu.threads import run
+
+FEW_ROWS = 32  # up to here our kernel is faster than torch's products
+
+# With so many elements in the weight, oneDNN is faster than the BLAS that F.linear takes: by a
+# quarter to a half with 64 to 256 rows, by a tenth with more (beside MKL, on an AMD processor).
+_LARGE = 1 << 19
+# oneDNN keeps for good what it compiles for a number of rows, and the heap grows around that, to
+# gigabytes after hundreds of such numbers. So there are sixteen: more rows come in blocks, padded.
+_BLOCK, _STEP = 256, 16
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def linear(x, weight, bias=None):
+    """Arguments and result as `mamba_lm.selective_scan.linear`."""
+    rows, (out, k) = x.shape[:-1].numel(), weight.shape
+    given = [v for v in (x, weight, bias) if v is not None]
+    is_plain = (
+        rows > 0
+        and are_alike(given)
+        and x.shape[-1] == k
+        and (bias is None or bias.shape == (out,))
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if is_plain and rows <= FEW_ROWS and not needs_grad(given):
+        return _few_rows_linear(x, weight, bias)
+    is_large = rows > FEW_ROWS and weight.numel() >= _LARGE and x.dtype == torch.float32
+    if is_plain and is_large and _onednn_linear is not None:
+        y = _LargeProduct.apply(x.reshape(rows, k), weight)
+        return (y if bias is None else y + bias).view(*x.shape[:-1], out)
+    return F.linear(x, weight, bias)
+
+
+def _few_rows_linear(x, weight, bias):
+    """By the kernel for decoding: torch's products reach half the memory's bandwidth at best."""
+    rows, (out, k) = x.shape[:-1].numel(), weight.shape
+    y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
+    bias = bias if bias is None else bias.contiguous()
+    values = (x.float().contiguous(), weight.contiguous(), bias, y)
+    kernel = step_kernels.few_rows_linear[x.dtype]
+    run(kernel, rows, k, out, *values, jobs=out, work=rows * out * k)
+    return y.to(x.dtype)
+
+
+class _LargeProduct(torch.autograd.Function):
+    """x (rows, k) times weight (out, k), transposed. The weight's gradient is as fast by torch."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _in_blocks(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, weight = ctx.saved_tensors
+        needs_gx, needs_gweight = ctx.needs_input_grad
+        gx = _in_blocks(gy, weight.T) if needs_gx else None
+        return gx, gy.T @ x if needs_gweight else None
+
+
+def _in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    for x_block, y_block in zip(x.split(_BLOCK), y.split(_BLOCK), strict=True):
+        rows = len(x_block)
+        padded = F.pad(x_block, (0, 0, 0, -rows % _STEP))
+        y_block.copy_(_onednn_linear(padded, weight, None, "none", [], "")[:rows])
+    return y
+
+
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+
+
+def are_alike(tensors: list[Tensor]) -> bool:
+    """Whether all are of one format that the kernels for few rows read."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.bfloat16) and all(
+        v.dtype == dtype and v.is_cpu for v in tensors
+    )
