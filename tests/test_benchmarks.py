@@ -61,9 +61,9 @@ def test_bench_model(in_process, monkeypatch, tmp_path, capsys):
     shape = ("--d_model", 32, "--batch", 1, "--length", 9, "--n_layer", 2, "--rounds", 3)
     run(bench_model, monkeypatch, *shape, "--json", path)
     rows = rows_of(path)
-    for name in ("matrix products", "ours", "transformers"):
+    for name in ("torch's products", "our products", "ours", "transformers"):
         assert {f"{name}, forward", f"{name}, forward + backward"} <= rows.keys()
-    assert rows["matrix products, forward"]["ratio"] == 1.0
+    assert rows["torch's products, forward"]["ratio"] == 1.0
     assert rows["ours, forward + backward"]["memory_MB"] == 3.0
     assert "ours, forward + backward" in capsys.readouterr().out
 
