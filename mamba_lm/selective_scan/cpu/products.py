@@ -70,12 +70,19 @@ class _LargeProduct(torch.autograd.Function):
 
 
 def _in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    if len(x) <= _BLOCK:
+        return _by_onednn(x, weight)
     y = x.new_empty(len(x), len(weight))
     for x_block, y_block in zip(x.split(_BLOCK), y.split(_BLOCK), strict=True):
-        rows = len(x_block)
-        padded = F.pad(x_block, (0, 0, 0, -rows % _STEP))
-        y_block.copy_(_onednn_linear(padded, weight, None, "none", [], "")[:rows])
+        y_block.copy_(_by_onednn(x_block, weight))
     return y
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    rows = len(x)
+    if rows % _STEP:
+        x = F.pad(x, (0, 0, 0, -rows % _STEP))
+    return _onednn_linear(x, weight, None, "none", [], "")[:rows]
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
