@@ -427,6 +427,7 @@ def test_products_of_few_rows(rows, out, k, bias, dtype, tolerance, threads):
     assert cpu.linear(x, weight, offset).requires_grad
 
 
+@pytest.mark.skipif(products._onednn_linear is None, reason="this torch was built without oneDNN")
 @pytest.mark.parametrize("rows", [(33,), (48,), (256,), (257,), (3, 181)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_with_a_large_weight(rows, bias, monkeypatch):
