@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_lm.selective_scan import reference
+from mamba_lm.selective_scan.common import as_tokens, needs_grad, places
 from mamba_lm.selective_scan.cpu import step_kernels
 from mamba_lm.selective_scan.cpu.conv_kernels import TILE as CONV_TILE
 from mamba_lm.selective_scan.cpu.conv_kernels import conv_backward, conv_forward
-from mamba_lm.selective_scan.cpu.products import FEW_ROWS, are_alike, linear, needs_grad
+from mamba_lm.selective_scan.cpu.products import FEW_ROWS, are_alike, linear
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     GROUP,
@@ -80,7 +81,7 @@ class _CausalConv1d(torch.autograd.Function):
         gtail = x.new_empty(b, w - 1, d) if tail is not None else None
         run(
             conv_backward,
-            *(b, d, w, *_rows(x), _taps(weight), bias, tail, starts, lengths),
+            *(b, d, w, *as_tokens(x), _taps(weight), bias, tail, starts, lengths),
             *(gy.contiguous(), gx, gweight, gbias, gtail),
             jobs=b * -(-d // CONV_TILE),
             work=x.numel() * w,
@@ -143,7 +144,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
         y, final_state = _one_step(*floats)
     else:
         scan = _SelectiveScan.apply if needs_grad(floats) else _scan
-        y, final_state = scan(*floats, *_places(x, lengths))
+        y, final_state = scan(*floats, *places(x, lengths))
     return y.to(x.dtype), final_state
 
 
@@ -181,7 +182,7 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
         x.new_zeros(x.shape[-1], dtype=torch.float32) if bias is None else bias.float().contiguous()
     )
     tail = None if initial_tail is None else initial_tail.float().contiguous()
-    inputs, places = (x.float(), weight.float(), bias, tail), _places(x, lengths)
+    inputs, places = (x.float(), weight.float(), bias, tail), places(x, lengths)
     if needs_grad(inputs):
         y = _CausalConv1d.apply(*inputs, *places)
     else:
@@ -194,7 +195,7 @@ def _convolution(x, weight, bias, tail, starts, lengths):
     y = x.new_empty(x.shape)
     run(
         conv_forward,
-        *(b, d, w, *_rows(x), _taps(weight), bias, tail, starts, lengths, y),
+        *(b, d, w, *as_tokens(x), _taps(weight), bias, tail, starts, lengths, y),
         jobs=b * -(-d // CONV_TILE),
         work=x.numel() * w,
     )
@@ -289,27 +290,5 @@ def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
     if A.shape[1] % GROUP:
         B, C = (F.pad(v, (0, -A.shape[1] % GROUP)) for v in (B, C))
     return (
-        *_rows(x), *_rows(delta), A.contiguous(), *_rows(B), *_rows(C), D.contiguous(), *_rows(z),
+        *as_tokens(x), *as_tokens(delta), A.contiguous(), *as_tokens(B), *as_tokens(C), D.contiguous(), *as_tokens(z),
     )  # fmt: skip
-
-
-def _places(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each row's tokens start, x taken as (tokens, d), and how many they are, (b,) each."""
-    if lengths is not None:
-        lengths = lengths.to(torch.int64).contiguous()
-    if x.dim() == 2:
-        return lengths.cumsum(0) - lengths, lengths
-    b, l = x.shape[:2]
-    lengths = torch.full((b,), l) if lengths is None else lengths.clamp(0, l)
-    return torch.arange(b) * l, lengths
-
-
-def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """A (b, l, k) or (tokens, k) tensor and the distance between its tokens, copied only if it must
-    be: a half of a projection's output, say, stays where it is."""
-    if tensor is None:
-        return None, 0
-    regular = tensor.stride(-1) == 1 and (
-        tensor.dim() == 2 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-    )
-    return (tensor, tensor.stride(-2)) if regular else (tensor.contiguous(), tensor.shape[-1])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba_lm.selective_scan.common import needs_grad
 from mamba_lm.selective_scan.cpu import step_kernels
 from mamba_lm.selective_scan.cpu.threads import run
 
@@ -83,10 +84,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     if rows % _STEP:
         x = F.pad(x, (0, 0, 0, -rows % _STEP))
     return _onednn_linear(x, weight, None, "none", [], "")[:rows]
-
-
-def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def are_alike(tensors: list[Tensor]) -> bool:

@@ -1,0 +1,210 @@
+"""The scan and the convolution in Triton, for any GPU that Triton serves: nothing to compile first.
+
+States, gradients through them, rows of unlike lengths, padded or back to back, any n and d: all in
+float32 inside, whatever the dtype of the inputs. No sum depends on the order in which programs run,
+so that results are the same bits from run to run.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba_lm.selective_scan.common import as_tokens, needs_grad, places
+from mamba_lm.selective_scan.triton.conv_kernels import (
+    conv_backward,
+    conv_forward,
+    conv_gradients,
+)
+from mamba_lm.selective_scan.triton.scan_kernels import (
+    scan_backward,
+    scan_carry,
+    scan_forward,
+    scan_gradients,
+)
+
+PACKED = True  # rows of unlike lengths stand back to back, without padding
+
+STEPS = 8  # tokens in a tile of the scan: with 128 channels and states, the backward pass's 255
+TILE = 128  # registers a thread are just enough
+CONV_STEPS, CONV_CHANNELS = 16, 128
+LEAST_SPAN = 64  # steps
+PROGRAMS = 1024  # that many fill a GPU: eight warps on each of 132 multiprocessors
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, D, z, initial_state, starts, lengths):
+        (d, n), tokens = A.shape, x.shape[:-1].numel()
+        saved = A.new_empty(_slots(tokens, len(lengths), STEPS), n, d)
+        y, final_state = _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved)
+        ctx.save_for_backward(x, delta, A, B, C, D, z, starts, lengths, saved)
+        ctx.has_initial_state = initial_state is not None
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, gfinal):
+        x, delta, A, B, C, D, z, starts, lengths, saved = ctx.saved_tensors
+        (d, n), b, tokens, slots = A.shape, len(lengths), x.shape[:-1].numel(), len(saved)
+        A, gy, tiles = A.T.contiguous(), gy.contiguous(), _tiles(n, d)
+        behind, ginitial = _walk_back(delta, A, C, z, gy, gfinal, starts, lengths, slots, tiles)
+
+        channels = tiles["CHANNELS"]
+        groups = min(triton.cdiv(PROGRAMS, max(slots, 1)), triton.cdiv(d, channels))
+        group = triton.cdiv(d, groups * channels) * channels  # channels of a program
+        groups = triton.cdiv(d, group)
+        gx, gdelta, gz = _outputs(x), _outputs(delta), None if z is None else _outputs(z)
+        gA, gD = torch.zeros_like(saved), saved.new_zeros(slots, d)
+        gB, gC = saved.new_zeros(2, groups, *B.shape)
+        scan_backward[(slots * groups,)](
+            *as_tokens(x), *as_tokens(delta), A, *as_tokens(B), *as_tokens(C), D, *as_tokens(z), gy,
+            starts, lengths, saved, behind, gx, gdelta, gz, gA, gB, gC, gD, b, tokens, d, group, n,
+            **tiles, ROWS=triton.next_power_of_2(max(b, 1)),
+        )  # fmt: skip
+        gA, gD, gB, gC = (g.sum(0) for g in (gA, gD, gB, gC))
+        ginitial = ginitial if ctx.has_initial_state else None
+        return gx, gdelta, gA.T, gB.to(B.dtype), gC.to(C.dtype), gD, gz, ginitial, None, None
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, taps, bias, tail, starts, lengths):
+        ctx.save_for_backward(x, taps, bias, tail, starts, lengths)
+        return _convolution(x, taps, bias, tail, starts, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, taps, bias, tail, starts, lengths = ctx.saved_tensors
+        grid, settings = _conv_grid(x, taps, lengths)
+        (w, d), slots = taps.shape, _slots(x.shape[:-1].numel(), len(lengths), CONV_STEPS)
+        gsum = taps.new_empty(x.shape)  # the gradient before the SiLU
+        gtaps, gbias = taps.new_zeros(slots, w, d), taps.new_zeros(slots, d)
+        conv_gradients[grid](
+            *as_tokens(x), taps, bias, tail, starts, lengths, gy.contiguous(), gsum, gtaps, gbias,
+            **settings,
+        )  # fmt: skip
+        gx, gtail = _outputs(x), None if tail is None else torch.zeros_like(tail)
+        conv_backward[grid](
+            taps, starts, lengths, gsum, gx, gtail, **settings,
+            TAIL=triton.next_power_of_2(max(w - 1, 1)),
+        )  # fmt: skip
+        return gx, gtaps.sum(0), gbias.sum(0), gtail, None, None
+
+
+def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
+    """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
+    A, D = A.float(), D.float().contiguous()
+    h0 = None if initial_state is None else initial_state.float().contiguous()
+    inputs = (x, delta, A, B, C, D, z, h0)
+    scan = _SelectiveScan.apply if needs_grad(inputs) else _scan
+    return scan(*inputs, *places(x, lengths))
+
+
+def _scan(x, delta, A, B, C, D, z, h0, starts, lengths, saved=None):
+    """y, as x, and the final state (b, n, d); the state before each tile goes to `saved`."""
+    (d, n), b = A.shape, len(lengths)
+    A, y = A.T.contiguous(), _outputs(x)
+    tiles = _tiles(n, d)
+    programs, span, spans = _spans(x, b, d, tiles)
+    inputs = (*as_tokens(x), *as_tokens(delta), A, *as_tokens(B), *as_tokens(C), D, *as_tokens(z))
+
+    def walk(before, y, saved, elapsed):
+        after = A.new_empty(b, spans, n, d)
+        scan_forward[(programs * spans,)](
+            *inputs, before, starts, lengths, y, saved, after, elapsed, d, span, spans, n, **tiles
+        )
+        return after
+
+    if spans > 1:
+        elapsed, before = A.new_empty(b, spans, d), A.new_empty(b, spans, n, d)
+        added = walk(None, None, None, elapsed)
+        _carry(A, elapsed, h0, added, before, tiles, reverse=False)
+        h0 = before
+    return y, walk(h0, y, saved, None)[:, -1]
+
+
+def _walk_back(delta, A, C, z, gy, gfinal, starts, lengths, slots, tiles):
+    """The gradients of the state: behind each tile, (slots, n, d), and before each row."""
+    (n, d), b = A.shape, len(lengths)
+    programs, span, spans = _spans(gy, b, d, tiles)
+    inputs = (*as_tokens(delta), A, *as_tokens(C), *as_tokens(z), gy)
+
+    def walk(behind, saved, elapsed):
+        before = A.new_empty(b, spans, n, d)
+        scan_gradients[(programs * spans,)](
+            *inputs, behind, starts, lengths, saved, before, elapsed, d, span, spans, n, **tiles
+        )
+        return before
+
+    gfinal = gfinal.contiguous()
+    if spans > 1:
+        elapsed, behind = A.new_empty(b, spans, d), A.new_empty(b, spans, n, d)
+        added = walk(None, None, elapsed)
+        _carry(A, elapsed, gfinal, added, behind, tiles, reverse=True)
+        gfinal = behind
+    saved = A.new_empty(slots, n, d)
+    return saved, walk(gfinal, saved, None)[:, 0]
+
+
+def _carry(A, elapsed, first, added, carried, tiles, reverse):
+    (n, d), (b, spans) = A.shape, elapsed.shape[:2]
+    states, channels = tiles["STATES"], tiles["CHANNELS"]
+    scan_carry[(b * triton.cdiv(d, channels),)](
+        A, elapsed, first, added, carried, d, spans, n, states, channels, reverse
+    )
+
+
+def _tiles(n: int, d: int) -> dict[str, int]:
+    """The constants of the scan's kernels."""
+    states = triton.next_power_of_2(n)
+    channels = min(max(TILE // states, 1), triton.next_power_of_2(d))
+    warps = max(states * channels // TILE, 1)
+    return {"STEPS": STEPS, "STATES": states, "CHANNELS": channels, "num_warps": warps}
+
+
+def _spans(x: Tensor, b: int, d: int, tiles: dict[str, int]) -> tuple[int, int, int]:
+    """Programs for a span of every row, steps in a span, spans in a row."""
+    programs = b * triton.cdiv(d, tiles["CHANNELS"])
+    longest = x.shape[-2]  # at most
+    span = max(triton.cdiv(longest * programs, PROGRAMS), LEAST_SPAN)
+    span = triton.cdiv(span, STEPS) * STEPS
+    return programs, span, max(triton.cdiv(longest, span), 1)
+
+
+def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
+    """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`; computes in float32."""
+    taps = weight.float().T.contiguous()
+    bias = taps.new_zeros(len(weight)) if bias is None else bias.float().contiguous()
+    tail = None if initial_tail is None else initial_tail.contiguous()
+    inputs = (x, taps, bias, tail)
+    convolve = _CausalConv1d.apply if needs_grad(inputs) else _convolution
+    return convolve(*inputs, *places(x, lengths))
+
+
+def _convolution(x, taps, bias, tail, starts, lengths):
+    y = _outputs(x)
+    grid, settings = _conv_grid(x, taps, lengths)
+    conv_forward[grid](*as_tokens(x), taps, bias, tail, starts, lengths, y, **settings)
+    return y
+
+
+def _conv_grid(x: Tensor, taps: Tensor, lengths: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    (w, d), b, tokens = taps.shape, len(lengths), x.shape[:-1].numel()
+    channels = min(CONV_CHANNELS, triton.next_power_of_2(d))
+    settings = {
+        "rows": b, "tokens_of_all": tokens, "d": d, "WIDTH": w, "STEPS": CONV_STEPS,
+        "CHANNELS": channels, "ROWS": triton.next_power_of_2(max(b, 1)),
+    }  # fmt: skip
+    return (_slots(tokens, b, CONV_STEPS) * triton.cdiv(d, channels),), settings
+
+
+def _slots(tokens: int, b: int, steps: int) -> int:
+    """As `tiles.num_slots`."""
+    return tokens // steps + b
+
+
+def _outputs(x: Tensor) -> Tensor:
+    """Room for results as x: kernels write where tokens are, zeros stay in the padding."""
+    return x.new_zeros(x.shape) if x.dim() == 3 else x.new_empty(x.shape)
