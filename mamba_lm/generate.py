@@ -110,7 +110,7 @@ def continuation_log_prob(
     """Log-probability (b,) that each row goes on with token_ids and then stops."""
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
     ids = torch.tensor([list(token_ids)], device=stops.device).expand(len(reading.log_probs), -1)
-    hidden, _ = model.encode(ids, reading.state)
+    hidden, _ = model.encode(ids, reading.state, keep_state=False)
     logits = at_least_float32(model.lm_head(hidden)[..., :vocab_size])  # (b, l, v)
     totals = logits.logsumexp(dim=2)  # (b, l)
     first = reading.log_probs[:, token_ids[0]]

@@ -27,6 +27,7 @@ from mamba_lm.selective_scan import (
     LayerWeights,
     causal_conv1d,
     fused_layers,
+    fused_mixer,
     linear,
     reads_packed,
     rms_norm,
@@ -161,14 +162,20 @@ class MambaMixer(nn.Module):
         self.out_proj = Linear(d, m, bias=config.proj_bias)
 
     def forward(
-        self, u: Tensor, conv: Tensor | None, ssm: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, n, d).
+        self,
+        u: Tensor,
+        conv: Tensor | None,
+        ssm: Tensor | None,
+        lengths: Tensor | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """u (b, l, m) -> output (b, l, m), the new conv (b, w - 1, d) and ssm (b, n, d), or None.
 
         Or u (tokens, m) and so on: rows of `lengths` back to back.
         """
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, d) each
-        new_conv = last_inputs(x, conv, self.conv1d.kernel_size[0] - 1, lengths)
+        width = self.conv1d.kernel_size[0]
+        new_conv = last_inputs(x, conv, width - 1, lengths) if keep_state else None
         weight = self.conv1d.weight.squeeze(1)  # (d, w)
         x = causal_conv1d(x, weight, self.conv1d.bias, conv, lengths)  # (b, l, d)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
@@ -176,7 +183,7 @@ class MambaMixer(nn.Module):
             dt, B, C = (F.rms_norm(v, v.shape[-1:], eps=self.bcdt_rms_eps) for v in (dt, B, C))
         delta = self.dt_proj(dt)  # (b, l, d)
         A = -torch.exp(at_least_float32(self.A_log))  # (d, n)
-        y, new_ssm = selective_scan(x, delta, A, B, C, self.D, z, ssm, lengths)
+        y, new_ssm = selective_scan(x, delta, A, B, C, self.D, z, ssm, lengths, keep_state)
         return self.out_proj(y), new_conv, new_ssm
 
 
@@ -213,8 +220,15 @@ class MambaBlock(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MambaMixer(config)
 
-    def forward(self, residual: Tensor, conv, ssm, lengths) -> tuple[Tensor, Tensor, Tensor]:
-        output, conv, ssm = self.mixer(self.norm(residual), conv, ssm, lengths)
+    def forward(
+        self, residual: Tensor, conv, ssm, lengths, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        u = self.norm(residual)
+        if ssm is None and not keep_state:  # padding, at the end, then matters to nothing
+            output = fused_mixer(u, self.weights)
+            if output is not None:
+                return residual + output, None, None
+        output, conv, ssm = self.mixer(u, conv, ssm, lengths, keep_state)
         return residual + output, conv, ssm
 
     def weights(self) -> LayerWeights | None:
@@ -270,12 +284,17 @@ class MambaLM(nn.Module):
             self.lm_head.weight = self.backbone.embeddings.weight
 
     def encode(
-        self, input_ids: Tensor, state: MambaState | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
+        self,
+        input_ids: Tensor,
+        state: MambaState | None = None,
+        lengths: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, MambaState | None]:
         """Read input_ids (b, l), from `state` on, into normed hidden states (b, l, m) and a state.
 
         lengths (b,) int64: the real tokens of right-padded rows. Padding is exact: the state is
-        that after a row's last real token. Hidden states at padded positions mean nothing.
+        that after a row's last real token. Hidden states at padded positions mean nothing. Who
+        needs no state spares work on a GPU by keep_state=False, and gets None.
         """
         packs = lengths is not None and reads_packed(self.lm_head.weight)
         if packs:  # padding is not even computed
@@ -288,14 +307,14 @@ class MambaLM(nn.Module):
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
         new_convs, new_ssms = [], []
         for layer, conv, ssm in zip(self.backbone.layers, convs, ssms, strict=True):
-            hidden, conv, ssm = layer(hidden, conv, ssm, lengths)
+            hidden, conv, ssm = layer(hidden, conv, ssm, lengths, keep_state)
             new_convs.append(conv)
             new_ssms.append(ssm)
         hidden = self.backbone.norm_f(hidden)
         if packs:
             padded = hidden.new_zeros(b * l, self.config.d_model)
             hidden = padded.index_copy(0, places, hidden).view(b, l, self.config.d_model)
-        return hidden, MambaState(tuple(new_convs), tuple(new_ssms))
+        return hidden, MambaState(tuple(new_convs), tuple(new_ssms)) if keep_state else None
 
     def stepper(self) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
         """What reads one token more a row: (token_ids (b,), state) to hidden (b, m) and a state.

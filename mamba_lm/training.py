@@ -90,8 +90,11 @@ class PrefixSuffixLM(nn.Module):
         labels: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy (k,) at each of a batch's k labels, and the suffix (k,) it belongs to."""
-        _, state = self.model.encode(prefixes, lengths=prefix_lengths)
-        hidden, _ = self.model.encode(suffixes, state.fork(prefix_index), suffix_lengths)
+        state = None
+        if prefixes.shape[1] > 0:
+            _, state = self.model.encode(prefixes, lengths=prefix_lengths)
+            state = state.fork(prefix_index)
+        hidden, _ = self.model.encode(suffixes, state, suffix_lengths, keep_state=False)
         # Logits only where there is loss; index_select, because its gradient is reproducible.
         at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         logits = at_least_float32(self.model.lm_head(hidden.flatten(0, 1).index_select(0, at)))

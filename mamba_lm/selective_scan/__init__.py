@@ -3,13 +3,16 @@
     reference   a plain loop in any dtype: the definition, and what other backends have no own of
     cpu         fused Numba kernels that never hold a (b, l, d, n) tensor
     cuda        the kernels of mamba-ssm and causal-conv1d, called directly
+    triton      kernels of our own for a GPU, with nothing to compile at installation
 
-A tensor's device chooses the backend; `MAMBA_SCAN_BACKEND` overrides the choice. The first call
-says on stderr which backend runs. Letters: b batch, l length, d d_inner, n d_state, w d_conv.
+A tensor's device chooses the backend: on a GPU it is cuda where those packages are installed, or
+else triton. `MAMBA_SCAN_BACKEND` overrides the choice. The first call says on stderr which backend
+runs. Letters: b batch, l length, d d_inner, n d_state, w d_conv.
 """
 
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,10 +25,11 @@ from torch import Tensor
 from errors import UserError
 from mamba_lm.selective_scan import reference
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 _INSTALL = {
     "cpu": "pip install numba",
     "cuda": "see the commands in requirements-cuda.txt",
+    "triton": "pip install triton, of the version that torch's CUDA build asks for",
 }
 
 
@@ -58,7 +62,8 @@ def selective_scan(
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Discretise and run the recurrence of Gu & Dao 2023 (section 3.2, algorithm 2).
 
         h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t x_t        y_t = (C_t h_t + D x_t) ∘ SiLU(z_t)
@@ -69,7 +74,8 @@ def selective_scan(
     rows may also stand back to back: x, delta, z (tokens, d) and B, C (tokens, n), where lengths
     sum to tokens.
 
-    Returns y in x's shape and dtype and the final state (b, n, d), in float32 or float64.
+    Returns y in x's shape and dtype and the final state (b, n, d), in float32 or float64; None in
+    its place without return_state, which spares some backends work.
     Differentiable in every tensor, the initial and the final state included. Raises ValueError on
     shapes that do not fit: the kernels trust them.
     """
@@ -85,7 +91,8 @@ def selective_scan(
         initial_state=(initial_state, (b, n, d)),
         lengths=(lengths, (b,)),
     )
-    return _backend(x).selective_scan(x, delta, A, B, C, D, z, initial_state, lengths)
+    scan = _backend(x).selective_scan
+    return scan(x, delta, A, B, C, D, z, initial_state, lengths, return_state)
 
 
 def causal_conv1d(
@@ -125,6 +132,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _operation("rms_norm", x)(x, weight, eps)
 
 
+def fused_mixer(u: Tensor, weights: Callable[[], LayerWeights | None]) -> Tensor | None:
+    """The output (b, l, m) of a layer's mixer for its normed input u, read from no state and with
+    none kept, if the backend has one kernel for that. `weights` gives the layer's, if they say all.
+    """
+    return _operation("fused_mixer", u)(u, weights)
+
+
 def fused_layers(weights: Sequence[LayerWeights]) -> Callable | None:
     """A function that takes one token through all layers in one kernel, if the backend has it.
 
@@ -149,12 +163,28 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     if asked:
         if asked not in BACKENDS:
             raise UserError(f"MAMBA_SCAN_BACKEND={asked}: use one of {', '.join(BACKENDS)}")
-        if asked == "cpu" and (device.type != "cpu" or dtype == torch.float64):
+        misplaced = {
+            "cpu": device.type != "cpu",
+            "triton": device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+        }
+        if misplaced.get(asked) or (asked != "reference" and dtype == torch.float64):
             raise UserError(f"MAMBA_SCAN_BACKEND={asked}: not for {dtype} on {device.type}")
         return asked
     if dtype == torch.float64:
         return "reference"
-    return "cuda" if device.type == "cuda" else "cpu"
+    return _gpu_backend() if device.type == "cuda" else "cpu"
+
+
+@functools.cache
+def _gpu_backend() -> str:
+    """cuda where its packages are installed, and work; triton where they are not."""
+    if all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")):
+        try:
+            load_backend("cuda")
+            return "cuda"
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    return "triton"
 
 
 @functools.cache
@@ -175,7 +205,10 @@ def _rows(x: Tensor, lengths: Tensor | None) -> int:
         return x.shape[0]
     if not reads_packed(x):
         raise ValueError("this backend reads (b, l, d) only")
-    if lengths is None or lengths.sum() != x.shape[0] or (lengths < 0).any():
+    # On a GPU, the host would have to wait for the sum.
+    if lengths is None or (
+        x.device.type == "cpu" and (lengths.sum() != x.shape[0] or (lengths < 0).any())
+    ):
         raise ValueError(f"lengths do not make up the {x.shape[0]} packed tokens")
     return len(lengths)
 

@@ -1,13 +1,16 @@
 """The CUDA kernels of mamba-ssm 2.3 and causal-conv1d 1.7, taught to carry a state.
 
 mamba-ssm's Mamba-1 scan starts from zero, knows no padding, and gives no gradient through its last
-state. Three exact identities make up for that (h0 the initial state, S_t the sum of Δ_1 .. Δ_t):
+state. Exact identities make up for that (h0 the initial state, S_t the sum of Δ_1 .. Δ_t):
 
-    in        the recurrence is linear in h: y_t grows by C_t (exp(A S_t) ∘ h0), before the gate,
-              and the last state by exp(A S_l) ∘ h0
-    out       n further steps with Δ = 0 leave h alone; with C = e_i, one step's ordinary,
-              differentiable output is column i of h
-    padding   Δ = 0 leaves h alone
+    in, STEPS     n steps more in front, of Δ = ε: with B = e_i, step i adds ε u_i to column i of h,
+                  which decays by exp(ε A_i) at each of the n - 1 - i that follow; so u_i is column
+                  i of h0, times exp(-ε A_i (n - 1 - i)) / ε
+    in, LINEAR    the recurrence is linear in h: y_t grows by C_t (exp(A S_t) ∘ h0), before the
+                  gate, and the last state by exp(A S_l) ∘ h0
+    out           n steps more behind, of Δ = 0, leave h alone; with C = e_i, the ordinary,
+                  differentiable output of one is column i of h
+    padding       Δ = 0 leaves h alone
 
 Limits of the kernels: n <= 256, float32, float16 or bfloat16. Tensors come as (b, l, d) and states
 as (b, n, d); inside, they are (b, d, l) and (b, d, n).
@@ -16,22 +19,32 @@ as (b, n, d); inside, they are (b, d, l) and (b, d, n).
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mamba_lm.selective_scan import reference
+from mamba_lm.selective_scan.common import needs_grad
 
-# Steps of (b, d, n, steps) that exist at once where an initial state is added in.
-_STEPS = 32
+STEPS, LINEAR = "steps", "linear"
+# Which way a state goes in; `benchmarks/gpu.py` times both. Not measured on a GPU yet, but steps
+# cost n / l of a scan, less than a kernel's idle threads on short rows, and the linear way goes
+# through a tensor n times as large as x.
+WAY_IN = STEPS
+# A power of two: dividing u by it and multiplying Δ B by it are exact. It is so small that
+# exp(-ε A n) overflows from A = -88 / (ε n) on only, -5e6 for n = 16.
+_EPSILON = 2.0**-20
+_PIECE = 32  # steps of (b, d, n, steps) that exist at once in the linear way
 
 
-def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
+def selective_scan(
+    x, delta, A, B, C, D, z=None, initial_state=None, lengths=None, return_state=True
+):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; padded inputs are finite.
 
-    Without a state to carry or a gradient to give, the scan runs in x's dtype; else in float32,
-    since a state that passes through bfloat16 loses 5e-3 of itself.
+    Without a state that goes in, or comes out with a gradient, the scan runs in x's dtype; else in
+    float32, since a state that passes through bfloat16 loses 5e-3 of itself.
     """
     b, l = x.shape[:2]
     A, D = A.float(), D.float()
@@ -44,16 +57,15 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
         delta = delta.masked_fill(padding, 0)
 
     inputs = (x, delta, A, B, C, D, z, h0)
-    needs_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if l == 1 and not needs_grad:
+    has_grad = needs_grad(inputs)
+    if l == 1 and not has_grad:
         y, final_state = _step(*inputs)
-    elif h0 is None and not needs_grad:
+    elif h0 is None and not (has_grad and return_state):
         y, final_state = _scan_from_zero(x, delta, A, B, C, D, z)
     else:
-        y, final_state = _scan_with_state(*inputs, needs_grad)
-    y = y.to(x.dtype)
-    final_state = final_state.transpose(1, 2).contiguous()  # (b, n, d)
-    return y if padding is None else y.masked_fill(padding, 0), final_state
+        y, final_state = _scan_with_state(*inputs, has_grad and return_state)
+    y = y.to(x.dtype) if padding is None else y.to(x.dtype).masked_fill(padding, 0)
+    return y, final_state.transpose(1, 2).contiguous() if return_state else None  # (b, n, d)
 
 
 def _step(x, delta, A, B, C, D, z, h0):
@@ -75,23 +87,33 @@ def _scan_from_zero(x, delta, A, B, C, D, z):
     return y.transpose(1, 2), h
 
 
-def _scan_with_state(x, delta, A, B, C, D, z, h0, needs_grad):
+def _scan_with_state(x, delta, A, B, C, D, z, h0, differentiable_state):
     """The scan in float32 with a state in, out, or both; z gates what the state adds as well."""
-    l, n = x.shape[1], A.shape[1]
+    (b, l), n = x.shape[:2], A.shape[1]
     u, delta, B, C = (v.float().transpose(1, 2) for v in (x, delta, B, C))  # (b, d or n, l)
-    if needs_grad:
-        columns = torch.eye(n, device=x.device).expand(x.shape[0], n, n)
-        longer = [F.pad(v, (0, n)) for v in (u, delta)]  # (b, d, l + n)
-        y = selective_scan_fn(*longer, A, F.pad(B, (0, n)), torch.cat([C, columns], dim=2), D)
-        y, h = y.split((l, n), dim=2)  # (b, d, l), (b, d, n)
-    else:
-        y, h = selective_scan_fn(u, delta, A, B, C, D, return_last_state=True)
-    if h0 is not None:
+    columns = torch.eye(n, device=x.device).expand(b, n, n)
+    inner = (u, delta, B, C)
+    before, behind = 0, 0
+    if h0 is not None and WAY_IN == STEPS:
+        before = n
+        steps_left = torch.arange(n - 1, -1, -1, device=x.device)
+        entering = h0 * torch.exp(-_EPSILON * steps_left * A) / _EPSILON  # (b, d, n)
+        steps = (entering, torch.full_like(entering, _EPSILON), columns, torch.zeros_like(columns))
+        inner = [torch.cat(pair, dim=2) for pair in zip(steps, inner, strict=True)]
+    if differentiable_state:
+        behind = n
+        *inner, C_inner = inner
+        inner = [*(F.pad(v, (0, n)) for v in inner), torch.cat([C_inner, columns], dim=2)]
+    u_all, delta_all, B_all, C_all = inner
+    y, h = selective_scan_fn(u_all, delta_all, A, B_all, C_all, D, return_last_state=True)
+    _, y, last = y.split((before, l, behind), dim=2)  # (b, d, l), (b, d, n)
+    h = last if differentiable_state else h
+    if h0 is not None and WAY_IN == LINEAR:
         elapsed = delta.cumsum(2)  # (b, d, l)
         # Recomputed in the backward: its (b, d, n, l) intermediates are far larger than its inputs.
         carried = [
             checkpoint(_carried, *piece, A, h0, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(elapsed.split(_STEPS, dim=2), C.split(_STEPS, dim=2), strict=True)
+            for piece in zip(elapsed.split(_PIECE, dim=2), C.split(_PIECE, dim=2), strict=True)
         ]
         y = y + torch.cat(carried, dim=2)
         h = h + torch.exp(elapsed[:, :, -1:] * A) * h0
@@ -131,3 +153,23 @@ def _channel_last(x: Tensor) -> Tensor:
     half of a projection's output stays where it is."""
     aligned = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
     return (x if aligned else x.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
+
+
+def fused_mixer(u, weights):
+    """Arguments and result as `mamba_lm.selective_scan.fused_mixer`, by `mamba_inner_fn`.
+
+    That kernel reads raw weights, so that it is not for a layer with adapters or hooks, and its
+    backward is wrong with Falcon-Mamba's RMS norm (mamba-ssm 2.3.2).
+    """
+    w = weights()
+    if w is None or w.bcdt_rms_eps is not None or not 2 <= w.conv.shape[2] <= 4 or not u.numel():
+        return None
+    b, l, m = u.shape
+    # As the kernel wants it: (b, 2 d, l), where l is innermost and d outermost in memory.
+    xz = (w.in_proj @ u.reshape(b * l, m).T).view(-1, b, l).transpose(0, 1)
+    if w.in_proj_bias is not None:
+        xz = xz + w.in_proj_bias.to(xz.dtype)[:, None]
+    return mamba_inner_fn(
+        xz, w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.out_proj, w.out_proj_bias,
+        -torch.exp(w.A_log.float()), D=w.D.float(), delta_bias=w.dt_proj_bias.float(),
+    )  # fmt: skip

@@ -15,7 +15,8 @@ def selective_scan(
     z: Tensor | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Algorithm 2 of Gu & Dao 2023; arguments and results as `mamba_lm.selective_scan`."""
     b, l = x.shape[:2]
     state_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -37,7 +38,7 @@ def selective_scan(
     y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)  # (b, l, d)
     if z is not None:
         y = y * F.silu(z.to(state_dtype))
-    return torch.where(real, y, 0).to(output_dtype), h
+    return torch.where(real, y, 0).to(output_dtype), h if return_state else None
 
 
 def causal_conv1d(
@@ -64,6 +65,10 @@ def softplus_linear(x, weight, bias):
 
 def rms_norm(x, weight, eps):
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(weight.dtype) * weight
+
+
+def fused_mixer(u, weights):
+    return None
 
 
 def fused_layers(weights):

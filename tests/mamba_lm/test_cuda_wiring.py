@@ -88,11 +88,38 @@ def conv_kernel(
     return F.silu(y if bias is None else y + bias[:, None].float()).to(x.dtype)
 
 
+def inner_kernel(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+    out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None,
+    delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None,
+    b_c_dt_rms_eps=1e-6,
+):  # fmt: skip
+    """mamba_inner_fn by the stand-ins of the kernels that it fuses."""
+    assert all(v is None for v in (B, C, B_proj_bias, C_proj_bias))
+    assert all(v is None for v in (b_rms_weight, c_rms_weight, dt_rms_weight))
+    assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
+    assert xz.dim() == 3 and xz.stride(-1) == 1
+    assert conv1d_weight.dim() == 3 and conv1d_weight.shape[1] == 1
+    x, z = xz.chunk(2, dim=1)
+    x = conv_kernel(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")  # (b, d, l)
+    r, n = delta_proj_weight.shape[1], A.shape[1]
+    dt, B, C = F.linear(x.transpose(1, 2), x_proj_weight).split((r, n, n), dim=2)
+    delta = F.softplus(F.linear(dt, delta_proj_weight) + delta_bias).transpose(1, 2)
+    y = scan_kernel(x, delta.to(x.dtype), A, B.transpose(1, 2), C.transpose(1, 2), D, z)
+    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+@pytest.fixture(params=["steps", "linear"])
+def way_in(request, kernels, monkeypatch):
+    monkeypatch.setattr(load_backend("cuda"), "WAY_IN", request.param)
+    return request.param
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Stand-ins in sys.modules, a fresh cuda module, and the arguments of every kernel call."""
     torch.manual_seed(0)
-    calls = SimpleNamespace(scan=[], step=[], conv=[])
+    calls = SimpleNamespace(scan=[], step=[], conv=[], inner=[])
 
     def recorded(kernel, log):
         def call(*args, **kwargs):
@@ -106,6 +133,7 @@ def kernels(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", interface, update):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[interface].selective_scan_fn = recorded(scan_kernel, calls.scan)
+    sys.modules[interface].mamba_inner_fn = recorded(inner_kernel, calls.inner)
     sys.modules[update].selective_state_update = recorded(step_kernel, calls.step)
     monkeypatch.setitem(sys.modules, "causal_conv1d", ModuleType("causal_conv1d"))
     sys.modules["causal_conv1d"].causal_conv1d_fn = recorded(conv_kernel, calls.conv)
@@ -155,7 +183,7 @@ def assert_close(got, want, name, tolerance=2e-5):
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("l", [1, 3, 40, 70])
-def test_outputs_state_and_every_gradient(kernels, l, gate, state, padded):
+def test_outputs_state_and_every_gradient(kernels, way_in, l, gate, state, padded):
     backend = load_backend("cuda")
     inputs = scan_inputs(l, gate=gate, state=state)
     exact = doubled(inputs)
@@ -178,7 +206,7 @@ def test_outputs_state_and_every_gradient(kernels, l, gate, state, padded):
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("l", [1, 3, 70])
-def test_without_gradients(kernels, l, gate, state, padded):
+def test_without_gradients(kernels, way_in, l, gate, state, padded):
     backend = load_backend("cuda")
     inputs = scan_inputs(l, gate=gate, state=state)
     before = inputs["initial_state"].detach().clone() if state else None
@@ -192,7 +220,7 @@ def test_without_gradients(kernels, l, gate, state, padded):
     assert (len(kernels.step), len(kernels.scan)) == ((1, 0) if l == 1 else (0, 1))
 
 
-def test_no_gradient_is_lost_where_only_one_input_needs_it(kernels):
+def test_no_gradient_is_lost_where_only_one_input_needs_it(kernels, way_in):
     backend = load_backend("cuda")
     for name in SCAN_NAMES:
         inputs = {k: v.detach() for k, v in scan_inputs(5).items()}
@@ -217,7 +245,7 @@ def test_a_scan_without_state_runs_whole_in_low_precision(kernels):
 
 
 @pytest.mark.parametrize("state, grad", [(True, False), (True, True), (False, True)])
-def test_a_state_passes_in_float32(kernels, state, grad):
+def test_a_state_passes_in_float32(kernels, way_in, state, grad):
     inputs = scan_inputs(6, state=state, dtype=torch.bfloat16)
     with torch.set_grad_enabled(grad):
         y, h = load_backend("cuda").selective_scan(**inputs)
@@ -306,7 +334,7 @@ def test_convolution_of_shapes_without_a_kernel(kernels, d, w):
     assert not kernels.conv
 
 
-def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, monkeypatch):
+def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, way_in, monkeypatch):
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=32, d_model=16, n_layer=2, d_state=4)
     model = MambaLM(config)
@@ -317,7 +345,9 @@ def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, monkeypa
         monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
         model.zero_grad()
         _, state = model(contexts, mask=mask, logits_at=torch.zeros(2, 7, dtype=torch.bool))
-        logits, _ = model(questions, state.fork(torch.tensor([0, 1, 1, 0, 1])))
+        forked = state.fork(torch.tensor([0, 1, 1, 0, 1]))
+        hidden, _ = model.encode(questions, forked, keep_state=False)
+        logits = model.lm_head(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1), questions.flatten())
         loss.backward()
         return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -328,6 +358,89 @@ def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, monkeypa
     assert_close(loss, want_loss.double(), "loss")
     for name, gradient in gradients.items():
         assert_close(gradient, want_gradients[name].double(), name, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
+def test_without_a_state_to_return(kernels, way_in, state):
+    """Then no steps are added behind, and without a state that goes in the scan stays as it is."""
+    inputs = scan_inputs(6, state=state)
+    exact = doubled(inputs)
+    lengths = torch.tensor([6, 3, 0])
+    want, _ = reference.selective_scan(**exact, lengths=lengths)
+    y, h = load_backend("cuda").selective_scan(**inputs, lengths=lengths, return_state=False)
+    assert h is None
+    assert_close(y, want, "y")
+    gy = torch.randn_like(y)
+    want.backward(gy.double())
+    y.backward(gy)
+    for name in SCAN_NAMES:
+        if inputs[name] is not None:
+            assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
+    u = kernels.scan[0][0][0]
+    assert u.shape[2] == 6 + (5 if state and way_in == "steps" else 0)
+
+
+@pytest.mark.parametrize("A", [-1e-3, -16.0, -1e4, -1e6])
+def test_a_state_enters_by_steps_whatever_its_decay(kernels, A):
+    """What the steps take from it on the way is given before: rounded, not lost or overflown."""
+    inputs = scan_inputs(2, d=4, n=16)
+    inputs["A"] = torch.full_like(inputs["A"], A).requires_grad_()
+    inputs["delta"] = (inputs["delta"].detach() / -A).requires_grad_()
+    exact = doubled(inputs)
+    y, h = load_backend("cuda").selective_scan(**inputs)
+    want_y, want_h = reference.selective_scan(**exact)
+    (y.sum() + h.sum()).backward()
+    (want_y.sum() + want_h.sum()).backward()
+    assert_close(y, want_y, "y")
+    assert_close(h, want_h, "final state")
+    for name in SCAN_NAMES:
+        assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
+
+
+def trained(model, ids, backend, monkeypatch):
+    """Loss and gradients of next-token prediction, read without a state."""
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+    model.zero_grad()
+    hidden, state = model.encode(ids, lengths=torch.tensor([9, 9, 4]), keep_state=False)
+    assert state is None
+    loss = F.cross_entropy(model.lm_head(hidden)[:, :3].flatten(0, 1), ids[:, 1:4].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fused_mixer_where_no_state_is_wanted(kernels, monkeypatch, biased):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=32, d_model=16, n_layer=2, d_state=4, proj_bias=biased)
+    model, ids = MambaLM(config), torch.randint(0, 32, (3, 9))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    loss, gradients = trained(model, ids, "cuda", monkeypatch)
+    assert len(kernels.inner) == 2 and not kernels.scan and not kernels.conv
+    want_loss, want_gradients = trained(model, ids, "reference", monkeypatch)
+    assert_close(loss, want_loss.double(), "loss")
+    for name, gradient in gradients.items():
+        assert_close(gradient, want_gradients[name].double(), name, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("why", ["hook on Δ", "adapter", "RMS norm", "wide convolution"])
+def test_the_fused_mixer_is_left_where_it_would_be_wrong(kernels, monkeypatch, why):
+    torch.manual_seed(0)
+    changes = {"RMS norm": {"bcdt_rms_eps": 1e-6}, "wide convolution": {"d_conv": 5}}
+    config = MambaConfig(vocab_size=32, d_model=16, n_layer=1, d_state=4, **changes.get(why, {}))
+    model, ids, seen = MambaLM(config), torch.randint(0, 32, (3, 9)), []
+    mixer = model.backbone.layers[0].mixer
+    if why == "hook on Δ":
+        mixer.dt_proj.register_forward_hook(lambda *args: seen.append(args[2]))
+    if why == "adapter":
+        mixer.x_proj = torch.nn.Sequential(mixer.x_proj)
+    loss, gradients = trained(model, ids, "cuda", monkeypatch)
+    want_loss, _ = trained(model, ids, "reference", monkeypatch)
+    assert not kernels.inner and kernels.scan
+    assert_close(loss, want_loss.double(), "loss")
+    assert bool(seen) == (why == "hook on Δ")
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("missing", ["mamba_ssm", "causal_conv1d"])

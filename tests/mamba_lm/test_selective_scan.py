@@ -1,5 +1,10 @@
-"""The CPU kernels against the float64 reference, in output, state and every gradient."""
+"""The kernels for CPU and Triton against the float64 reference, in output, state and gradients.
 
+Triton's run in its interpreter, which shows that they are right, not that they compile:
+test_triton.py shows that.
+"""
+
+import importlib
 import itertools
 import math
 import sys
@@ -21,6 +26,18 @@ SHAPES = [
     (1, 1, 1), (1, 96, 16), (3, 63, 7), (3, 130, 1), (63, 130, 16), (63, 1, 7), (33, 128, 4),
     (100, 63, 16), (100, 96, 1), (257, 63, 7), (257, 1, 16), (257, 130, 1),
 ]  # fmt: skip
+# Around Triton's tiles of 8 steps and 128 states times channels.
+TRITON_SHAPES = [
+    (1, 5, 16), (3, 1, 16), (3, 13, 7), (63, 5, 16), (130, 1, 16), (9, 40, 1), (17, 3, 50),
+    (8, 2, 200),
+]  # fmt: skip
+# gate, state, padded
+PLAIN, FULL = (False, False, False), (True, True, True)
+OPTIONS = [PLAIN, (True, False, False), (False, True, True), FULL]
+SCANS = [
+    *(("cpu", *case) for case in itertools.product(SHAPES, OPTIONS)),
+    *(("triton", *case) for case in itertools.product(TRITON_SHAPES, [PLAIN, FULL])),
+]
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "initial_state")
 
 
@@ -31,6 +48,20 @@ def threads():
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request):
+    """A backend with kernels of its own."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return importlib.import_module(f"mamba_lm.selective_scan.{request.param}")
+
+
+@pytest.fixture
+def d(kernels):
+    """Channels that make no whole tiles; the interpreter is slow."""
+    return 70 if kernels is cpu else 11
 
 
 def scan_inputs(b, l, d, n, gate=True, state=True):
@@ -97,21 +128,33 @@ def assert_all_equal(got, want):
         assert torch.equal(got[name], want[name]), name
 
 
-@pytest.mark.parametrize(
-    "gate, state, padded",
-    [(False, False, False), (True, False, False), (False, True, True), (True, True, True)],
-)
-@pytest.mark.parametrize("l, d, n", SHAPES)
-def test_scan_matches_the_reference(l, d, n, gate, state, padded):
+@pytest.mark.parametrize("kernels, shape, options", SCANS, indirect=["kernels"], ids=str)
+def test_scan_matches_the_reference(kernels, shape, options):
+    (l, d, n), (gate, state, padded) = shape, options
     inputs = scan_inputs(3, l, d, n, gate, state)
     lengths = torch.tensor([l, l // 2, 0]) if padded else None
-    got = gradients(cpu.selective_scan, inputs, lengths=lengths)
+    got = gradients(kernels.selective_scan, inputs, lengths=lengths)
     want = gradients(reference.selective_scan, inputs, lengths=lengths, dtype=torch.float64)
     assert_all_close(got, want)
     assert got["result 1"].dtype == torch.float32
     with torch.no_grad():
-        y, final_state = cpu.selective_scan(**inputs, lengths=lengths)
+        y, final_state = kernels.selective_scan(**inputs, lengths=lengths)
     assert torch.equal(y, got["result 0"]) and torch.equal(final_state, got["result 1"])
+
+
+@pytest.mark.parametrize("lengths", [None, [60, 17, 0]], ids=str)
+def test_few_rows_are_read_in_spans(lengths, monkeypatch):
+    """Triton's kernels walk the pieces of a row at once, where rows do not fill a GPU."""
+    triton = pytest.importorskip("mamba_lm.selective_scan.triton")
+    inputs = scan_inputs(3, 60, 11, 5)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    want = gradients(reference.selective_scan, inputs, lengths=lengths, dtype=torch.float64)
+    monkeypatch.setattr(triton, "PROGRAMS", 12)
+    monkeypatch.setattr(triton, "LEAST_SPAN", 16)
+    carries, carry = [], triton._carry
+    monkeypatch.setattr(triton, "_carry", lambda *a, **k: carries.append(a) or carry(*a, **k))
+    assert_all_close(gradients(triton.selective_scan, inputs, lengths=lengths), want)
+    assert [elapsed.shape[1] for _, elapsed, *_ in carries] == [4, 4]  # spans, there and back
 
 
 @pytest.mark.parametrize("bias, tail", list(itertools.product([False, True], repeat=2)))
@@ -120,9 +163,11 @@ def test_scan_matches_the_reference(l, d, n, gate, state, padded):
     [(1, 63, 4), (2, 96, 4), (3, 1, 4), (100, 400, 4), (17, 130, 3), (33, 64, 1), (20, 70, 2),
      (9, 50, 5), (30, 33, 8)],
 )  # fmt: skip
-def test_convolution_matches_the_reference(l, d, w, bias, tail):
+def test_convolution_matches_the_reference(kernels, l, d, w, bias, tail):
+    if kernels is not cpu:  # the interpreter is slow
+        l, d = min(l, 40), min(d, 140)
     inputs = conv_inputs(3, l, d, w, bias, tail)
-    got = gradients(cpu.causal_conv1d, inputs)
+    got = gradients(kernels.causal_conv1d, inputs)
     assert_all_close(got, gradients(reference.causal_conv1d, inputs, dtype=torch.float64))
 
 
@@ -154,19 +199,19 @@ def one_by_one(function, lengths, d):
 
 @pytest.mark.parametrize("gate, state", [(False, False), (True, True)])
 @pytest.mark.parametrize("lengths", [[5], [1, 33, 0, 70, 2], [0, 0, 3], [32, 31, 33, 64]], ids=str)
-def test_packed_rows_match_the_reference_on_each(lengths, gate, state):
-    d, n = 130, 5
+def test_packed_rows_match_the_reference_on_each(kernels, lengths, gate, state):
+    d, n = 130 if kernels is cpu else 11, 5
     inputs = scan_inputs(1, sum(lengths), d, n, gate, state=False)
     inputs = {name: v[0] if name in PACKED and v is not None else v for name, v in inputs.items()}
     inputs["initial_state"] = torch.randn(len(lengths), n, d) if state else None
     want = gradients(one_by_one(reference.selective_scan, lengths, d), inputs, dtype=torch.float64)
-    assert_all_close(gradients(cpu.selective_scan, inputs, lengths=torch.tensor(lengths)), want)
+    assert_all_close(gradients(kernels.selective_scan, inputs, lengths=torch.tensor(lengths)), want)
 
     inputs = conv_inputs(1, sum(lengths), d, 4, tail=False)
     inputs |= {"x": inputs["x"][0]}
     inputs["initial_tail"] = torch.randn(len(lengths), 3, d) if state else None
     want = gradients(one_by_one(reference.causal_conv1d, lengths, d), inputs, dtype=torch.float64)
-    assert_all_close(gradients(cpu.causal_conv1d, inputs, lengths=torch.tensor(lengths)), want)
+    assert_all_close(gradients(kernels.causal_conv1d, inputs, lengths=torch.tensor(lengths)), want)
 
 
 def test_packed_rows_need_lengths_that_fit(monkeypatch):
@@ -210,74 +255,73 @@ def test_reference_is_the_recurrence():
     )
 
 
-@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("pieces", [[1] * 21, [16, 5], [3, 0, 18], [20, 1]], ids=str)
-def test_pieces_equal_the_whole(backend, pieces):
-    inputs = scan_inputs(2, 21, 70, 5)
+def test_pieces_equal_the_whole(kernels, d, pieces):
+    inputs = scan_inputs(2, 21, d, 5)
 
     def in_pieces(A, D, initial_state, **sequences):
         outputs, h = [], initial_state
         for part in zip(*(v.split(pieces, dim=1) for v in sequences.values()), strict=True):
             part = dict(zip(sequences, part, strict=True))
-            y, h = backend.selective_scan(**part, A=A, D=D, initial_state=h)
+            y, h = kernels.selective_scan(**part, A=A, D=D, initial_state=h)
             outputs.append(y)
         return torch.cat(outputs, dim=1), h
 
-    assert_all_close(gradients(in_pieces, inputs), gradients(backend.selective_scan, inputs))
+    assert_all_close(gradients(in_pieces, inputs), gradients(kernels.selective_scan, inputs))
 
 
 @pytest.mark.parametrize("pieces", [[1] * 20, [17, 3], [2, 18]], ids=str)
-def test_convolution_in_pieces_equals_the_whole(pieces):
-    inputs = conv_inputs(2, 20, 70, 4)
+def test_convolution_in_pieces_equals_the_whole(kernels, d, pieces):
+    inputs = conv_inputs(2, 20, d, 4)
 
     def in_pieces(x, weight, bias, initial_tail):
         outputs, tail = [], initial_tail
         for piece in x.split(pieces, dim=1):
-            outputs.append(cpu.causal_conv1d(piece, weight, bias, tail))
+            outputs.append(kernels.causal_conv1d(piece, weight, bias, tail))
             tail = torch.cat([tail, piece], dim=1)[:, -3:]
         return torch.cat(outputs, dim=1)
 
-    assert_all_close(gradients(in_pieces, inputs), gradients(cpu.causal_conv1d, inputs))
+    assert_all_close(gradients(in_pieces, inputs), gradients(kernels.causal_conv1d, inputs))
 
 
-def test_nothing_to_read():
+def test_nothing_to_read(kernels, d):
     """No steps leave the state alone; no rows give no rows; a gradient passes through both."""
-    inputs = scan_inputs(2, 0, 70, 3)
-    found = gradients(cpu.selective_scan, inputs)
-    assert found["result 0"].shape == (2, 0, 70)
+    inputs = scan_inputs(2, 0, d, 3)
+    found = gradients(kernels.selective_scan, inputs)
+    assert found["result 0"].shape == (2, 0, d)
     assert torch.equal(found["result 1"], inputs["initial_state"])
     assert found["initial_state"].any() and not found["A"].any()
-    _, h = cpu.selective_scan(**scan_inputs(2, 0, 70, 3, state=False))
-    assert h.shape == (2, 3, 70) and not h.any()
-    found = gradients(cpu.selective_scan, scan_inputs(0, 5, 70, 3))
-    assert found["result 0"].shape == (0, 5, 70) and not found["D"].any()
-    found = gradients(cpu.causal_conv1d, conv_inputs(2, 0, 70, 4))
-    assert found["result 0"].shape == (2, 0, 70) and not found["weight"].any()
+    _, h = kernels.selective_scan(**scan_inputs(2, 0, d, 3, state=False))
+    assert h.shape == (2, 3, d) and not h.any()
+    found = gradients(kernels.selective_scan, scan_inputs(0, 5, d, 3))
+    assert found["result 0"].shape == (0, 5, d) and not found["D"].any()
+    found = gradients(kernels.causal_conv1d, conv_inputs(2, 0, d, 4))
+    assert found["result 0"].shape == (2, 0, d) and not found["weight"].any()
 
 
-def test_padding_is_exact_whatever_stands_there():
-    inputs = scan_inputs(3, 20, 70, 4)
+def test_padding_is_exact_whatever_stands_there(kernels, d):
+    inputs = scan_inputs(3, 20, d, 4)
     lengths = torch.tensor([20, 11, 0])
-    clean = gradients(cpu.selective_scan, inputs, lengths=lengths)
+    clean = gradients(kernels.selective_scan, inputs, lengths=lengths)
     dirty = {name: v.clone() for name, v in inputs.items()}
     for name in ("x", "delta", "B", "C", "z"):
         for row, length in enumerate(lengths):
             dirty[name][row, length:] = float("nan")
-    assert_all_equal(gradients(cpu.selective_scan, dirty, lengths=lengths), clean)
+    assert_all_equal(gradients(kernels.selective_scan, dirty, lengths=lengths), clean)
     assert not clean["result 0"][1, 11:].any()
     assert not clean["x"][1, 11:].any()
     assert torch.equal(clean["result 1"][2], inputs["initial_state"][2])
     for name in ("x", "delta", "B", "C", "z"):
         inputs[name] = inputs[name][1:2, :11]
     inputs["initial_state"] = inputs["initial_state"][1:2]
-    y, h = cpu.selective_scan(**inputs)
+    y, h = kernels.selective_scan(**inputs)
     assert torch.equal(y[0], clean["result 0"][1, :11]) and torch.equal(h[0], clean["result 1"][1])
 
 
-def test_views_are_read_where_they_lie():
+def test_views_are_read_where_they_lie(kernels, d):
     """Halves of one projection, parts of another, and layouts that have to be copied."""
     torch.manual_seed(0)
-    b, l, d, n = 2, 19, 70, 5
+    b, l, n = 2, 19, 5
     inputs = scan_inputs(b, l, d, n, gate=False)
     projected = {
         "xz": torch.randn(b, l, 2 * d),
@@ -297,50 +341,55 @@ def test_views_are_read_where_they_lie():
 
         return function
 
-    got = gradients(from_views(cpu, lambda v: v), projected)
-    assert_all_equal(got, gradients(from_views(cpu, torch.Tensor.contiguous), projected))
+    got = gradients(from_views(kernels, lambda v: v), projected)
+    assert_all_equal(got, gradients(from_views(kernels, torch.Tensor.contiguous), projected))
     exact = from_views(reference, lambda v: v)
     assert_all_close(got, gradients(exact, projected, dtype=torch.float64))
 
     def conv(xz, weight):
         x, z = xz.chunk(2, dim=2)
         return (
-            cpu.causal_conv1d(x, weight, None) + cpu.causal_conv1d(z[:, ::2], weight, None)[:, :1]
+            kernels.causal_conv1d(x, weight, None)
+            + kernels.causal_conv1d(z[:, ::2], weight, None)[:, :1]
         )
 
     def copied_conv(xz, weight):
         x, z = (v.contiguous() for v in xz.chunk(2, dim=2))
         z = z[:, ::2].contiguous()
-        return cpu.causal_conv1d(x, weight, None) + cpu.causal_conv1d(z, weight, None)[:, :1]
+        return (
+            kernels.causal_conv1d(x, weight, None) + kernels.causal_conv1d(z, weight, None)[:, :1]
+        )
 
     projected = {"xz": projected["xz"], "weight": torch.randn(d, 4)}
     assert_all_equal(gradients(conv, projected), gradients(copied_conv, projected))
 
 
-def test_expanded_tensors():
-    inputs = scan_inputs(2, 9, 70, 3)
+def test_expanded_tensors(kernels, d):
+    inputs = scan_inputs(2, 9, d, 3)
     for name in ("x", "delta", "B", "C", "z"):
         inputs[name] = inputs[name][:1, :1]
     inputs["initial_state"] = inputs["initial_state"][:1]
 
     def expanded(x, delta, A, B, C, D, z, initial_state):
         x, delta, B, C, z = (v.expand(2, 9, -1) for v in (x, delta, B, C, z))
-        return cpu.selective_scan(x, delta, A, B, C, D, z, initial_state.expand(2, -1, -1))
+        return kernels.selective_scan(x, delta, A, B, C, D, z, initial_state.expand(2, -1, -1))
 
     def copied(x, delta, A, B, C, D, z, initial_state):
         x, delta, B, C, z = (v.expand(2, 9, -1).contiguous() for v in (x, delta, B, C, z))
         h0 = initial_state.expand(2, -1, -1).contiguous()
-        return cpu.selective_scan(x, delta, A, B, C, D, z, h0)
+        return kernels.selective_scan(x, delta, A, B, C, D, z, h0)
 
     assert_all_equal(gradients(expanded, inputs), gradients(copied, inputs))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nan_comes_out_where_it_belongs(name):
+def test_nan_comes_out_where_it_belongs(kernels, d, name):
     """In the same entries as in the reference: not fewer, none of another row or channel."""
-    inputs = scan_inputs(3, 20, 70, 4)
+    if kernels is not cpu and name == "A":
+        pytest.skip("Triton's tiles end beyond the row, where Δ is 0 and 0 times NaN is NaN")
+    inputs = scan_inputs(3, 20, d, 4)
     inputs[name].view(-1)[inputs[name].numel() // 2] = float("nan")
-    got = gradients(cpu.selective_scan, inputs)
+    got = gradients(kernels.selective_scan, inputs)
     want = gradients(reference.selective_scan, inputs, dtype=torch.float64)
     assert got["result 0"].isnan().any()
     assert_all_equal(
@@ -350,11 +399,11 @@ def test_nan_comes_out_where_it_belongs(name):
 
 @pytest.mark.parametrize("w", [2, 4, 5])
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_tail"])
-def test_nan_passes_the_convolution(name, w):
-    inputs = conv_inputs(3, 20, 70, w)
-    at = 75 if name == "initial_tail" else inputs[name].numel() // 2
+def test_nan_passes_the_convolution(kernels, d, name, w):
+    inputs = conv_inputs(3, 20, d, w)
+    at = d + 5 if name == "initial_tail" else inputs[name].numel() // 2
     inputs[name].view(-1)[at] = float("nan")
-    got = gradients(cpu.causal_conv1d, inputs)
+    got = gradients(kernels.causal_conv1d, inputs)
     want = gradients(reference.causal_conv1d, inputs, dtype=torch.float64)
     assert got["result 0"].isnan().any()
     assert_all_equal(
@@ -372,12 +421,12 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize("extremes", EXTREMES, ids=str)
-def test_extreme_inputs_stay_finite(extremes):
+def test_extreme_inputs_stay_finite(kernels, d, extremes):
     """Wherever the float64 result fits in float32, the kernels' is finite and right."""
-    inputs = scan_inputs(2, 20, 70, 4)
+    inputs = scan_inputs(2, 20, d, 4)
     for name, value in extremes.items():
         inputs[name] = torch.where(torch.rand_like(inputs[name]) < 0.3, value, inputs[name])
-    got = gradients(cpu.selective_scan, inputs)
+    got = gradients(kernels.selective_scan, inputs)
     want = gradients(reference.selective_scan, inputs, dtype=torch.float64)
     for name, exact in want.items():
         fits = exact.abs() < 1e37
@@ -575,13 +624,12 @@ def test_works_in_a_forked_worker(threads):
         assert torch.equal(y, want_y) and torch.equal(h, want_h)
 
 
-@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
-def test_bfloat16_in_bfloat16_out_and_a_float32_state(backend):
-    inputs = scan_inputs(2, 30, 70, 5)
+def test_bfloat16_in_bfloat16_out_and_a_float32_state(kernels, d):
+    inputs = scan_inputs(2, 30, d, 5)
     keep = ("A", "initial_state")
     low = {name: v if name in keep else v.bfloat16() for name, v in inputs.items()}
     low = {name: v.requires_grad_() for name, v in low.items()}
-    y, h = backend.selective_scan(**low)
+    y, h = kernels.selective_scan(**low)
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
     want_y, want_h = reference.selective_scan(**{name: v.double() for name, v in low.items()})
     assert_close(y, want_y.detach(), "y", tolerance=5e-3)
@@ -589,20 +637,64 @@ def test_bfloat16_in_bfloat16_out_and_a_float32_state(backend):
     (y.float().sum() + h.sum()).backward()
     assert all(v.grad.dtype == v.dtype for v in low.values())
 
-    conv = {name: v.bfloat16() for name, v in conv_inputs(2, 30, 70, 4).items()}
-    y = backend.causal_conv1d(**conv)
+    conv = {name: v.bfloat16() for name, v in conv_inputs(2, 30, d, 4).items()}
+    y = kernels.causal_conv1d(**conv)
     assert y.dtype == torch.bfloat16
     want = reference.causal_conv1d(**{name: v.double() for name, v in conv.items()})
     assert_close(y, want, "convolution", tolerance=1e-2)
 
 
-def test_the_backend_follows_device_and_dtype(monkeypatch):
+@pytest.fixture
+def no_backend_chosen(monkeypatch):
     monkeypatch.delenv("MAMBA_SCAN_BACKEND", raising=False)
+    selective_scan_module._gpu_backend.cache_clear()
+    yield
+    selective_scan_module._gpu_backend.cache_clear()
+
+
+def test_the_backend_follows_device_and_dtype(no_backend_chosen, monkeypatch):
     assert backend_name(torch.device("cpu"), torch.float32) == "cpu"
-    assert backend_name(torch.device("cuda", 1), torch.bfloat16) == "cuda"
-    assert backend_name(torch.device("cpu"), torch.float64) == "reference"
+    assert backend_name(torch.device("cuda"), torch.float64) == "reference"
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "reference")
     assert backend_name(torch.device("cuda"), torch.float32) == "reference"
+
+
+@pytest.mark.parametrize(
+    "mamba_ssm, chosen, said",
+    [
+        ("absent", "triton", ""),
+        ("works", "cuda", ""),
+        (
+            "broken",
+            "triton",
+            "warning: the cuda selective scan is not installed (undefined symbol)",
+        ),
+    ],
+)
+def test_a_gpu_gets_triton_where_mamba_ssm_does_not_work(
+    no_backend_chosen, monkeypatch, capsys, mamba_ssm, chosen, said
+):
+    def load(name):
+        assert name == "cuda"
+        if mamba_ssm == "broken":
+            raise UserError("the cuda selective scan is not installed (undefined symbol): see")
+
+    found = None if mamba_ssm == "absent" else object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(selective_scan_module, "load_backend", load)
+    for _ in range(2):
+        assert backend_name(torch.device("cuda", 1), torch.bfloat16) == chosen
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_triton_asked_for_on_the_cpu_is_an_error(monkeypatch):
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "triton")
+    assert backend_name(torch.device("cpu"), torch.float32) == "triton"  # by its interpreter
+    with pytest.raises(UserError, match=r"triton: not for torch\.float64"):
+        backend_name(torch.device("cpu"), torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match=r"triton: not for torch\.float32 on cpu"):
+        backend_name(torch.device("cpu"), torch.float32)
 
 
 def test_one_line_says_which_backend_runs(monkeypatch, capsys):
@@ -617,7 +709,7 @@ def test_one_line_says_which_backend_runs(monkeypatch, capsys):
 
 def test_an_unknown_backend_names_the_known_ones(monkeypatch):
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", "tpu")
-    with pytest.raises(UserError, match="MAMBA_SCAN_BACKEND=tpu: use one of reference, cpu, cuda"):
+    with pytest.raises(UserError, match="use one of reference, cpu, cuda, triton"):
         selective_scan_module.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), None)
 
 

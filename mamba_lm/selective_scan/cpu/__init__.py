@@ -136,7 +136,9 @@ class _Softplus(torch.autograd.Function):
         return gx, gbias.sum(0)
 
 
-def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
+def selective_scan(
+    x, delta, A, B, C, D, z=None, initial_state=None, lengths=None, return_state=True
+):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
     is_step = x.dim() == 3 and x.shape[1] == 1 and lengths is None and initial_state is not None
@@ -145,7 +147,7 @@ def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=Non
     else:
         scan = _SelectiveScan.apply if needs_grad(floats) else _scan
         y, final_state = scan(*floats, *places(x, lengths))
-    return y.to(x.dtype), final_state
+    return y.to(x.dtype), final_state if return_state else None
 
 
 def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
@@ -182,11 +184,9 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
         x.new_zeros(x.shape[-1], dtype=torch.float32) if bias is None else bias.float().contiguous()
     )
     tail = None if initial_tail is None else initial_tail.float().contiguous()
-    inputs, places = (x.float(), weight.float(), bias, tail), places(x, lengths)
-    if needs_grad(inputs):
-        y = _CausalConv1d.apply(*inputs, *places)
-    else:
-        y = _convolution(*inputs, *places)
+    inputs = (x.float(), weight.float(), bias, tail)
+    convolve = _CausalConv1d.apply if needs_grad(inputs) else _convolution
+    y = convolve(*inputs, *places(x, lengths))
     return y.to(x.dtype)
 
 
@@ -290,5 +290,6 @@ def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
     if A.shape[1] % GROUP:
         B, C = (F.pad(v, (0, -A.shape[1] % GROUP)) for v in (B, C))
     return (
-        *as_tokens(x), *as_tokens(delta), A.contiguous(), *as_tokens(B), *as_tokens(C), D.contiguous(), *as_tokens(z),
+        *as_tokens(x), *as_tokens(delta), A.contiguous(), *as_tokens(B), *as_tokens(C),
+        D.contiguous(), *as_tokens(z),
     )  # fmt: skip

@@ -1,7 +1,5 @@
 """The CPU backend's matrix products, each by what is fastest at its size."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

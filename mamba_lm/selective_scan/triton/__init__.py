@@ -93,13 +93,16 @@ class _CausalConv1d(torch.autograd.Function):
         return gx, gtaps.sum(0), gbias.sum(0), gtail, None, None
 
 
-def selective_scan(x, delta, A, B, C, D, z=None, initial_state=None, lengths=None):
+def selective_scan(
+    x, delta, A, B, C, D, z=None, initial_state=None, lengths=None, return_state=True
+):
     """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
     A, D = A.float(), D.float().contiguous()
     h0 = None if initial_state is None else initial_state.float().contiguous()
     inputs = (x, delta, A, B, C, D, z, h0)
     scan = _SelectiveScan.apply if needs_grad(inputs) else _scan
-    return scan(*inputs, *places(x, lengths))
+    y, final_state = scan(*inputs, *places(x, lengths))
+    return y, final_state if return_state else None
 
 
 def _scan(x, delta, A, B, C, D, z, h0, starts, lengths, saved=None):

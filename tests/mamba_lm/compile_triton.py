@@ -1,0 +1,79 @@
+"""Compile, without a GPU, every Triton kernel that training and decoding launch, as they launch it.
+
+    python -m tests.mamba_lm.compile_triton 90        # for compute capability 9.0
+
+The launches are real, up to the compiled kernel, which is not run. Prints one JSON object: of each
+kernel, by name and how often it was seen before, the PTX target and the bytes of machine code.
+"""
+
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class NoGPU:
+    """A driver for launches that end at compilation."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(capability: int) -> dict[str, tuple[str, int]]:
+    compiled, run = {}, JITFunction.run
+
+    def only_compile(kernel, *args, grid, warmup, **settings):
+        binary = run(kernel, *args, grid=grid, warmup=True, **settings)
+        name = kernel.fn.__name__
+        seen = sum(key.split()[0] == name for key in compiled)
+        target = next(line for line in binary.asm["ptx"].splitlines() if ".target" in line)
+        compiled[f"{name} {seen}"] = target.split()[1], len(binary.asm["cubin"])
+
+    triton.runtime.driver.set_active(NoGPU(capability))
+    JITFunction.run = only_compile
+    from mamba_lm.selective_scan import triton as kernels
+
+    for dtype in (torch.bfloat16, torch.float32):
+        launch(kernels, dtype)
+    return compiled
+
+
+def launch(kernels, dtype: torch.dtype) -> None:
+    """mamba-130m's width: projections, forward and backward, in spans and not, packed, decoding."""
+    b, l, d, n, r = 8, 160, 1536, 16, 48
+    x, z = torch.zeros(b, l, 2 * d, dtype=dtype, requires_grad=True).chunk(2, dim=2)
+    B, C = torch.zeros(b, l, r + 2 * n, dtype=dtype).split((r, n, n), dim=2)[1:]
+    delta, h0 = torch.zeros(b, l, d), torch.zeros(b, n, d)
+    A, D, weight, bias = -torch.ones(d, n), torch.ones(d), torch.ones(d, 4), torch.ones(d)
+    tail = torch.zeros(b, 3, d, dtype=dtype)
+    for rows in (b, 1):
+        inputs = (x[:rows], delta[:rows], A, B[:rows], C[:rows], D, z[:rows], h0[:rows])
+        y, h = kernels.selective_scan(*inputs)
+        (y.float().sum() + h.sum()).backward(retain_graph=True)
+        with torch.no_grad():
+            kernels.selective_scan(*inputs)
+    kernels.causal_conv1d(x, weight, bias, tail).float().sum().backward()
+    with torch.no_grad():
+        first = [v[:, :1] for v in (x, delta, B, C, z)]
+        kernels.selective_scan(*first[:2], A, *first[2:4], D, first[4], h0)
+        packed = [v.flatten(0, 1) for v in (x, delta, B, C, z)]
+        kernels.selective_scan(*packed[:2], A, *packed[2:4], D, packed[4], h0, torch.full((b,), l))
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_launches(int(sys.argv[1]))))

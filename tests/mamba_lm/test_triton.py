@@ -1,0 +1,50 @@
+"""Triton's kernels beyond the scan's definition: they compile, and the model trains with them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mamba_lm.training import Continuation, PrefixSuffixLM, collate
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "scan_forward", "scan_gradients", "scan_carry", "scan_backward",
+    "conv_forward", "conv_gradients", "conv_backward",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_ahead_of_time(capability):
+    """The interpreter runs what a compiler may refuse."""
+    command = [sys.executable, "-m", "tests.mamba_lm.compile_triton", str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    assert {name.split()[0] for name in compiled} == KERNELS
+    for target, size in compiled.values():
+        assert target.rstrip("a") == f"sm_{capability}" and size > 1000
+
+
+def test_training_on_forked_states_equals_the_reference(
+    make_model, gradients, assert_near, monkeypatch
+):
+    """Contexts and questions of unlike lengths, read back to back, with gradients through forks."""
+    model = PrefixSuffixLM(make_model(d_state=4))
+    examples = [
+        Continuation(range(1, 1 + prefix), [7, 8, 9][:prompt], [3, 4, 0][:target])
+        for prefix, prompt, target in ((5, 2, 3), (11, 3, 2), (5, 1, 1), (0, 2, 2))
+    ]
+    batch = collate(examples)
+
+    def loss_and_gradients(backend):
+        monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+        loss = model(**batch)["loss"]
+        return loss.detach(), gradients(model, loss)
+
+    loss, got = loss_and_gradients("triton")
+    want_loss, want = loss_and_gradients("reference")
+    assert_near(loss, want_loss, tolerance=1e-5)
+    assert_near(got, want, tolerance=1e-4)
