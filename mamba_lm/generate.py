@@ -1,12 +1,15 @@
 """Prefill, fork, decode: everything that reads or writes tokens with a trained model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
 from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
+
+GRAPH_STEPS = 4  # tokens
 
 
 class Reading(NamedTuple):
@@ -59,6 +62,30 @@ def read(
     return Reading(_log_probs(model, last, vocab_size), state)
 
 
+class _Rows(NamedTuple):
+    """Rows that are being continued, between the choice of a token and reading it."""
+
+    token_ids: Tensor  # (b,) int64, chosen
+    going: Tensor  # (b,) bool: that is a new token; False from a stop or the last token on
+    log_probs: Tensor  # (b,) float64, of all that was chosen and counts
+    left: Tensor  # (), the tokens that may still be chosen, this one included
+    state: MambaState
+
+    def fork(self, index: Tensor) -> "_Rows":
+        rows = (v.index_select(0, index) for v in self[:3])
+        return _Rows(*rows, self.left, self.state.fork(index))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self[:4], *self.state.conv, *self.state.ssm]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> "_Rows":
+        """From what `tensors` gives."""
+        rows, states = tensors[:4], tensors[4:]
+        n_layer = len(states) // 2
+        return _Rows(*rows, MambaState(tuple(states[:n_layer]), tuple(states[n_layer:])))
+
+
 def decode(
     model: MambaLM,
     reading: Reading,
@@ -69,7 +96,8 @@ def decode(
     """Greedy continuations, one a row; finished rows leave the batch.
 
     A row stops before the first token of `stop_ids`, whose probabilities count as one: that of
-    stopping.
+    stopping. On a GPU the steps are CUDA graphs, kept for as long as the model's weights stay where
+    they are, and the host looks every GRAPH_STEPS tokens only.
     """
     device = _device(model)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
@@ -78,26 +106,86 @@ def decode(
     counts = torch.zeros(b, dtype=torch.long, device=device)
     log_probs = torch.zeros(b, dtype=torch.float64, device=device)
     step = model.stepper()
-    rows = torch.arange(b, device=device)  # the batch's rows, by their place in the answer
-    for count in range(max_new_tokens + 1):
-        best, choice = reading.log_probs.max(dim=1)  # (b,)
-        stopping = torch.isin(choice, stops)  # (b,)
-        gained = torch.where(stopping, reading.log_probs[:, stops].logsumexp(dim=1), best)
-        # At the last step only a stop still counts.
-        counted = stopping if count == max_new_tokens else torch.ones_like(stopping)
-        log_probs.index_add_(0, rows, torch.where(counted, gained, 0).double())
-        if count == max_new_tokens or stopping.all():
+
+    def choose(next_log_probs: Tensor, going, total, left, state) -> _Rows:
+        best, choice = next_log_probs.max(dim=1)  # (b,)
+        stopping = (choice[:, None] == stops).any(dim=1)  # (b,)
+        gained = torch.where(stopping, next_log_probs[:, stops].logsumexp(dim=1), best)
+        # After the last token only a stop still counts.
+        total = total + torch.where(going & (stopping | (left > 0)), gained, 0).double()
+        return _Rows(choice, going & ~stopping & (left > 0), total, left, state)
+
+    def advance(rows: _Rows) -> _Rows:
+        hidden, state = step(rows.token_ids, rows.state)
+        next_log_probs = _log_probs(model, hidden, vocab_size)
+        return choose(next_log_probs, rows.going, rows.log_probs, rows.left - 1, state)
+
+    graphs = graphs_of(model, (vocab_size, *stops.tolist())) if _is_captured(model) else None
+    batch = _Eager(advance) if graphs is None else _Graphed(advance, graphs)
+    everywhere = torch.ones(b, dtype=torch.bool, device=device)
+    left = torch.tensor(max_new_tokens, device=device)
+    rows = choose(reading.log_probs, everywhere, log_probs, left, reading.state)
+    places = torch.arange(b, device=device)  # of rows in the answer; what follows them is padding
+    count = 0
+    while True:
+        log_probs[places] = rows.log_probs[: len(places)]
+        going = rows.going.nonzero().squeeze(1)  # here the host waits for a GPU
+        if len(going) == 0:
             break
-        if stopping.any():
-            going = (~stopping).nonzero().squeeze(1)
-            rows, choice = rows[going], choice[going]
-            reading = reading.fork(going)
-        tokens[rows, count] = choice
-        counts[rows] += 1
-        hidden, state = step(choice, reading.state)
-        reading = Reading(_log_probs(model, hidden, vocab_size), state)
+        kept = batch.shrink(rows, going)
+        if kept is not None:
+            rows, places = kept, places[going]
+        chosen, new, rows = batch.run(rows)
+        chosen, new = chosen[: max_new_tokens - count, : len(places)], new[:, : len(places)]
+        tokens[places, count : count + len(chosen)] = chosen.T
+        counts[places] += new.sum(dim=0)
+        count += len(chosen)
     rows_of_tokens = zip(tokens.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
     return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows_of_tokens]
+
+
+class _Eager:
+    """A token at a time; a row leaves as soon as it ends."""
+
+    def __init__(self, advance: Callable[[_Rows], _Rows]):
+        self.advance = advance
+
+    def shrink(self, rows: _Rows, going: Tensor) -> _Rows | None:
+        """The rows `going`, perhaps with padding behind them, if the batch gets smaller by it."""
+        return rows.fork(going) if len(going) < len(rows.going) else None
+
+    def run(self, rows: _Rows) -> tuple[Tensor, Tensor, _Rows]:
+        """Each step's chosen tokens and whether they are new, (steps, b), and what follows."""
+        return rows.token_ids[None], rows.going[None], self.advance(rows)
+
+
+class _Graphed:
+    """As _Eager, GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own."""
+
+    def __init__(self, advance: Callable[[_Rows], _Rows], graphs: dict[int, StepGraph]):
+        self.advance, self.graphs, self.graph = advance, graphs, None
+
+    def shrink(self, rows: _Rows, going: Tensor) -> _Rows | None:
+        size = graph_size(len(going))
+        if self.graph is not None and size >= len(rows.going):
+            return None
+        padding = going[:1].expand(size - len(going))
+        rows = rows.fork(torch.cat([going, padding]))
+        is_row = torch.arange(size, device=going.device) < len(going)
+        rows = rows._replace(going=is_row)
+        if size not in self.graphs:
+            self.graphs[size] = StepGraph(self._step, rows.tensors(), GRAPH_STEPS)
+        self.graph = self.graphs[size]
+        self.graph.load(rows.tensors())
+        return rows
+
+    def _step(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        rows = _Rows.of(tensors)
+        return self.advance(rows).tensors(), (rows.token_ids, rows.going)
+
+    def run(self, rows: _Rows) -> tuple[Tensor, Tensor, _Rows]:
+        chosen, new = self.graph()
+        return chosen, new, _Rows.of(self.graph.tensors)
 
 
 def continuation_log_prob(
@@ -124,3 +212,8 @@ def _log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor
 
 def _device(model: MambaLM) -> torch.device:
     return model.lm_head.weight.device
+
+
+def _is_captured(model: MambaLM) -> bool:
+    """Whether steps are CUDA graphs, in which no hook would be called."""
+    return _device(model).type == "cuda" and model.layer_weights() is not None

@@ -316,15 +316,20 @@ class MambaLM(nn.Module):
             hidden = padded.index_copy(0, places, hidden).view(b, l, self.config.d_model)
         return hidden, MambaState(tuple(new_convs), tuple(new_ssms)) if keep_state else None
 
+    def layer_weights(self) -> list[LayerWeights] | None:
+        """None where they do not say all that the layers do."""
+        layers = self.backbone.layers
+        weights = [layer.weights() if type(layer) is MambaBlock else None for layer in layers]
+        return None if None in weights else weights
+
     def stepper(self) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
         """What reads one token more a row: (token_ids (b,), state) to hidden (b, m) and a state.
 
         As `encode`, but in one kernel where the backend has it. Good until weights are moved,
         replaced or hooked.
         """
-        layers = self.backbone.layers
-        weights = [layer.weights() if type(layer) is MambaBlock else None for layer in layers]
-        fused = fused_layers(weights) if None not in weights else None
+        weights = self.layer_weights()
+        fused = fused_layers(weights) if weights is not None else None
 
         def step(token_ids, state):
             stepped = fused(self._embed(token_ids[:, None]), *state) if fused is not None else None

@@ -26,6 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.common import needs_grad
+from mamba_lm.selective_scan.triton.step import fused_layers
+
+__all__ = ["causal_conv1d", "fused_layers", "fused_mixer", "selective_scan"]
 
 STEPS, LINEAR = "steps", "linear"
 # Which way a state goes in; `benchmarks/gpu.py` times both. Not measured on a GPU yet, but steps

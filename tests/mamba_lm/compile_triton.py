@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from mamba_lm.model import MambaConfig, MambaLM
+
 
 class NoGPU:
     """A driver for launches that end at compilation."""
@@ -49,30 +51,35 @@ def compile_launches(capability: int) -> dict[str, tuple[str, int]]:
     from mamba_lm.selective_scan import triton as kernels
 
     for dtype in (torch.bfloat16, torch.float32):
-        launch(kernels, dtype)
+        launch_training(kernels, dtype)
+        launch_decoding(kernels, dtype)
     return compiled
 
 
-def launch(kernels, dtype: torch.dtype) -> None:
-    """mamba-130m's width: projections, forward and backward, in spans and not, packed, decoding."""
+def launch_training(kernels, dtype: torch.dtype) -> None:
+    """mamba-130m's width: parts of projections, forward and backward, in spans and not."""
     b, l, d, n, r = 8, 160, 1536, 16, 48
     x, z = torch.zeros(b, l, 2 * d, dtype=dtype, requires_grad=True).chunk(2, dim=2)
     B, C = torch.zeros(b, l, r + 2 * n, dtype=dtype).split((r, n, n), dim=2)[1:]
     delta, h0 = torch.zeros(b, l, d), torch.zeros(b, n, d)
     A, D, weight, bias = -torch.ones(d, n), torch.ones(d), torch.ones(d, 4), torch.ones(d)
-    tail = torch.zeros(b, 3, d, dtype=dtype)
     for rows in (b, 1):
         inputs = (x[:rows], delta[:rows], A, B[:rows], C[:rows], D, z[:rows], h0[:rows])
         y, h = kernels.selective_scan(*inputs)
         (y.float().sum() + h.sum()).backward(retain_graph=True)
         with torch.no_grad():
             kernels.selective_scan(*inputs)
+    tail = torch.zeros(b, 3, d, dtype=dtype)
     kernels.causal_conv1d(x, weight, bias, tail).float().sum().backward()
-    with torch.no_grad():
-        first = [v[:, :1] for v in (x, delta, B, C, z)]
-        kernels.selective_scan(*first[:2], A, *first[2:4], D, first[4], h0)
-        packed = [v.flatten(0, 1) for v in (x, delta, B, C, z)]
-        kernels.selective_scan(*packed[:2], A, *packed[2:4], D, packed[4], h0, torch.full((b,), l))
+
+
+@torch.no_grad()
+def launch_decoding(kernels, dtype: torch.dtype) -> None:
+    model = MambaLM(MambaConfig(vocab_size=1000, d_model=768, n_layer=2)).to(dtype)
+    d, n = model.config.d_inner, model.config.d_state
+    step = kernels.fused_layers(model.layer_weights())
+    convs, ssms = [torch.zeros(4, 3, d, dtype=dtype)] * 2, [torch.zeros(4, n, d)] * 2
+    step(torch.zeros(4, 1, 768), convs, ssms)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mamba_lm import cuda_graphs, generate
 from mamba_lm.generate import Generation, continuation_log_prob, decode, read
 
 VOCABULARY = 31  # of 32 rows: the last is padding
@@ -49,9 +50,32 @@ def decode_plainly(model, prompt: list[int], stops: list[int], max_new_tokens: i
         log_prob += after[choice].item()
 
 
+@pytest.fixture(params=[False, True], ids=["step by step", "graphs"])
+def graphs(request, monkeypatch):
+    """Steps by CUDA graphs, but for the capture: a replay is the steps themselves, run again.
+    Gives the sizes of the graphs that a test has captured."""
+    sizes = []
+
+    def replay_by_running(run):
+        run()
+        return run
+
+    def counted(step, start, steps):
+        sizes.append(len(start[0]))
+        return cuda_graphs.StepGraph(step, start, steps)
+
+    monkeypatch.setattr(generate, "_is_captured", lambda model: request.param)
+    monkeypatch.setattr(generate, "StepGraph", counted)
+    monkeypatch.setattr(cuda_graphs, "capture", replay_by_running)
+    cuda_graphs._graphs.clear()
+    yield sizes
+    assert bool(sizes) <= request.param
+    cuda_graphs._graphs.clear()
+
+
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 12])
 @pytest.mark.parametrize("stops", [STOPS, [30], []], ids=str)
-def test_decode_equals_a_plain_loop(max_new_tokens, stops, model, reading):
+def test_decode_equals_a_plain_loop(max_new_tokens, stops, model, reading, graphs):
     got = decode(model, reading, stops, max_new_tokens, VOCABULARY)
     for prompt, generation in zip(PROMPTS, got, strict=True):
         wanted = decode_plainly(model, prompt, stops, max_new_tokens)
@@ -59,7 +83,7 @@ def test_decode_equals_a_plain_loop(max_new_tokens, stops, model, reading):
         assert generation.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
 
 
-def test_rows_stop_at_different_steps_each_as_if_alone(model, reading):
+def test_rows_stop_at_different_steps_each_as_if_alone(model, reading, graphs):
     together = decode(model, reading, STOPS, 12, VOCABULARY)
     lengths = {len(generation.token_ids) for generation in together}
     assert len(lengths) >= 4 and {0, 12} <= lengths
@@ -84,7 +108,25 @@ def test_vocab_size_bars_padded_rows(model, reading):
     assert torch.allclose(reading.log_probs.exp().sum(1), torch.ones(len(PROMPTS)))
 
 
-def test_decode_leaves_the_reading_as_it_was(model, reading):
+@pytest.mark.parametrize("graphs", [True], indirect=True)
+def test_graphs_are_kept_until_weights_move(model, reading, graphs):
+    first = decode(model, reading, STOPS, 12, VOCABULARY)
+    captured = list(graphs)
+    assert captured[0] == len(PROMPTS) and captured == sorted(captured, reverse=True)
+    assert len(captured) == len(set(captured)) > 1
+    assert decode(model, reading, STOPS, 12, VOCABULARY) == first
+    assert graphs == captured  # none anew
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    assert decode(model, reading, STOPS, 12, VOCABULARY) == first
+    assert graphs == 2 * captured
+
+
+def test_sizes_of_graphs():
+    sizes = [cuda_graphs.graph_size(rows) for rows in range(1, 18)]
+    assert sizes == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+
+
+def test_decode_leaves_the_reading_as_it_was(model, reading, graphs):
     before = decode(model, reading, STOPS, 12, VOCABULARY)
     assert decode(model, reading, STOPS, 12, VOCABULARY) == before
 

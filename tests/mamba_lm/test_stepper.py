@@ -68,15 +68,23 @@ def prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @variants
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 32, "triton"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @torch.no_grad()
-def test_equals_float64(changes, rows, dtype, tolerance, make_model, assert_near, steps):
+def test_equals_float64(
+    changes, rows, dtype, tolerance, make_model, assert_near, steps, monkeypatch
+):
     model = make_model(**changes).to(dtype)
     exact = copy.deepcopy(model).double()
-    prefix, token = prompt(rows)
+    on_triton = rows == "triton"  # rows are alike there
+    if on_triton:
+        pytest.importorskip("triton")
+    prefix, token = prompt(3 if on_triton else rows)
     _, state = model(prefix)
+    if on_triton:
+        monkeypatch.setenv("MAMBA_SCAN_BACKEND", "triton")
     logits, after = one_more(model, token, state)
+    monkeypatch.delenv("MAMBA_SCAN_BACKEND", raising=False)
     wanted, wanted_after = exact(token, state.to(torch.float64))
     wanted = wanted[:, 0]
     assert steps == [True]

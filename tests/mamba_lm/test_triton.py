@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 KERNELS = {
     "scan_forward", "scan_gradients", "scan_carry", "scan_backward",
     "conv_forward", "conv_gradients", "conv_backward",
+    "norm_step", "conv_step", "scan_step",
 }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ from mamba_lm.selective_scan.triton.scan_kernels import (
     scan_forward,
     scan_gradients,
 )
+from mamba_lm.selective_scan.triton.step import fused_layers
+
+__all__ = ["PACKED", "causal_conv1d", "fused_layers", "selective_scan"]
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
@@ -101,7 +104,8 @@ def selective_scan(
     h0 = None if initial_state is None else initial_state.float().contiguous()
     inputs = (x, delta, A, B, C, D, z, h0)
     scan = _SelectiveScan.apply if needs_grad(inputs) else _scan
-    y, final_state = scan(*inputs, *places(x, lengths))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        y, final_state = scan(*inputs, *places(x, lengths))
     return y, final_state if return_state else None
 
 
@@ -183,7 +187,8 @@ def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
     tail = None if initial_tail is None else initial_tail.contiguous()
     inputs = (x, taps, bias, tail)
     convolve = _CausalConv1d.apply if needs_grad(inputs) else _convolution
-    return convolve(*inputs, *places(x, lengths))
+    with torch.cuda.device_of(x):
+        return convolve(*inputs, *places(x, lengths))
 
 
 def _convolution(x, taps, bias, tail, starts, lengths):

@@ -1,0 +1,81 @@
+"""Steps of a loop as one CUDA graph: the GPU runs several without a word from the host."""
+
+from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+class StepGraph:
+    """Several steps of a loop over tensors, run as one.
+
+    step: from the loop's tensors to what they are next, of the same shapes, and tensors to show of
+    each step; it waits for nothing on the GPU and changes nothing in place. start: tensors like the
+    loop's.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[list[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]],
+        start: Sequence[Tensor],
+        steps: int,
+    ):
+        with torch.inference_mode(False):  # an inference tensor could not be written outside it
+            self.tensors = [torch.empty_like(tensor) for tensor in start]
+        self.load(start)
+
+        def run() -> None:
+            tensors, shown = self.tensors, []
+            for _ in range(steps):
+                tensors, of_step = step(tensors)
+                shown.append(of_step)
+            # Copied before what they may be is written over.
+            self.shown = [torch.stack(values) for values in zip(*shown, strict=True)]
+            for own, new in zip(self.tensors, tensors, strict=True):
+                own.copy_(new)
+
+        self._replay = capture(run)
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Let the loop go on from these."""
+        for own, given in zip(self.tensors, tensors, strict=True):
+            own.copy_(given)
+
+    def __call__(self) -> list[Tensor]:
+        """Run the steps: `tensors` are then the loop's. Returns what each step showed, stacked;
+        the next call writes over both."""
+        self._replay()
+        return self.shown
+
+
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """A function that has the GPU do again what `run` had it do, as one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what is compiled or loaded at the first run cannot be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def graph_size(rows: int) -> int:
+    """The batch that a graph for so many rows has: 1, 2, 3, 4, 6, 8, 12, 16, 24 ..."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if rows <= power * 3 // 4 else power
+
+
+_graphs: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], dict]] = WeakKeyDictionary()
+
+
+def graphs_of(model: nn.Module, purpose: Hashable) -> dict[int, StepGraph]:
+    """A model's graphs for a purpose, by size of batch; none when its weights have moved."""
+    addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+    known_addresses, of_purpose = _graphs.get(model, (None, {}))
+    if addresses != known_addresses:
+        of_purpose = {}
+        _graphs[model] = addresses, of_purpose
+    return of_purpose.setdefault(purpose, {})
