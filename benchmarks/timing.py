@@ -24,12 +24,17 @@ import torch
 from errors import UserError
 
 
-def parse_benchmark_args(description: str, data: str | None = None) -> argparse.ArgumentParser:
+def parse_benchmark_args(
+    description: str, data: str | None = None, quick: bool = True
+) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark; those on data if there is some by default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a look at small shapes, under 45 s")
+    if quick:
+        parser.add_argument(
+            "--quick", action="store_true", help="a look at small shapes, under 45 s"
+        )
     parser.add_argument("--json", metavar="FILE", help="also write the rows: name, seconds, ratio")
     if data is not None:
         parser.add_argument("--data", default=data, help=f"default: {data}")
@@ -197,11 +202,15 @@ def report(title: str, rows: Sequence[dict], path: str | None) -> None:
         print(" ".join([first, *(cell.strip().rjust(width + 2) for cell, width in
                                  zip(rest, widths[1:], strict=True))]).rstrip())  # fmt: skip
     if path is not None:
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(list(rows), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        write_json(path, list(rows))
+
+
+def write_json(path: str, value: object) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,17 @@ from benchmarks import (
     bench_growth,
     bench_model,
     bench_train,
+    gpu,
+    gpu_models,
+    gpu_parity,
     learning,
     same_answers,
     timing,
 )
 from errors import UserError
 from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.selective_scan import reference
+from mamba_lm.training import Continuation
 from squad_utils import read_examples
 
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"
@@ -75,6 +81,72 @@ def test_bench_train(in_process, monkeypatch, tmp_path):
     rows = rows_of(path)
     assert rows["ours, shared"]["ratio"] == 1.0
     assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
+
+
+def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    path = tmp_path / "gpu.json"
+    run(gpu, monkeypatch, "--dry_run", "--json", path)
+    found = json.loads(path.read_text())
+    assert len(found["errors"]) == 6 and all(row["ok"] for row in found["errors"])
+    rows = {row["name"]: row for row in found["speed"]}
+    assert {name.split()[0] for name in rows} == {"scan", "prefill", "decode", "train", "answer"}
+    assert all(row["seconds"] > 0 and row["items/s"] > 0 for row in rows.values())
+    assert rows["decode tiny, 2 rows: transformers"]["ratio"] == 1.0
+    assert "mamba-ssm: not installed, left out" in capsys.readouterr().err
+
+
+def test_gpu_needs_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here; --dry_run needs none"):
+        run(gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong, right", [(1.0, True), (1.001, False), (float("nan"), False)])
+@pytest.mark.parametrize("part", [0, 1])
+def test_parity_sees_a_wrong_result(monkeypatch, part, wrong, right):
+    def scan(*args, **kwargs):
+        results = list(reference.selective_scan(*args, **kwargs))
+        results[part] = results[part] * wrong
+        return results
+
+    backend = SimpleNamespace(selective_scan=scan, WAY_IN="steps")
+    monkeypatch.setattr(gpu_parity, "load_backend", lambda name: backend)
+    ways = {"one": ("cuda", {"WAY_IN": "linear"})}
+    rows = list(gpu_parity.parity(ways, torch.device("cpu"), (1, 3), 4))
+    assert {row["ok"] for row in rows if "float32" in row["name"]} == {right}
+    assert backend.WAY_IN == "steps"
+
+
+def test_mamba_ssms_own_model_is_run_as_its_interface_says(monkeypatch):
+    """By a stand-in of the same interface."""
+
+    class MambaLMHeadModel(torch.nn.Module):
+        def __init__(self, config, initializer_cfg=None, device=None, dtype=None):
+            super().__init__()
+            d_model, _, n_layer, vocab_size = config
+            self.inner = MambaLM(MambaConfig(vocab_size, d_model, n_layer))
+            self.lm_head = self.inner.lm_head
+
+        def backbone(self, input_ids, inference_params=None):
+            return self.inner.encode(input_ids)[0]
+
+        def generate(self, input_ids, max_length, top_k=1, cg=False):
+            assert cg and input_ids.shape == (2, 3) and max_length == 5
+
+    names = ("mamba_ssm", "mamba_ssm.models")
+    for name in (*names, f"{names[1]}.config_mamba", f"{names[1]}.mixer_seq_simple"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["mamba_ssm.models.config_mamba"].MambaConfig = lambda *shape: shape
+    sys.modules["mamba_ssm.models.mixer_seq_simple"].MambaLMHeadModel = MambaLMHeadModel
+    model = gpu_models.Model("mamba-ssm", 16, 1, torch.device("cpu"))
+    assert model.product_flop() == 2 * (16 * 64 + 32 * (1 + 32) + 1 * 32 + 32 * 16)
+    model.generation(2, 3, 2)()
+    model.prefill(2, 3)()
+    examples = [Continuation([1, 2], [3], [4, 5]), Continuation([1, 2], [6, 7], [8])]
+    before = model.module.lm_head.weight.detach().clone()
+    model.training_step(examples, forked=False)()
+    assert not torch.equal(model.module.lm_head.weight, before)
 
 
 def test_bench_eval(in_process, monkeypatch, tmp_path):

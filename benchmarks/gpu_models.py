@@ -1,0 +1,107 @@
+"""The models that benchmarks.gpu compares, with the calls that it times."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.bench_train import VOCABULARY, whole
+from mamba_lm import generate
+from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.training import IGNORED, Continuation, PrefixSuffixLM, collate
+
+MAMBA_SSM, TRANSFORMERS = "mamba-ssm", "transformers"
+
+
+class Model:
+    """A language model of random weights and its ways of being run."""
+
+    def __init__(self, name: str, d_model: int, n_layer: int, device: torch.device):
+        self.name, self.device = name, device
+        torch.manual_seed(0)
+        if name == MAMBA_SSM:
+            from mamba_ssm.models.config_mamba import MambaConfig as Config
+            from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+            self.module = MambaLMHeadModel(Config(d_model, 0, n_layer, VOCABULARY), device=device)
+        elif name == TRANSFORMERS:
+            from transformers import MambaConfig as Config
+            from transformers import MambaForCausalLM
+
+            shape = {"hidden_size": d_model, "num_hidden_layers": n_layer}
+            config = Config(vocab_size=VOCABULARY, **shape)
+            self.module = MambaForCausalLM(config).to(device)
+        else:
+            self.module = MambaLM(MambaConfig(VOCABULARY, d_model, n_layer)).to(device)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(b, l, m), after the last norm; nothing is kept for later tokens."""
+        if self.name == MAMBA_SSM:
+            return self.module.backbone(input_ids)
+        if self.name == TRANSFORMERS:
+            return self.module.backbone(input_ids, use_cache=False).last_hidden_state
+        return self.module.encode(input_ids, keep_state=False)[0]
+
+    def training_step(self, examples: list[Continuation], forked: bool) -> Callable[[], None]:
+        """bfloat16 autocast, forward, backward and AdamW. Forked, each context is read once; else
+        every example is read whole, as by the peers; the head only where there is loss."""
+        batch = collate(examples if forked else map(whole, examples))
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        loss = PrefixSuffixLM(self.module) if forked else self._loss
+        is_gpu = self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_gpu):
+                losses = loss(**batch)
+            losses["loss"].backward()
+            optimizer.step()
+
+        return step
+
+    def _loss(self, suffixes: Tensor, labels: Tensor, **_) -> dict[str, Tensor]:
+        at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        logits = self.module.lm_head(self.hidden(suffixes).flatten(0, 1)[at]).float()
+        return {"loss": F.cross_entropy(logits, labels.flatten()[at])}
+
+    def for_inference(self) -> nn.Module:
+        """In bfloat16 on a GPU."""
+        return self.module.to(torch.bfloat16 if self.device.type == "cuda" else None).eval()
+
+    def prefill(self, rows: int, length: int) -> Callable[[], None]:
+        self.for_inference()
+        input_ids = torch.randint(VOCABULARY, (rows, length), device=self.device)
+
+        @torch.inference_mode()
+        def call() -> None:
+            self.hidden(input_ids)
+
+        return call
+
+    def generation(self, rows: int, length: int, new: int) -> Callable[[], None]:
+        """A prompt is read and `new` tokens follow: greedily, without a stop."""
+        model = self.for_inference()
+        input_ids = torch.randint(VOCABULARY, (rows, length), device=self.device)
+
+        @torch.inference_mode()
+        def call() -> None:
+            if self.name == MAMBA_SSM:
+                model.generate(input_ids, length + new, cg=True, top_k=1)
+            elif self.name == TRANSFORMERS:
+                settings = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+                model.generate(input_ids, do_sample=False, **settings)
+            else:
+                reading = generate.read(model, input_ids.tolist())
+                generate.decode(model, reading, [], new)
+
+        return call
+
+    def product_flop(self) -> float:
+        """FLOP of all layers' products in one token's forward pass; the head is left out."""
+        parameters = self.module.named_parameters()
+        return 2.0 * sum(p.numel() for name, p in parameters if name.endswith("proj.weight"))
+
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
