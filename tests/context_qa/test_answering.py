@@ -145,9 +145,9 @@ def reads(monkeypatch) -> list[tuple[int, int]]:
     """The (rows, length) of everything that the model reads, in order."""
     shapes, encode = [], MambaLM.encode
 
-    def recorded(self, input_ids, state=None, lengths=None):
+    def recorded(self, input_ids, *args, **settings):
         shapes.append(tuple(input_ids.shape))
-        return encode(self, input_ids, state, lengths)
+        return encode(self, input_ids, *args, **settings)
 
     monkeypatch.setattr(MambaLM, "encode", recorded)
     return shapes
