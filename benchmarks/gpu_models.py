@@ -47,7 +47,10 @@ class Model:
         """bfloat16 autocast, forward, backward and AdamW. Forked, each context is read once; else
         every example is read whole, as by the peers; the head only where there is loss."""
         batch = collate(examples if forked else map(whole, examples))
-        batch = {name: value.to(self.device) for name, value in batch.items()}
+        batch = {  # lengths stay where the Trainer leaves them
+            name: value if name.endswith("lengths") else value.to(self.device)
+            for name, value in batch.items()
+        }
         loss = PrefixSuffixLM(self.module) if forked else self._loss
         is_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)

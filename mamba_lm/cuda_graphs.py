@@ -1,5 +1,6 @@
 """Steps of a loop as one CUDA graph: the GPU runs several without a word from the host."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from weakref import WeakKeyDictionary
 
@@ -11,8 +12,8 @@ class StepGraph:
     """Several steps of a loop over tensors, run as one.
 
     step: from the loop's tensors to what they are next, of the same shapes, and tensors to show of
-    each step; it waits for nothing on the GPU and changes nothing in place. start: tensors like the
-    loop's.
+    each step. It waits for nothing on the GPU and changes nothing in place. Whatever else it reads
+    there must live as long as the graph, which sees addresses only. start: tensors like the loop's.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class StepGraph:
             for own, new in zip(self.tensors, tensors, strict=True):
                 own.copy_(new)
 
-        self._replay = capture(run)
+        with torch.cuda.device_of(start[0]):
+            self._replay = capture(run)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Let the loop go on from these."""
@@ -57,9 +59,15 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
         run()  # what is compiled or loaded at the first run cannot be captured
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         run()
     return graph.replay
+
+
+@functools.cache
+def _pool() -> tuple[int, int]:
+    """Memory that all graphs share: only one runs at a time, and what it shows is read at once."""
+    return torch.cuda.graph_pool_handle()
 
 
 def graph_size(rows: int) -> int:

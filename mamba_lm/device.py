@@ -6,7 +6,7 @@ import sys
 import torch
 
 from errors import UserError
-from mamba_lm.selective_scan import load_backend
+from mamba_lm.selective_scan import backend_name, load_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     try:
-        load_backend("cuda")
+        load_backend(backend_name(torch.device("cuda"), torch.float32))
     except UserError as error:
         if name == "cuda":
             raise

@@ -9,7 +9,7 @@ from torch import Tensor
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
 from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
 
-GRAPH_STEPS = 4  # tokens
+GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
 
 
 class Reading(NamedTuple):
@@ -36,7 +36,8 @@ def prefill(
 
     max_tokens bounds what is read at once, rows times length; longer ones are read in pieces.
     """
-    input_ids, lengths = (t.to(_device(model)) for t in right_pad(sequences))
+    input_ids, lengths = right_pad(sequences)
+    input_ids = input_ids.to(_device(model))
     rows, longest = input_ids.shape
     size = max(longest if max_tokens is None else max_tokens // rows, 1)
     state = None
@@ -56,8 +57,9 @@ def read(
 
     vocab_size, the tokenizer's length, bars the padded rows of the embedding from the output.
     """
-    input_ids, lengths = (t.to(_device(model)) for t in right_pad(sequences))
-    hidden, state = model.encode(input_ids, state, lengths)
+    input_ids, lengths = right_pad(sequences)
+    hidden, state = model.encode(input_ids.to(_device(model)), state, lengths)
+    lengths = lengths.to(hidden.device)
     last = hidden[torch.arange(len(sequences), device=hidden.device), lengths - 1]  # (b, m)
     return Reading(_log_probs(model, last, vocab_size), state)
 
@@ -69,23 +71,25 @@ class _Rows(NamedTuple):
     going: Tensor  # (b,) bool: that is a new token; False from a stop or the last token on
     log_probs: Tensor  # (b,) float64, of all that was chosen and counts
     left: Tensor  # (), the tokens that may still be chosen, this one included
+    stops: Tensor  # (s,) int64, the tokens that end a row
     state: MambaState
 
     def fork(self, index: Tensor) -> "_Rows":
         rows = (v.index_select(0, index) for v in self[:3])
-        return _Rows(*rows, self.left, self.state.fork(index))
+        return _Rows(*rows, self.left, self.stops, self.state.fork(index))
 
     def tensors(self) -> list[Tensor]:
-        return [*self[:4], *self.state.conv, *self.state.ssm]
+        return [*self[:5], *self.state.conv, *self.state.ssm]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "_Rows":
         """From what `tensors` gives."""
-        rows, states = tensors[:4], tensors[4:]
+        rows, states = tensors[:5], tensors[5:]
         n_layer = len(states) // 2
         return _Rows(*rows, MambaState(tuple(states[:n_layer]), tuple(states[n_layer:])))
 
 
+@torch.no_grad()
 def decode(
     model: MambaLM,
     reading: Reading,
@@ -107,24 +111,27 @@ def decode(
     log_probs = torch.zeros(b, dtype=torch.float64, device=device)
     step = model.stepper()
 
-    def choose(next_log_probs: Tensor, going, total, left, state) -> _Rows:
+    def choose(next_log_probs: Tensor, going, total, left, stops, state) -> _Rows:
         best, choice = next_log_probs.max(dim=1)  # (b,)
         stopping = (choice[:, None] == stops).any(dim=1)  # (b,)
         gained = torch.where(stopping, next_log_probs[:, stops].logsumexp(dim=1), best)
         # After the last token only a stop still counts.
         total = total + torch.where(going & (stopping | (left > 0)), gained, 0).double()
-        return _Rows(choice, going & ~stopping & (left > 0), total, left, state)
+        return _Rows(choice, going & ~stopping & (left > 0), total, left, stops, state)
 
     def advance(rows: _Rows) -> _Rows:
         hidden, state = step(rows.token_ids, rows.state)
         next_log_probs = _log_probs(model, hidden, vocab_size)
-        return choose(next_log_probs, rows.going, rows.log_probs, rows.left - 1, state)
+        _, going, total, left, stops, _ = rows
+        return choose(next_log_probs, going, total, left - 1, stops, state)
 
-    graphs = graphs_of(model, (vocab_size, *stops.tolist())) if _is_captured(model) else None
-    batch = _Eager(advance) if graphs is None else _Graphed(advance, graphs)
+    if _is_captured(model):
+        batch = _Graphed(advance, graphs_of(model, (vocab_size, len(stops))))
+    else:
+        batch = _Eager(advance)
     everywhere = torch.ones(b, dtype=torch.bool, device=device)
     left = torch.tensor(max_new_tokens, device=device)
-    rows = choose(reading.log_probs, everywhere, log_probs, left, reading.state)
+    rows = choose(reading.log_probs, everywhere, log_probs, left, stops, reading.state)
     places = torch.arange(b, device=device)  # of rows in the answer; what follows them is padding
     count = 0
     while True:
@@ -159,14 +166,19 @@ class _Eager:
         return rows.token_ids[None], rows.going[None], self.advance(rows)
 
 
-class _Graphed:
-    """As _Eager, GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own."""
+class _Graphed(_Eager):
+    """GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own. But a token
+    at a time while rows are so many that launches do not count and graphs would fill the memory.
+    """
 
     def __init__(self, advance: Callable[[_Rows], _Rows], graphs: dict[int, StepGraph]):
-        self.advance, self.graphs, self.graph = advance, graphs, None
+        super().__init__(advance)
+        self.graphs, self.graph = graphs, None
 
     def shrink(self, rows: _Rows, going: Tensor) -> _Rows | None:
         size = graph_size(len(going))
+        if size > GRAPH_ROWS:
+            return super().shrink(rows, going)
         if self.graph is not None and size >= len(rows.going):
             return None
         padding = going[:1].expand(size - len(going))
@@ -184,6 +196,8 @@ class _Graphed:
         return self.advance(rows).tensors(), (rows.token_ids, rows.going)
 
     def run(self, rows: _Rows) -> tuple[Tensor, Tensor, _Rows]:
+        if self.graph is None:
+            return super().run(rows)
         chosen, new = self.graph()
         return chosen, new, _Rows.of(self.graph.tensors)
 
@@ -215,5 +229,7 @@ def _device(model: MambaLM) -> torch.device:
 
 
 def _is_captured(model: MambaLM) -> bool:
-    """Whether steps are CUDA graphs, in which no hook would be called."""
-    return _device(model).type == "cuda" and model.layer_weights() is not None
+    """Whether steps are CUDA graphs, in which no hook would be called and no cast be kept."""
+    return (
+        _device(model).type == "cuda" and model.is_plain() and not torch.is_autocast_enabled("cuda")
+    )

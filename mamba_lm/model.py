@@ -294,15 +294,18 @@ class MambaLM(nn.Module):
 
         lengths (b,) int64: the real tokens of right-padded rows. Padding is exact: the state is
         that after a row's last real token. Hidden states at padded positions mean nothing. Who
-        needs no state spares work on a GPU by keep_state=False, and gets None.
+        needs no state spares work on a GPU by keep_state=False, and gets None. There, lengths on
+        the CPU spare the host a wait for the GPU.
         """
         packs = lengths is not None and reads_packed(self.lm_head.weight)
         if packs:  # padding is not even computed
             b, l = input_ids.shape
             lengths = lengths.clamp(0, l)
-            is_real = torch.arange(l, device=input_ids.device) < lengths[:, None]  # (b, l)
-            places = is_real.flatten().nonzero().squeeze(1)  # (tokens,)
+            is_real = torch.arange(l, device=lengths.device) < lengths[:, None]  # (b, l)
+            places = is_real.flatten().nonzero().squeeze(1).to(input_ids.device)  # (tokens,)
             input_ids = input_ids.flatten().index_select(0, places)
+        if lengths is not None:
+            lengths = lengths.to(input_ids.device)
         hidden = self._embed(input_ids)  # (b, l, m), or (tokens, m)
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
         new_convs, new_ssms = [], []
@@ -321,6 +324,11 @@ class MambaLM(nn.Module):
         layers = self.backbone.layers
         weights = [layer.weights() if type(layer) is MambaBlock else None for layer in layers]
         return None if None in weights else weights
+
+    def is_plain(self) -> bool:
+        """Whether its weights say all that it does: nothing is replaced and nothing has a hook."""
+        others = (self, self.backbone.embeddings, self.backbone.norm_f, self.lm_head)
+        return self.layer_weights() is not None and all(map(_is_untouched, others))
 
     def stepper(self) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
         """What reads one token more a row: (token_ids (b,), state) to hidden (b, m) and a state.

@@ -159,6 +159,11 @@ class PrefixSuffixTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the GPU, but for the lengths: `MambaLM.encode` then need not wait for them."""
+        on_host = {name: value for name, value in inputs.items() if name.endswith("lengths")}
+        return super()._prepare_inputs(inputs) | on_host
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but A_log, D, norms and biases, as in Mamba's own training."""
         return [

@@ -161,8 +161,8 @@ def _channel_last(x: Tensor) -> Tensor:
 def fused_mixer(u, weights):
     """Arguments and result as `mamba_lm.selective_scan.fused_mixer`, by `mamba_inner_fn`.
 
-    That kernel reads raw weights, so that it is not for a layer with adapters or hooks, and its
-    backward is wrong with Falcon-Mamba's RMS norm (mamba-ssm 2.3.2).
+    That kernel reads raw weights, so that it is not for a layer with adapters or hooks. Its
+    backward is wrong with Falcon-Mamba's RMS norm, and for the output's bias (mamba-ssm 2.3.2).
     """
     w = weights()
     if w is None or w.bcdt_rms_eps is not None or not 2 <= w.conv.shape[2] <= 4 or not u.numel():
@@ -172,7 +172,8 @@ def fused_mixer(u, weights):
     xz = (w.in_proj @ u.reshape(b * l, m).T).view(-1, b, l).transpose(0, 1)
     if w.in_proj_bias is not None:
         xz = xz + w.in_proj_bias.to(xz.dtype)[:, None]
-    return mamba_inner_fn(
-        xz, w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.out_proj, w.out_proj_bias,
+    y = mamba_inner_fn(
+        xz, w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.out_proj, None,
         -torch.exp(w.A_log.float()), D=w.D.float(), delta_bias=w.dt_proj_bias.float(),
     )  # fmt: skip
+    return y if w.out_proj_bias is None else y + w.out_proj_bias.to(y.dtype)

@@ -121,6 +121,41 @@ def test_graphs_are_kept_until_weights_move(model, reading, graphs):
     assert graphs == 2 * captured
 
 
+@pytest.mark.parametrize("graphs", [True], indirect=True)
+def test_graphs_know_no_stop_by_heart(model, reading, graphs):
+    """A captured address would be that of the first call's stops, long gone by the second's."""
+    decode(model, reading, STOPS, 12, VOCABULARY)
+    others = [stop + 1 for stop in STOPS]
+    got = decode(model, reading, others, 12, VOCABULARY)
+    assert graphs.count(len(PROMPTS)) == 1
+    for prompt, generation in zip(PROMPTS, got, strict=True):
+        assert generation.token_ids == decode_plainly(model, prompt, others, 12).token_ids
+
+
+@pytest.mark.parametrize("graphs", [True], indirect=True)
+def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, monkeypatch):
+    monkeypatch.setattr(generate, "GRAPH_ROWS", 6)
+    got = decode(model, reading, STOPS, 12, VOCABULARY)
+    assert graphs and max(graphs) <= 6
+    for prompt, generation in zip(PROMPTS, got, strict=True):
+        assert generation.token_ids == decode_plainly(model, prompt, STOPS, 12).token_ids
+
+
+def test_what_is_captured(make_model, monkeypatch):
+    model = make_model()
+    assert not generate._is_captured(model)  # on the CPU
+    monkeypatch.setattr(generate, "_device", lambda model: torch.device("cuda"))
+    assert generate._is_captured(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+        assert not generate._is_captured(model)
+    for module in (model, model.lm_head, model.backbone.norm_f, model.backbone.layers[0].mixer):
+        hook = module.register_forward_hook(lambda *args: None)
+        assert not generate._is_captured(model)
+        hook.remove()
+    assert generate._is_captured(model)
+
+
 def test_sizes_of_graphs():
     sizes = [cuda_graphs.graph_size(rows) for rows in range(1, 18)]
     assert sizes == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]

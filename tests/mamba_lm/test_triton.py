@@ -3,9 +3,14 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from errors import UserError
+from mamba_lm import device, selective_scan
+from mamba_lm.device import choose_device
 from mamba_lm.training import Continuation, PrefixSuffixLM, collate
 
 pytest.importorskip("triton")
@@ -49,3 +54,18 @@ def test_training_on_forked_states_equals_the_reference(
     want_loss, want = loss_and_gradients("reference")
     assert_near(loss, want_loss, tolerance=1e-5)
     assert_near(got, want, tolerance=1e-4)
+
+
+def test_a_gpu_without_mamba_ssm_is_used(monkeypatch, capsys):
+    """`auto` and `cuda` both: Triton needs nothing installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(selective_scan, "_gpu_backend", lambda: "triton")
+    for name in ("auto", "cuda"):
+        assert choose_device(name) == torch.device("cuda")
+    assert "warning" not in capsys.readouterr().err
+    missing = "the triton selective scan is not installed"
+    monkeypatch.setattr(device, "load_backend", Mock(side_effect=UserError(missing)))
+    assert choose_device("auto") == torch.device("cpu")
+    assert f"warning: a GPU is here, but {missing}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=missing):
+        choose_device("cuda")

@@ -28,8 +28,8 @@ __all__ = ["PACKED", "causal_conv1d", "fused_layers", "selective_scan"]
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
 
-STEPS = 8  # tokens in a tile of the scan: with 128 channels and states, the backward pass's 255
-TILE = 128  # registers a thread are just enough
+STEPS = 8  # tokens in a tile of the scan
+TILE = 128  # states times channels of a warp; with 8 steps, the backward pass needs all registers
 CONV_STEPS, CONV_CHANNELS = 16, 128
 LEAST_SPAN = 64  # steps
 PROGRAMS = 1024  # that many fill a GPU: eight warps on each of 132 multiprocessors
@@ -54,16 +54,17 @@ class _SelectiveScan(torch.autograd.Function):
         behind, ginitial = _walk_back(delta, A, C, z, gy, gfinal, starts, lengths, slots, tiles)
 
         channels = tiles["CHANNELS"]
-        groups = min(triton.cdiv(PROGRAMS, max(slots, 1)), triton.cdiv(d, channels))
+        # Four times what fits at once, lest a few programs more take as long again.
+        groups = min(triton.cdiv(4 * PROGRAMS, max(slots, 1)), triton.cdiv(d, channels))
         group = triton.cdiv(d, groups * channels) * channels  # channels of a program
         groups = triton.cdiv(d, group)
         gx, gdelta, gz = _outputs(x), _outputs(delta), None if z is None else _outputs(z)
-        gA, gD = torch.zeros_like(saved), saved.new_zeros(slots, d)
+        gA, gD = torch.empty_like(saved), saved.new_empty(slots, d)
         gB, gC = saved.new_zeros(2, groups, *B.shape)
         scan_backward[(slots * groups,)](
             *as_tokens(x), *as_tokens(delta), A, *as_tokens(B), *as_tokens(C), D, *as_tokens(z), gy,
             starts, lengths, saved, behind, gx, gdelta, gz, gA, gB, gC, gD, b, tokens, d, group, n,
-            **tiles, ROWS=triton.next_power_of_2(max(b, 1)),
+            **tiles, ROWS=_at_least(b),
         )  # fmt: skip
         gA, gD, gB, gC = (g.sum(0) for g in (gA, gD, gB, gC))
         ginitial = ginitial if ctx.has_initial_state else None
@@ -129,7 +130,7 @@ def _scan(x, delta, A, B, C, D, z, h0, starts, lengths, saved=None):
         added = walk(None, None, None, elapsed)
         _carry(A, elapsed, h0, added, before, tiles, reverse=False)
         h0 = before
-    return y, walk(h0, y, saved, None)[:, -1]
+    return y, walk(h0, y, saved, None)[:, -1].contiguous()
 
 
 def _walk_back(delta, A, C, z, gy, gfinal, starts, lengths, slots, tiles):
@@ -203,9 +204,14 @@ def _conv_grid(x: Tensor, taps: Tensor, lengths: Tensor) -> tuple[tuple[int], di
     channels = min(CONV_CHANNELS, triton.next_power_of_2(d))
     settings = {
         "rows": b, "tokens_of_all": tokens, "d": d, "WIDTH": w, "STEPS": CONV_STEPS,
-        "CHANNELS": channels, "ROWS": triton.next_power_of_2(max(b, 1)),
+        "CHANNELS": channels, "ROWS": _at_least(b),
     }  # fmt: skip
     return (_slots(tokens, b, CONV_STEPS) * triton.cdiv(d, channels),), settings
+
+
+def _at_least(rows: int) -> int:
+    """A power of two, not many: each is compiled."""
+    return max(triton.next_power_of_2(rows), 64)
 
 
 def _slots(tokens: int, b: int, steps: int) -> int:

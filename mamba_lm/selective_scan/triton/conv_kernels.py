@@ -36,7 +36,7 @@ def _convolution(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens_of_all"])
 def conv_forward(
     x, xs, taps, bias, tail, starts, lengths, y, rows, tokens_of_all, d, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -55,7 +55,7 @@ def conv_forward(
               is_real[:, None] & (channels < d)[None])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens_of_all"])
 def conv_gradients(
     x, xs, taps, bias, tail, starts, lengths, gy, gsum, gtaps, gbias, rows, tokens_of_all, d,
     WIDTH: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -85,7 +85,7 @@ def conv_gradients(
             tl.store(gtaps + of_tap, tl.sum(g * inputs, axis=0), mask=channels < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens_of_all"])
 def conv_backward(
     taps, starts, lengths, gsum, gx, gtail, rows, tokens_of_all, d, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,

@@ -26,7 +26,14 @@ read or written beyond a row's length.
 import triton
 import triton.language as tl
 
-from mamba_lm.selective_scan.triton.tiles import load, num_slots, slot_of, store, tile_in
+from mamba_lm.selective_scan.triton.tiles import (
+    in_state,
+    load,
+    num_slots,
+    slot_of,
+    store,
+    tile_in,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -57,7 +64,7 @@ def _place(starts, lengths, d, span, spans, CHANNELS: tl.constexpr):
     return channels, row, tl.load(starts + row), place, first, tl.minimum(first + span, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span", "spans"])
 def scan_forward(
     x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, initial, starts, lengths, y, saved, final, elapsed,
     d, span, spans, n: tl.constexpr, STEPS: tl.constexpr, STATES: tl.constexpr,
@@ -66,7 +73,7 @@ def scan_forward(
     """y (tokens, d) and the state after each span; or, without y, that and the sum of its Δ."""
     channels, row, start, place, first, end = _place(starts, lengths, d, span, spans, CHANNELS)
     steps, states = tl.arange(0, STEPS), tl.arange(0, STATES)
-    own = states[:, None] * d + channels[None]
+    own = in_state(states, channels, d)
     is_own = (states < n)[:, None] & (channels < d)[None]
     A_own = load(A + own, is_own)
     skip = load(D + channels, channels < d)
@@ -106,7 +113,7 @@ def scan_forward(
         tl.store(elapsed + place * d + channels, total, mask=channels < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span", "spans"])
 def scan_gradients(
     delta, ds, A, C, cs, z, zs, gy, gfinal, starts, lengths, saved, ginitial, elapsed,
     d, span, spans, n: tl.constexpr, STEPS: tl.constexpr, STATES: tl.constexpr,
@@ -116,7 +123,7 @@ def scan_gradients(
     `saved`, if given, that behind each tile; or else `elapsed`, the sum of a span's Δ."""
     channels, row, start, place, first, end = _place(starts, lengths, d, span, spans, CHANNELS)
     steps, states = tl.arange(0, STEPS), tl.arange(0, STATES)
-    own = states[:, None] * d + channels[None]
+    own = in_state(states, channels, d)
     is_own = (states < n)[:, None] & (channels < d)[None]
     A_own = load(A + own, is_own)
     g = tl.zeros((STATES, CHANNELS), tl.float32)
@@ -151,7 +158,7 @@ def scan_gradients(
         tl.store(elapsed + place * d + channels, total, mask=channels < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def scan_carry(
     A, elapsed, first, added, carried, d, spans, n: tl.constexpr, STATES: tl.constexpr,
     CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
@@ -162,7 +169,7 @@ def scan_carry(
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     states = tl.arange(0, STATES)
-    own = states[:, None] * d + channels[None]
+    own = in_state(states, channels, d)
     is_own = (states < n)[:, None] & (channels < d)[None]
     A_own = load(A + own, is_own)
     h = tl.zeros((STATES, CHANNELS), tl.float32)
@@ -176,7 +183,7 @@ def scan_carry(
         h += load(added + place * n * d + own, is_own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens_of_all", "group"])
 def scan_backward(
     x, xs, delta, ds, A, B, bs, C, cs, D, z, zs, gy, starts, lengths, before, behind, gx, gdelta,
     gz, gA, gB, gC, gD, rows, tokens_of_all, d, group, n: tl.constexpr, STEPS: tl.constexpr,
@@ -202,7 +209,7 @@ def scan_backward(
         of_slot = slot.to(tl.int64) * d
         for channel in tl.range(first_channel, tl.minimum(first_channel + group, d), CHANNELS):
             channels = channel + tl.arange(0, CHANNELS)
-            own = states[:, None] * d + channels[None]
+            own = in_state(states, channels, d)
             is_own = (states < n)[:, None] & (channels < d)[None]
             in_d = is_real[:, None] & (channels < d)[None]
             A_own = load(A + own, is_own)
@@ -253,3 +260,12 @@ def scan_backward(
         part = (tl.program_id(0) // slots).to(tl.int64) * tokens_of_all + tokens
         tl.store(gB + part * n + states[None], tl.sum(gB_t, axis=2), mask=in_n)
         tl.store(gC + part * n + states[None], tl.sum(gC_t, axis=2), mask=in_n)
+    else:  # a slot without a tile adds nothing
+        for channel in tl.range(first_channel, tl.minimum(first_channel + group, d), CHANNELS):
+            channels, states = channel + tl.arange(0, CHANNELS), tl.arange(0, STATES)
+            is_own = (states < n)[:, None] & (channels < d)[None]
+            nothing = tl.zeros((STATES, CHANNELS), tl.float32)
+            own = slot.to(tl.int64) * n * d + in_state(states, channels, d)
+            tl.store(gA + own, nothing, mask=is_own)
+            none = tl.zeros((CHANNELS,), tl.float32)
+            tl.store(gD + slot.to(tl.int64) * d + channels, none, mask=channels < d)

@@ -17,6 +17,16 @@ def store(pointer, value, mask):
 
 
 @triton.jit
+def in_state(states, channels, d):
+    """Where a program's part (STATES, CHANNELS) of a state (n, d) lies.
+
+    Not as contiguous as it is: for wide loads, lanes would lie along four channels each, unlike in
+    the tiles of steps, and every step's part would have to pass through shared memory.
+    """
+    return tl.max_contiguous(states[:, None] * d + channels[None], (1, 1))
+
+
+@triton.jit
 def slot_of(start, row, step, STEPS: tl.constexpr):
     """Where a row's tile from `step` on, a multiple of STEPS, stands among those of all rows.
 
