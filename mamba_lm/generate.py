@@ -10,6 +10,7 @@ from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
 from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
 
 GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
+NO_TOKEN = -1
 
 
 class Reading(NamedTuple):
@@ -106,8 +107,7 @@ def decode(
     device = _device(model)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     b = len(reading.log_probs)
-    tokens = torch.zeros(b, max_new_tokens, dtype=torch.long, device=device)
-    counts = torch.zeros(b, dtype=torch.long, device=device)
+    tokens = torch.full((b, max_new_tokens), NO_TOKEN, device=device)
     log_probs = torch.zeros(b, dtype=torch.float64, device=device)
     step = model.stepper()
 
@@ -115,9 +115,10 @@ def decode(
         best, choice = next_log_probs.max(dim=1)  # (b,)
         stopping = (choice[:, None] == stops).any(dim=1)  # (b,)
         gained = torch.where(stopping, next_log_probs[:, stops].logsumexp(dim=1), best)
+        is_token = ~stopping & (left > 0)
         # After the last token only a stop still counts.
-        total = total + torch.where(going & (stopping | (left > 0)), gained, 0).double()
-        return _Rows(choice, going & ~stopping & (left > 0), total, left, stops, state)
+        total = total + torch.where(going & (stopping | is_token), gained, 0).double()
+        return _Rows(choice, going & is_token, total, left, stops, state)
 
     def advance(rows: _Rows) -> _Rows:
         hidden, state = step(rows.token_ids, rows.state)
@@ -134,19 +135,17 @@ def decode(
     rows = choose(reading.log_probs, everywhere, log_probs, left, stops, reading.state)
     places = torch.arange(b, device=device)  # of rows in the answer; what follows them is padding
     count = 0
-    while True:
-        log_probs[places] = rows.log_probs[: len(places)]
-        going = rows.going.nonzero().squeeze(1)  # here the host waits for a GPU
-        if len(going) == 0:
-            break
+    while len(going := rows.going.nonzero().squeeze(1)) > 0:  # here the host waits for a GPU
         kept = batch.shrink(rows, going)
         if kept is not None:
+            log_probs[places] = rows.log_probs[: len(places)]
             rows, places = kept, places[going]
-        chosen, new, rows = batch.run(rows)
-        chosen, new = chosen[: max_new_tokens - count, : len(places)], new[:, : len(places)]
+        chosen, rows = batch.run(rows)
+        chosen = chosen[: max_new_tokens - count, : len(places)]
         tokens[places, count : count + len(chosen)] = chosen.T
-        counts[places] += new.sum(dim=0)
         count += len(chosen)
+    log_probs[places] = rows.log_probs[: len(places)]
+    counts = (tokens != NO_TOKEN).sum(dim=1)
     rows_of_tokens = zip(tokens.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
     return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows_of_tokens]
 
@@ -161,9 +160,9 @@ class _Eager:
         """The rows `going`, perhaps with padding behind them, if the batch gets smaller by it."""
         return rows.fork(going) if len(going) < len(rows.going) else None
 
-    def run(self, rows: _Rows) -> tuple[Tensor, Tensor, _Rows]:
-        """Each step's chosen tokens and whether they are new, (steps, b), and what follows."""
-        return rows.token_ids[None], rows.going[None], self.advance(rows)
+    def run(self, rows: _Rows) -> tuple[Tensor, _Rows]:
+        """The new token of each row at each step (steps, b), or NO_TOKEN, and what follows."""
+        return rows.token_ids[None], self.advance(rows)
 
 
 class _Graphed(_Eager):
@@ -193,13 +192,14 @@ class _Graphed(_Eager):
 
     def _step(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         rows = _Rows.of(tensors)
-        return self.advance(rows).tensors(), (rows.token_ids, rows.going)
+        new = torch.where(rows.going, rows.token_ids, NO_TOKEN)
+        return self.advance(rows).tensors(), (new,)
 
-    def run(self, rows: _Rows) -> tuple[Tensor, Tensor, _Rows]:
+    def run(self, rows: _Rows) -> tuple[Tensor, _Rows]:
         if self.graph is None:
             return super().run(rows)
-        chosen, new = self.graph()
-        return chosen, new, _Rows.of(self.graph.tensors)
+        (chosen,) = self.graph()
+        return chosen, _Rows.of(self.graph.tensors)
 
 
 def continuation_log_prob(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from errors import UserError
 from mamba_lm.checkpoint import load_model
@@ -200,6 +200,19 @@ def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, asser
     start = dict(make_model().named_parameters())
     moved = {name: wanted[name] - start[name] for name in start}
     assert_near({name: got[name] - start[name] for name in start}, moved, 1e-3)
+
+
+def test_lengths_stay_where_they_need_no_wait_for_a_gpu(make_trainer, make_model, monkeypatch):
+    """By torch's meta device in a GPU's place."""
+    trainer = make_trainer(make_model(), EXAMPLES)
+
+    def move(self, inputs):
+        return {name: value.to("meta") for name, value in inputs.items()}
+
+    monkeypatch.setattr(Trainer, "_prepare_inputs", move)
+    batch = trainer._prepare_inputs(collate(EXAMPLES))
+    on_host = {name for name, value in batch.items() if value.device.type == "cpu"}
+    assert on_host == {"prefix_lengths", "suffix_lengths"} and len(batch) == 6
 
 
 def test_a_step_equals_one_by_hand(make_trainer, make_model, assert_near, gradients):
