@@ -12,6 +12,19 @@ from mamba_lm.selective_scan.triton.tiles import load, num_slots, store, tile_in
 
 
 @triton.jit
+def _place(
+    starts, lengths, rows, tokens_of_all, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program's slot and channels, and of the slot what `tile_in` says."""
+    slots = num_slots(tokens_of_all, rows, STEPS)
+    slot = tl.program_id(0) % slots
+    channels = tl.program_id(0) // slots * CHANNELS + tl.arange(0, CHANNELS)
+    row, start, length, step = tile_in(slot, starts, lengths, rows, STEPS, ROWS)
+    return slot, channels, row, start, length, step
+
+
+@triton.jit
 def _window(x, xs, tail, row, start, step, channels, d, in_row, WIDTH: tl.constexpr):
     """Inputs at `step` (STEPS,) of a row; those before it are in its tail."""
     in_d = (channels < d)[None]
@@ -42,10 +55,9 @@ def conv_forward(
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y (tokens, d)."""
-    slots = num_slots(tokens_of_all, rows, STEPS)
-    slot = tl.program_id(0) % slots
-    channels = tl.program_id(0) // slots * CHANNELS + tl.arange(0, CHANNELS)
-    row, start, length, step = tile_in(slot, starts, lengths, rows, STEPS, ROWS)
+    slot, channels, row, start, length, step = _place(
+        starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
+    )
     if step < length:
         steps = step + tl.arange(0, STEPS)
         is_real = steps < length
@@ -62,10 +74,9 @@ def conv_gradients(
 ):  # fmt: skip
     """gsum (tokens, d), the gradient before the SiLU; parts of sums: gtaps (slots, WIDTH, d) and
     gbias (slots, d)."""
-    slots = num_slots(tokens_of_all, rows, STEPS)
-    slot = tl.program_id(0) % slots
-    channels = tl.program_id(0) // slots * CHANNELS + tl.arange(0, CHANNELS)
-    row, start, length, step = tile_in(slot, starts, lengths, rows, STEPS, ROWS)
+    slot, channels, row, start, length, step = _place(
+        starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
+    )
     if step < length:
         steps = step + tl.arange(0, STEPS)
         is_real = steps < length
@@ -92,10 +103,9 @@ def conv_backward(
 ):  # fmt: skip
     """gx (tokens, d) and, of each row's first tile, gtail (rows, WIDTH - 1, d), from gsum. TAIL
     is at least WIDTH - 1."""
-    slots = num_slots(tokens_of_all, rows, STEPS)
-    slot = tl.program_id(0) % slots
-    channels = tl.program_id(0) // slots * CHANNELS + tl.arange(0, CHANNELS)
-    row, start, length, step = tile_in(slot, starts, lengths, rows, STEPS, ROWS)
+    slot, channels, row, start, length, step = _place(
+        starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
+    )
     if step < length:
         steps = step + tl.arange(0, STEPS)
         in_d = (channels < d)[None]
