@@ -55,7 +55,7 @@ def conv_forward(
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y (tokens, d)."""
-    slot, channels, row, start, length, step = _place(
+    _slot, channels, row, start, length, step = _place(
         starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
     )
     if step < length:
@@ -103,7 +103,7 @@ def conv_backward(
 ):  # fmt: skip
     """gx (tokens, d) and, of each row's first tile, gtail (rows, WIDTH - 1, d), from gsum. TAIL
     is at least WIDTH - 1."""
-    slot, channels, row, start, length, step = _place(
+    _slot, channels, row, start, length, step = _place(
         starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
     )
     if step < length:

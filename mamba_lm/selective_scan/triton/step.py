@@ -1,7 +1,7 @@
-"""One token through all layers without gradients: four Triton kernels a layer beside its products.
+"""One token through all layers without gradients: three Triton kernels a layer, four products.
 
-A launch takes longer than any of these kernels, so that they do all that stands between two matrix
-products, in float32: residual and norm; convolution; Δ, the scan's step and the gate.
+A launch takes as long as such a kernel, so that each does, in float32, all that stands between two
+matrix products: residual and norm; convolution; Δ, the scan's step and the gate.
 """
 
 import torch
