@@ -20,20 +20,8 @@ class Model:
     def __init__(self, name: str, d_model: int, n_layer: int, device: torch.device):
         self.name, self.device = name, device
         torch.manual_seed(0)
-        if name == MAMBA_SSM:
-            from mamba_ssm.models.config_mamba import MambaConfig as Config
-            from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-            self.module = MambaLMHeadModel(Config(d_model, 0, n_layer, VOCABULARY), device=device)
-        elif name == TRANSFORMERS:
-            from transformers import MambaConfig as Config
-            from transformers import MambaForCausalLM
-
-            shape = {"hidden_size": d_model, "num_hidden_layers": n_layer}
-            config = Config(vocab_size=VOCABULARY, **shape)
-            self.module = MambaForCausalLM(config).to(device)
-        else:
-            self.module = MambaLM(MambaConfig(VOCABULARY, d_model, n_layer)).to(device)
+        with torch.device(device):  # to make 790 million weights on the CPU takes long
+            self.module = _make(name, d_model, n_layer)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """(b, l, m), after the last norm; nothing is kept for later tokens."""
@@ -108,3 +96,18 @@ class Model:
 
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+def _make(name: str, d_model: int, n_layer: int) -> nn.Module:
+    if name == MAMBA_SSM:
+        from mamba_ssm.models.config_mamba import MambaConfig as Config
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        return MambaLMHeadModel(Config(d_model, 0, n_layer, VOCABULARY))
+    if name == TRANSFORMERS:
+        from transformers import MambaConfig as Config
+        from transformers import MambaForCausalLM
+
+        shape = {"hidden_size": d_model, "num_hidden_layers": n_layer}
+        return MambaForCausalLM(Config(vocab_size=VOCABULARY, **shape))
+    return MambaLM(MambaConfig(VOCABULARY, d_model, n_layer))

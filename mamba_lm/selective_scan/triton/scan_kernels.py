@@ -54,7 +54,8 @@ def _decays(delta, A):
 
 @triton.jit
 def _place(starts, lengths, d, span, spans, CHANNELS: tl.constexpr):
-    """A program's channels, its row's start and its piece of that row: place, first and end."""
+    """A program's channels, its row and where that starts; of its piece of the row, the place
+    among all pieces, the first step and the end."""
     tiles = tl.cdiv(d, CHANNELS)
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     place = tl.program_id(0) // tiles
