@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from benchmarks.bench_eval import sample
 from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
-from benchmarks.gpu_parity import parity
+from benchmarks.gpu_parity import model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report, write_json
 from context_qa.answering import Answerer
 from errors import UserError, positive_int, run_script
@@ -103,7 +103,10 @@ def main(args) -> None:
         raise UserError("torch sees no CUDA GPU here; --dry_run needs none")
     gpu = GPU(args.dry_run, args.rounds)
     print(f"GPU: {gpu.name}")
-    errors = list(parity(gpu.ways, gpu.device, *gpu.sizes.parity))
+    errors = [
+        *parity(gpu.ways, gpu.device, *gpu.sizes.parity),
+        *model_parity(gpu.backends, gpu.device, chosen),
+    ]
     report("errors, as parts of what is tolerated", errors, None)
     rows = [*scans(gpu), *prefills(gpu), *generations(gpu)]
     rows += [*training(gpu, args.data, args.tokenizer), *answering(gpu, args.data, args.tokenizer)]

@@ -1,17 +1,24 @@
 """The first part of benchmarks.gpu: what runs on the GPU against the float64 reference."""
 
+import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_lm.generate import decode, read
+from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
+from mamba_lm.training import Continuation, PrefixSuffixLM, collate
 
 ROWS = 3
 # Of the largest entry. In bfloat16 the inputs are exact, rounded before; outputs are rounded again.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+MODEL_TOLERANCE = 1e-4
 
 
 def parity(
@@ -32,15 +39,8 @@ def parity(
                 ]
             finally:
                 vars(module).update(before)
-            worst = {
-                part: _worst(of_length[part] for of_length in errors)
-                for part in ("output", "state", "gradient")
-            }
-            yield {
-                "name": f"{name}, {case}, {str(dtype).removeprefix('torch.')}",
-                **worst,
-                "ok": all(error <= 1 for error in worst.values()),
-            }
+            merged = {kind: [e for of_l in errors for e in of_l[kind]] for kind in errors[0]}
+            yield _row(f"{name}, {case}, {str(dtype).removeprefix('torch.')}", merged)
 
 
 # fork: rows of the initial state that each row goes on from; padded: rows of unlike lengths.
@@ -76,8 +76,8 @@ def _errors(
     state: bool = True,
     fork: bool = False,
     padded: bool = False,
-) -> dict[str, float]:
-    """Errors in parts of what is tolerated."""
+) -> dict[str, list[float]]:
+    """Errors in parts of what is tolerated, by kind."""
     l, device = inputs["x"].shape[1], inputs["x"].device
     tolerance = TOLERANCES[inputs["x"].dtype]
     index = torch.tensor([0, 2, 2] if fork else [0, 1, 2], device=device)
@@ -105,9 +105,60 @@ def _errors(
         kind = {"output": "output", "final state": "state"}.get(name, "gradient")
         error = (got[name].double() - exact).abs().max() / (exact.abs().max() + 1e-30)
         errors[kind].append(error.item() / tolerance)
-    return {kind: _worst(of_kind) for kind, of_kind in errors.items()}
+    return errors
 
 
-def _worst(errors: Iterable[float]) -> float:
-    """NaN if one is, unlike max()."""
-    return torch.tensor(list(errors)).max().item()
+def model_parity(
+    backends: Iterable[str], device: torch.device, chosen: Callable[[str], AbstractContextManager]
+) -> Iterator[dict]:
+    """A row for each backend: a small model in float32 against itself in float64. Its loss on
+    forked states with all gradients; a state after one token by the fused step; and greedy answers,
+    whose tokens must be the same. `chosen(backend)` sets a backend for a while."""
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=96, d_model=64, n_layer=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.to(device)
+    wanted = _of_model(copy.deepcopy(model).double())
+    for backend in backends:
+        model.zero_grad()
+        with chosen(backend):
+            got = _of_model(model)
+        errors = {"output": [], "state": [], "gradient": []}
+        for (kind, name), exact in wanted.items():
+            error = (got[kind, name].double() - exact).abs().max() / (exact.abs().max() + 1e-30)
+            if name == "tokens" and error > 0:
+                error = torch.tensor(math.inf)
+            errors[kind].append(error.item() / MODEL_TOLERANCE)
+        yield _row(f"model, {backend}, float32", errors)
+
+
+def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
+    device = model.lm_head.weight.device
+    examples = [
+        Continuation(range(prefix), range(10, 10 + prompt), range(30, 30 + target))
+        for prefix, prompt, target in ((40, 9, 3), (40, 1, 1), (3, 20, 7), (0, 5, 2))
+    ]
+    batch = {name: value.to(device) for name, value in collate(examples).items()}
+    loss = PrefixSuffixLM(model)(**batch)["loss"]
+    loss.backward()
+    found = {("output", "loss"): loss.detach()}
+    found |= {("gradient", name): p.grad.clone() for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        reading = read(model, [list(range(5, 5 + length)) for length in (1, 7, 50, 3, 12)])
+        step = model.stepper()
+        hidden, state = step(torch.arange(5, device=device), reading.state)
+        answers = decode(model, reading, [1, 2, 3], 11)
+    found["output", "hidden"] = hidden
+    found |= {("state", f"{layer}"): h for layer, h in enumerate((*state.conv, *state.ssm))}
+    tokens = [token for answer in answers for token in (*answer.token_ids, -1)]
+    found["output", "tokens"] = torch.tensor(tokens + [0] * (60 - len(tokens)), device=device)
+    found["output", "log_probs"] = torch.tensor([a.log_prob for a in answers], device=device)
+    return found
+
+
+def _row(name: str, errors: dict[str, list[float]]) -> dict:
+    """With the worst error of each kind: NaN if one is, which max() might pass over."""
+    worst = {kind: torch.tensor(of_kind).max().item() for kind, of_kind in errors.items()}
+    return {"name": name, **worst, "ok": all(error <= 1 for error in worst.values())}

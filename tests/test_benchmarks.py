@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -26,6 +28,7 @@ from benchmarks import (
     timing,
 )
 from errors import UserError
+from mamba_lm import model, training
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.selective_scan import reference
 from mamba_lm.training import Continuation
@@ -88,7 +91,7 @@ def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     run(gpu, monkeypatch, "--dry_run", "--json", path)
     found = json.loads(path.read_text())
-    assert len(found["errors"]) == 6 and all(row["ok"] for row in found["errors"])
+    assert len(found["errors"]) == 7 and all(row["ok"] for row in found["errors"])
     rows = {row["name"]: row for row in found["speed"]}
     assert {name.split()[0] for name in rows} == {"scan", "prefill", "decode", "train", "answer"}
     assert all(row["seconds"] > 0 and row["items/s"] > 0 for row in rows.values())
@@ -116,6 +119,35 @@ def test_parity_sees_a_wrong_result(monkeypatch, part, wrong, right):
     rows = list(gpu_parity.parity(ways, torch.device("cpu"), (1, 3), 4))
     assert {row["ok"] for row in rows if "float32" in row["name"]} == {right}
     assert backend.WAY_IN == "steps"
+
+
+def test_parity_sees_a_wrong_model(monkeypatch):
+    """One whose fused step is a little off, and whose gradients are."""
+
+    def parity_of_the_model() -> dict:
+        rows = gpu_parity.model_parity(["cpu"], torch.device("cpu"), lambda name: nullcontext())
+        return next(iter(rows))
+
+    assert parity_of_the_model()["ok"]
+    step, backward = model.MambaLM.stepper, training.PrefixSuffixLM.token_losses
+
+    def off(self):
+        stepped = step(self)
+        is_exact = self.lm_head.weight.dtype == torch.float64
+        return stepped if is_exact else lambda ids, state: stepped((ids + 1) % 96, state)
+
+    monkeypatch.setattr(model.MambaLM, "stepper", off)
+    row = parity_of_the_model()
+    assert row["output"] == math.inf and row["state"] > 1 >= row["gradient"] and not row["ok"]
+    monkeypatch.setattr(model.MambaLM, "stepper", step)
+
+    def scaled(self, **batch):
+        losses, index = backward(self, **batch)
+        return losses * (1 if losses.dtype == torch.float64 else 1.001), index
+
+    monkeypatch.setattr(training.PrefixSuffixLM, "token_losses", scaled)
+    row = parity_of_the_model()
+    assert row["gradient"] > 1 >= row["state"] and not row["ok"]
 
 
 def test_mamba_ssms_own_model_is_run_as_its_interface_says(monkeypatch):
