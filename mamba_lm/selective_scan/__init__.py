@@ -28,7 +28,7 @@ from mamba_lm.selective_scan import reference
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _INSTALL = {
     "cpu": "pip install numba",
-    "cuda": "see the commands in requirements-cuda.txt",
+    "cuda": "see the commands in requirements-cuda.txt, or use triton, which needs none",
     "triton": "pip install triton, of the version that torch's CUDA build asks for",
 }
 
