@@ -53,7 +53,8 @@ def selective_scan(
     A, D = A.float(), D.float()
     h0 = None if initial_state is None else initial_state.float().transpose(1, 2)  # (b, d, n)
     if x.numel() == 0:
-        return x, A.new_zeros(b, *A.T.shape) if h0 is None else initial_state.float()
+        state = A.new_zeros(b, *A.T.shape) if h0 is None else initial_state.float()
+        return x, state if return_state else None
     padding = None
     if lengths is not None:
         padding = (torch.arange(l, device=x.device) >= lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
@@ -83,7 +84,7 @@ def _step(x, delta, A, B, C, D, z, h0):
 
 
 def _scan_from_zero(x, delta, A, B, C, D, z):
-    """The whole layer in one kernel, without gradients."""
+    """The scan with its gate in one kernel, in x's dtype; the last state has no gradient."""
     u, delta, B, C = (v.to(x.dtype).transpose(1, 2) for v in (x, delta, B, C))  # (b, d or n, l)
     z = None if z is None else z.to(x.dtype).transpose(1, 2)  # (b, d, l)
     y, h = selective_scan_fn(u, delta, A, B, C, D, z, return_last_state=True)

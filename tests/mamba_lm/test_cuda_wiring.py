@@ -279,6 +279,7 @@ def test_no_steps_and_no_rows(kernels):
     assert y.shape == (3, 0, 8) and torch.equal(h, inputs["initial_state"])
     _, h = backend.selective_scan(**scan_inputs(0, state=False))
     assert h.shape == (3, 5, 8) and not h.any()
+    assert backend.selective_scan(**inputs, return_state=False)[1] is None
     y, h = backend.selective_scan(**scan_inputs(4, b=0, state=False))
     assert y.shape == (0, 4, 8) and h.shape == (0, 5, 8)
     assert backend.causal_conv1d(torch.ones(2, 0, 8), torch.ones(8, 4), None).shape == (2, 0, 8)
