@@ -12,6 +12,7 @@ from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.training import IGNORED, Continuation, PrefixSuffixLM, collate
 
 MAMBA_SSM, TRANSFORMERS = "mamba-ssm", "transformers"
+PARTS = 4  # of a batch of examples that are read whole
 
 
 class Model:
@@ -32,30 +33,44 @@ class Model:
         return self.module.encode(input_ids, keep_state=False)[0]
 
     def training_step(self, examples: list[Continuation], forked: bool) -> Callable[[], None]:
-        """bfloat16 autocast, forward, backward and AdamW. Forked, each context is read once; else
-        every example is read whole, as by the peers; the head only where there is loss."""
-        batch = collate(examples if forked else map(whole, examples))
-        batch = {  # lengths stay where the Trainer leaves them
-            name: value if name.endswith("lengths") else value.to(self.device)
-            for name, value in batch.items()
-        }
+        """bfloat16 autocast, forward, backward and AdamW; the head only where there is loss.
+
+        Forked, each context is read once. Else every example is read whole, as by the peers, in
+        PARTS of like lengths, gradients added up: there is less padding then.
+        """
+        if forked:
+            parts = [examples]
+        else:
+            examples = sorted(map(whole, examples), key=lambda e: len(e.prompt) + len(e.target))
+            size = -(-len(examples) // PARTS)
+            parts = [examples[at : at + size] for at in range(0, len(examples), size)]
+        batches = [
+            {  # lengths stay where the Trainer leaves them
+                name: value if name.endswith("lengths") else value.to(self.device)
+                for name, value in collate(part).items()
+            }
+            for part in parts
+        ]
+        labels = sum(len(example.target) for example in examples)
         loss = PrefixSuffixLM(self.module) if forked else self._loss
         is_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
 
         def step() -> None:
             optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_gpu):
-                losses = loss(**batch)
-            losses["loss"].backward()
+            for batch in batches:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=is_gpu):
+                    losses = loss(**batch, num_items_in_batch=labels)
+                losses["loss"].backward()
             optimizer.step()
 
         return step
 
-    def _loss(self, suffixes: Tensor, labels: Tensor, **_) -> dict[str, Tensor]:
+    def _loss(self, suffixes, labels, num_items_in_batch, **_) -> dict[str, Tensor]:
         at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         logits = self.module.lm_head(self.hidden(suffixes).flatten(0, 1)[at]).float()
-        return {"loss": F.cross_entropy(logits, labels.flatten()[at])}
+        losses = F.cross_entropy(logits, labels.flatten()[at], reduction="sum")
+        return {"loss": losses / num_items_in_batch}
 
     def for_inference(self) -> nn.Module:
         """In bfloat16 on a GPU."""
@@ -97,8 +112,16 @@ class Model:
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
+    def state_bytes(self, rows: int, d_inner: int, n_layer: int) -> int:
+        """Ours is float32, with the convolution's last three inputs; the peers' is of the weights'
+        dtype, with four."""
+        n, w = 16, 4
+        values = 4 * n + 2 * (w - 1) if self.name == "ours" else 2 * n + 2 * w
+        return rows * n_layer * d_inner * values
+
 
 def _make(name: str, d_model: int, n_layer: int) -> nn.Module:
+    ours = MambaConfig(VOCABULARY, d_model, n_layer)
     if name == MAMBA_SSM:
         from mamba_ssm.models.config_mamba import MambaConfig as Config
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -109,5 +132,5 @@ def _make(name: str, d_model: int, n_layer: int) -> nn.Module:
         from transformers import MambaForCausalLM
 
         shape = {"hidden_size": d_model, "num_hidden_layers": n_layer}
-        return MambaForCausalLM(Config(vocab_size=VOCABULARY, **shape))
-    return MambaLM(MambaConfig(VOCABULARY, d_model, n_layer))
+        return MambaForCausalLM(Config(vocab_size=ours.vocab_rows, **shape))
+    return MambaLM(ours)

@@ -4,12 +4,14 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.bench_train import whole
 from mamba_lm.generate import decode, read
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
@@ -29,23 +31,33 @@ def parity(
     and what to set in it."""
     for (name, (backend, settings)), dtype in itertools.product(ways.items(), TOLERANCES):
         for case, options in CASES.items():
-            module = load_backend(backend)
-            before = {key: getattr(module, key) for key in settings}
-            vars(module).update(settings)
-            try:
+            with set_in(backend, settings) as module:
                 errors = [
                     _errors(module.selective_scan, _inputs(l, d, dtype, device), **options)
                     for l in lengths
                 ]
-            finally:
-                vars(module).update(before)
             merged = {kind: [e for of_l in errors for e in of_l[kind]] for kind in errors[0]}
             yield _row(f"{name}, {case}, {str(dtype).removeprefix('torch.')}", merged)
 
 
-# fork: rows of the initial state that each row goes on from; padded: rows of unlike lengths.
+@contextmanager
+def set_in(backend: str, settings: dict) -> Iterator[ModuleType]:
+    """A backend's module, with names in it set for a while."""
+    module = load_backend(backend)
+    before = {key: getattr(module, key) for key in settings}
+    vars(module).update(settings)
+    try:
+        yield module
+    finally:
+        vars(module).update(before)
+
+
+# state: one goes in; keep: one comes out; fork: rows go on from rows of a state; padded: rows of
+# unlike lengths; grad: with gradients.
 CASES = {
+    "from zero, none kept": {"state": False, "keep": False},
     "from zero": {"state": False},
+    "without gradients": {"grad": False},
     "with states": {},
     "forked, padded": {"fork": True, "padded": True},
 }
@@ -74,8 +86,10 @@ def _errors(
     scan: Callable,
     inputs: dict[str, Tensor],
     state: bool = True,
+    keep: bool = True,
     fork: bool = False,
     padded: bool = False,
+    grad: bool = True,
 ) -> dict[str, list[float]]:
     """Errors in parts of what is tolerated, by kind."""
     l, device = inputs["x"].shape[1], inputs["x"].device
@@ -92,12 +106,15 @@ def _errors(
         given = dict(leaves)
         if state:
             given["initial_state"] = given["initial_state"].index_select(0, index)
-        y, h = function(**given, lengths=lengths)
-        generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(v.shape, generator=generator).to(v) for v in (y, h)]
-        torch.autograd.backward([y, h], grads)
-        found = {"output": y.detach(), "final state": h.detach()}
-        return found | {name: leaf.grad for name, leaf in leaves.items()}
+        with torch.set_grad_enabled(grad):
+            y, h = function(**given, lengths=lengths, return_state=keep)
+        results = {"output": y, "final state": h} if keep else {"output": y}
+        if grad:
+            generator = torch.Generator().manual_seed(1)
+            grads = [torch.randn(v.shape, generator=generator).to(v) for v in results.values()]
+            torch.autograd.backward(list(results.values()), grads)
+        found = {name: result.detach() for name, result in results.items()}
+        return found | {name: leaf.grad for name, leaf in leaves.items() if grad}
 
     got, wanted = run(scan, None), run(reference.selective_scan, torch.float64)
     errors = {"output": [], "state": [], "gradient": []}
@@ -112,8 +129,9 @@ def model_parity(
     backends: Iterable[str], device: torch.device, chosen: Callable[[str], AbstractContextManager]
 ) -> Iterator[dict]:
     """A row for each backend: a small model in float32 against itself in float64. Its loss on
-    forked states with all gradients; a state after one token by the fused step; and greedy answers,
-    whose tokens must be the same. `chosen(backend)` sets a backend for a while."""
+    forked states and on examples read whole, with all gradients; a state after one token by the
+    fused step; and greedy answers, whose tokens must be the same. `chosen(backend)` sets a backend
+    for a while."""
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=96, d_model=64, n_layer=2))
     with torch.no_grad():
@@ -122,9 +140,8 @@ def model_parity(
     model.to(device)
     wanted = _of_model(copy.deepcopy(model).double())
     for backend in backends:
-        model.zero_grad()
         with chosen(backend):
-            got = _of_model(model)
+            got = _of_model(copy.deepcopy(model))  # with graphs of its own
         errors = {"output": [], "state": [], "gradient": []}
         for (kind, name), exact in wanted.items():
             error = (got[kind, name].double() - exact).abs().max() / (exact.abs().max() + 1e-30)
@@ -140,11 +157,15 @@ def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
         Continuation(range(prefix), range(10, 10 + prompt), range(30, 30 + target))
         for prefix, prompt, target in ((40, 9, 3), (40, 1, 1), (3, 20, 7), (0, 5, 2))
     ]
-    batch = {name: value.to(device) for name, value in collate(examples).items()}
-    loss = PrefixSuffixLM(model)(**batch)["loss"]
-    loss.backward()
-    found = {("output", "loss"): loss.detach()}
-    found |= {("gradient", name): p.grad.clone() for name, p in model.named_parameters()}
+    found = {}
+    for kind, of_kind in (("forked", examples), ("whole", map(whole, examples))):
+        batch = {name: value.to(device) for name, value in collate(of_kind).items()}
+        model.zero_grad()
+        loss = PrefixSuffixLM(model)(**batch)["loss"]
+        loss.backward()
+        found["output", f"loss, {kind}"] = loss.detach()
+        for name, parameter in model.named_parameters():
+            found["gradient", f"{name}, {kind}"] = parameter.grad.clone()
     with torch.inference_mode():
         reading = read(model, [list(range(5, 5 + length)) for length in (1, 7, 50, 3, 12)])
         step = model.stepper()
@@ -160,5 +181,5 @@ def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
 
 def _row(name: str, errors: dict[str, list[float]]) -> dict:
     """With the worst error of each kind: NaN if one is, which max() might pass over."""
-    worst = {kind: torch.tensor(of_kind).max().item() for kind, of_kind in errors.items()}
+    worst = {kind: torch.tensor([0.0, *of]).max().item() for kind, of in errors.items()}
     return {"name": name, **worst, "ok": all(error <= 1 for error in worst.values())}

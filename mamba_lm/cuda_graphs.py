@@ -1,6 +1,5 @@
 """Steps of a loop as one CUDA graph: the GPU runs several without a word from the host."""
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from weakref import WeakKeyDictionary
 
@@ -14,6 +13,7 @@ class StepGraph:
     step: from the loop's tensors to what they are next, of the same shapes, and tensors to show of
     each step. It waits for nothing on the GPU and changes nothing in place. Whatever else it reads
     there must live as long as the graph, which sees addresses only. start: tensors like the loop's.
+    beside: a graph that never runs at the same time, whose memory this one shares.
     """
 
     def __init__(
@@ -21,6 +21,7 @@ class StepGraph:
         step: Callable[[list[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]],
         start: Sequence[Tensor],
         steps: int,
+        beside: "StepGraph | None" = None,
     ):
         with torch.inference_mode(False):  # an inference tensor could not be written outside it
             self.tensors = [torch.empty_like(tensor) for tensor in start]
@@ -37,7 +38,7 @@ class StepGraph:
                 own.copy_(new)
 
         with torch.cuda.device_of(start[0]):
-            self._replay = capture(run)
+            self._replay, self._pool = capture(run, beside and beside._pool)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Let the loop go on from these."""
@@ -51,23 +52,20 @@ class StepGraph:
         return self.shown
 
 
-def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """A function that has the GPU do again what `run` had it do, as one launch."""
+def capture(
+    run: Callable[[], None], pool: tuple[int, int] | None = None
+) -> tuple[Callable[[], None], tuple[int, int]]:
+    """A function that has the GPU do again what `run` had it do, as one launch, and its pool of
+    memory, which is `pool` where one is given."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()  # what is compiled or loaded at the first run cannot be captured
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=pool):
         run()
-    return graph.replay
-
-
-@functools.cache
-def _pool() -> tuple[int, int]:
-    """Memory that all graphs share: only one runs at a time, and what it shows is read at once."""
-    return torch.cuda.graph_pool_handle()
+    return graph.replay, graph.pool()
 
 
 def graph_size(rows: int) -> int:

@@ -185,7 +185,8 @@ class _Graphed(_Eager):
         is_row = torch.arange(size, device=going.device) < len(going)
         rows = rows._replace(going=is_row)
         if size not in self.graphs:
-            self.graphs[size] = StepGraph(self._step, rows.tensors(), GRAPH_STEPS)
+            beside = next(iter(self.graphs.values()), None)
+            self.graphs[size] = StepGraph(self._step, rows.tensors(), GRAPH_STEPS, beside)
         self.graph = self.graphs[size]
         self.graph.load(rows.tensors())
         return rows

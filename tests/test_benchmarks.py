@@ -91,12 +91,48 @@ def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     run(gpu, monkeypatch, "--dry_run", "--json", path)
     found = json.loads(path.read_text())
-    assert len(found["errors"]) == 7 and all(row["ok"] for row in found["errors"])
+    assert len(found["errors"]) == 11 and all(row["ok"] for row in found["errors"])
     rows = {row["name"]: row for row in found["speed"]}
     assert {name.split()[0] for name in rows} == {"scan", "prefill", "decode", "train", "answer"}
     assert all(row["seconds"] > 0 and row["items/s"] > 0 for row in rows.values())
     assert rows["decode tiny, 2 rows: transformers"]["ratio"] == 1.0
-    assert "mamba-ssm: not installed, left out" in capsys.readouterr().err
+    assert "left out: the cuda selective scan is not installed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def dry_gpu():
+    return gpu.GPU(dry_run=True, rounds=1, minutes=1.0)
+
+
+def test_a_contender_that_fails_is_a_row_that_says_so(dry_gpu):
+    def fails() -> gpu.Work:
+        raise RuntimeError("no memory\nand so on")
+
+    works = gpu.Work(lambda: None, items=3)
+    first, second = dry_gpu.rows("x", {"a": fails, "b": lambda: works})
+    assert first["name"] == "x: a (RuntimeError: no memory)" and first["seconds"] is None
+    assert second["name"] == "x: b" and second["ratio"] == 1.0
+    dry_gpu.deadline = 0.0
+    (late,) = dry_gpu.rows("x", {"b": lambda: works})
+    assert late["name"] == "x: b (TimeoutError: no time left)"
+
+
+def test_the_share_of_the_limit(dry_gpu, monkeypatch):
+    monkeypatch.setattr(dry_gpu, "flop_rate", 100.0)
+    monkeypatch.setattr(dry_gpu, "byte_rate", 10.0)
+    monkeypatch.setattr(dry_gpu, "measure", lambda call: (4.0, 2_000_000_000))
+    (row,) = dry_gpu.rows("x", {"a": lambda: gpu.Work(lambda: None, 8, flop=100.0, bytes=10.0)})
+    assert row | {"name": ""} == {
+        "name": "", "seconds": 4.0, "ratio": 1.0, "items/s": 2.0, "of_limit": 0.5, "peak_GB": 2.0,
+    }  # fmt: skip
+
+
+def test_a_timed_scan_leaves_its_backend_as_it_was(dry_gpu):
+    pytest.importorskip("triton")
+    module = gpu.load_backend("triton")
+    least = module.LEAST_SPAN
+    gpu.scan(dry_gpu, "triton", {"LEAST_SPAN": 8}, 1, 3, 4, state=True).call()
+    assert module.LEAST_SPAN == least
 
 
 def test_gpu_needs_one(monkeypatch):
@@ -110,14 +146,17 @@ def test_gpu_needs_one(monkeypatch):
 def test_parity_sees_a_wrong_result(monkeypatch, part, wrong, right):
     def scan(*args, **kwargs):
         results = list(reference.selective_scan(*args, **kwargs))
-        results[part] = results[part] * wrong
+        if results[part] is not None:
+            results[part] = results[part] * wrong
         return results
 
     backend = SimpleNamespace(selective_scan=scan, WAY_IN="steps")
     monkeypatch.setattr(gpu_parity, "load_backend", lambda name: backend)
     ways = {"one": ("cuda", {"WAY_IN": "linear"})}
     rows = list(gpu_parity.parity(ways, torch.device("cpu"), (1, 3), 4))
-    assert {row["ok"] for row in rows if "float32" in row["name"]} == {right}
+    for row in rows:
+        if "float32" in row["name"] and not ("none kept" in row["name"] and part == 1):
+            assert row["ok"] == right, row
     assert backend.WAY_IN == "steps"
 
 

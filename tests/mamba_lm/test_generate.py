@@ -56,13 +56,15 @@ def graphs(request, monkeypatch):
     Gives the sizes of the graphs that a test has captured."""
     sizes = []
 
-    def replay_by_running(run):
+    def replay_by_running(run, pool):
+        assert pool in (None, (0, 7))
         run()
-        return run
+        return run, (0, 7)
 
-    def counted(step, start, steps):
+    def counted(step, start, steps, beside):
+        assert beside is None or sizes  # the first has no other's memory to share
         sizes.append(len(start[0]))
-        return cuda_graphs.StepGraph(step, start, steps)
+        return cuda_graphs.StepGraph(step, start, steps, beside)
 
     monkeypatch.setattr(generate, "_is_captured", lambda model: request.param)
     monkeypatch.setattr(generate, "StepGraph", counted)
