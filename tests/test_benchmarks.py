@@ -132,7 +132,7 @@ def test_a_timed_scan_leaves_its_backend_as_it_was(dry_gpu):
     module = gpu.load_backend("triton")
     least = module.LEAST_SPAN
     gpu.scan(dry_gpu, "triton", {"LEAST_SPAN": 8}, 1, 3, 4, state=True).call()
-    assert module.LEAST_SPAN == least
+    assert vars(module)["LEAST_SPAN"] == least
 
 
 def test_gpu_needs_one(monkeypatch):

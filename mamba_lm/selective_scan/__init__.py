@@ -175,15 +175,10 @@ def backend_name(device: torch.device, dtype: torch.dtype) -> str:
     return _gpu_backend() if device.type == "cuda" else "cpu"
 
 
-def has_mamba_ssm() -> bool:
-    """Whether the packages of the cuda backend are installed; they may be broken still."""
-    return all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
-
-
 @functools.cache
 def _gpu_backend() -> str:
     """cuda where its packages are installed, and work; triton where they are not."""
-    if has_mamba_ssm():
+    if all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")):
         try:
             load_backend("cuda")
             return "cuda"
