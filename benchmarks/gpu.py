@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks.bench_eval import sample
 from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
-from benchmarks.gpu_parity import model_parity, parity, set_in
+from benchmarks.gpu_parity import first_line, model_parity, parity, set_in
 from benchmarks.timing import parse_benchmark_args, report, write_json
 from context_qa.answering import Answerer
 from errors import UserError, positive_float, positive_int, run_script
@@ -176,7 +176,7 @@ class GPU:
                 row |= {"seconds": seconds, "ratio": seconds / base, "peak_GB": peak / 1e9}
                 row |= {"items/s": work.items / seconds, "of_limit": least / seconds or None}
             except Exception as error:
-                row["name"] += f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+                row["name"] += f" ({first_line(error)})"
             yield row
             work = None
             gc.collect()  # the peers hold themselves in cycles

@@ -21,6 +21,7 @@ ROWS = 3
 # Of the largest entry. In bfloat16 the inputs are exact, rounded before; outputs are rounded again.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 MODEL_TOLERANCE = 1e-4
+FAILED = {"output": [math.inf], "state": [math.inf], "gradient": [math.inf]}
 
 
 def parity(
@@ -31,13 +32,18 @@ def parity(
     and what to set in it."""
     for (name, (backend, settings)), dtype in itertools.product(ways.items(), TOLERANCES):
         for case, options in CASES.items():
-            with set_in(backend, settings) as module:
-                errors = [
-                    _errors(module.selective_scan, _inputs(l, d, dtype, device), **options)
-                    for l in lengths
-                ]
+            title = f"{name}, {case}, {str(dtype).removeprefix('torch.')}"
+            try:
+                with set_in(backend, settings) as module:
+                    errors = [
+                        _errors(module.selective_scan, _inputs(l, d, dtype, device), **options)
+                        for l in lengths
+                    ]
+            except Exception as error:  # what else can be measured still is
+                yield _row(f"{title} ({first_line(error)})", FAILED)
+                continue
             merged = {kind: [e for of_l in errors for e in of_l[kind]] for kind in errors[0]}
-            yield _row(f"{name}, {case}, {str(dtype).removeprefix('torch.')}", merged)
+            yield _row(title, merged)
 
 
 @contextmanager
@@ -140,15 +146,20 @@ def model_parity(
     model.to(device)
     wanted = _of_model(copy.deepcopy(model).double())
     for backend in backends:
-        with chosen(backend):
-            got = _of_model(copy.deepcopy(model))  # with graphs of its own
+        title = f"model, {backend}, float32"
+        try:
+            with chosen(backend):
+                got = _of_model(copy.deepcopy(model))  # with graphs of its own
+        except Exception as error:
+            yield _row(f"{title} ({first_line(error)})", FAILED)
+            continue
         errors = {"output": [], "state": [], "gradient": []}
         for (kind, name), exact in wanted.items():
             error = (got[kind, name].double() - exact).abs().max() / (exact.abs().max() + 1e-30)
             if name == "tokens" and error > 0:
                 error = torch.tensor(math.inf)
             errors[kind].append(error.item() / MODEL_TOLERANCE)
-        yield _row(f"model, {backend}, float32", errors)
+        yield _row(title, errors)
 
 
 def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
@@ -183,3 +194,7 @@ def _row(name: str, errors: dict[str, list[float]]) -> dict:
     """With the worst error of each kind: NaN if one is, which max() might pass over."""
     worst = {kind: torch.tensor([0.0, *of]).max().item() for kind, of in errors.items()}
     return {"name": name, **worst, "ok": all(error <= 1 for error in worst.values())}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_parity_sees_a_wrong_result(monkeypatch, part, wrong, right):
         if "float32" in row["name"] and not ("none kept" in row["name"] and part == 1):
             assert row["ok"] == right, row
     assert backend.WAY_IN == "steps"
+
+
+def test_a_way_that_fails_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_parity, "load_backend", Mock(side_effect=UserError("none")))
+    rows = list(gpu_parity.parity({"a": ("triton", {})}, torch.device("cpu"), (1,), 4))
+    assert len(rows) == 10 and not any(row["ok"] for row in rows)
+    assert all("(UserError: none)" in row["name"] for row in rows)
+    (row,) = gpu_parity.model_parity(["cpu"], torch.device("cpu"), Mock(side_effect=MemoryError))
+    assert row["name"].endswith("(MemoryError: )") and not row["ok"]
 
 
 def test_parity_sees_a_wrong_model(monkeypatch):
