@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 2; }
 	@echo "Downloading into $(VENV): torch 2.13, triton, transformers, numba, pandas, duckdb and their needs."
-	@echo "2.4 GB on disk with a CPU-only torch, several more with CUDA's, which the plain index may give;"
+	@echo "2.6 GB on disk with a CPU-only torch, several more with CUDA's, which the plain index may give;"
 	@echo "make setup TORCH_INDEX=URL prefers CPU-only wheels from that index."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
