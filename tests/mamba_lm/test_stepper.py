@@ -160,14 +160,21 @@ def test_hooks_and_replaced_modules_are_called(make_model, assert_near, steps):
     assert steps == [True]  # before the hook
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @torch.no_grad()
-def test_shapes_that_do_not_fit_are_errors_not_other_memory(make_model, steps):
+def test_shapes_that_do_not_fit_are_errors_not_other_memory(
+    backend, make_model, steps, monkeypatch
+):
+    if backend == "triton":
+        pytest.importorskip("triton")
     prefix, token = prompt(2)
     model = make_model()
     _, state = model(prefix)
-    for other in (
+    others = [
         model(prompt(3)[0])[1], model(prompt(1)[0])[1], make_model(d_state=4)(prefix)[1],
-    ):  # fmt: skip
+    ]  # fmt: skip
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+    for other in others:
         with pytest.raises((RuntimeError, ValueError)):
             one_more(model, token, other)
     mixer = model.backbone.layers[1].mixer

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_lm.selective_scan import reference
-from mamba_lm.selective_scan.common import as_tokens, needs_grad, places
+from mamba_lm.selective_scan.common import (
+    as_tokens,
+    layers_fit,
+    needs_grad,
+    places,
+    states_fit,
+)
 from mamba_lm.selective_scan.cpu import step_kernels
 from mamba_lm.selective_scan.cpu.conv_kernels import TILE as CONV_TILE
 from mamba_lm.selective_scan.cpu.conv_kernels import conv_backward, conv_forward
@@ -230,14 +236,9 @@ def fused_layers(weights):
         weights[0].conv.shape[2],
     )
     n, n_layer, dtype = weights[0].A_log.shape[1], len(weights), weights[0].out_proj.dtype
-    shapes = [
-        (m,), (2 * d, m), (2 * d,), (d, 1, w), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,),
-        (m, d), (m,),
-    ]  # fmt: skip
-    (norm_eps, bcdt_rms_eps), *others = {of_layer[:2] for of_layer in weights}
+    norm_eps, bcdt_rms_eps = weights[0][:2]
     parameters = [p for of_layer in weights for p in of_layer[2:]]
-    fit = (p is None or p.shape == s for p, s in zip(parameters, shapes * n_layer, strict=True))
-    if others or not all(fit) or not are_alike([p for p in parameters if p is not None]):
+    if not layers_fit(weights) or not are_alike([p for p in parameters if p is not None]):
         return None
     parameters = [None if p is None else p.contiguous() for p in parameters]
     weight_table = _addresses(parameters)
@@ -249,9 +250,9 @@ def fused_layers(weights):
             or residual.dtype != torch.float32
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or not len(convs) == len(ssms) == n_layer
-            or not all(v.shape == (b, w - 1, d) and are_alike([v, parameters[0]]) for v in convs)
-            or not all(v.shape == (b, n, d) and are_alike([v, residual]) for v in ssms)
+            or not states_fit(weights, b, convs, ssms)
+            or not are_alike([*convs, parameters[0]])
+            or not are_alike([*ssms, residual])
         ):
             return None
         convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]

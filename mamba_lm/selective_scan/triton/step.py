@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from mamba_lm.selective_scan.common import layers_fit, states_fit
 from mamba_lm.selective_scan.triton.tiles import load, store
 
 CONV_CHANNELS, SCAN_TILE = 256, 2048  # of a program: channels; channels times states
@@ -88,7 +89,7 @@ def fused_layers(weights):
     weights, a residual in float32."""
     dtype = weights[0].in_proj.dtype
     given = [v for of_layer in weights for v in of_layer[2:] if v is not None]
-    if any(v.dtype != dtype for v in given):
+    if not layers_fit(weights) or any(v.dtype != dtype or not v.is_contiguous() for v in given):
         return None
 
     def step(residual, convs, ssms):
@@ -97,6 +98,7 @@ def fused_layers(weights):
             or torch.is_autocast_enabled(residual.device.type)
             or residual.dtype != torch.float32
             or len(residual) == 0
+            or not states_fit(weights, len(residual), convs, ssms)
         ):
             return None
         residual, output, new_convs, new_ssms = residual[:, 0].contiguous(), None, [], []
