@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 
 
@@ -12,7 +13,8 @@ class UserError(Exception):
 
 def run_script(main, parse_args) -> None:
     """Run a script's `main(parse_args())`: exit 2 with one line on a UserError or a path that the
-    system refuses, 130 on Ctrl-C."""
+    system refuses, 130 on Ctrl-C, 143 on SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(parse_args())
         sys.stdout.flush()
@@ -52,6 +54,21 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
     return value
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
+    return value
+
+
+def _terminate(signal_number, frame) -> None:
+    sys.exit(_report("terminated", code=143))
 
 
 def _report(line: str, code: int) -> int:

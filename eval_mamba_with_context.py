@@ -3,14 +3,16 @@
     python eval_mamba_with_context.py models/demo data/demo/validation.jsonl results/demo.jsonl
     python eval_mamba_with_context.py MODEL data/Mamba-Fine-Tune/squad_val_1k.jsonl results/1k.jsonl
 
-Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end.
+Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end. The same
+command again goes on where it was cut off. MODEL may be sliding-window, a baseline that learns
+nothing; --prompt_order question_only is another: a model that does not see the context.
 """
 
 import argparse
 
 from context_qa.evaluation import evaluate, parse_evaluation_args
-from errors import run_script
-from squad_utils import PROMPT_ORDERS, prompt_parts
+from errors import probability, run_script
+from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, prompt_parts
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,6 +22,28 @@ def parse_args() -> argparse.Namespace:
         choices=PROMPT_ORDERS,
         default=PROMPT_ORDERS[0],
         help="default: context_first",
+    )
+    parser.add_argument(
+        "--negatives",
+        choices=NEGATIVE_KINDS,
+        help="ask every question on another context too, scored apart (default: none)",
+    )
+    parser.add_argument(
+        "--constrain_to_context",
+        action="store_true",
+        help="guess spans of the context, or abstain (default: any text)",
+    )
+    threshold = parser.add_mutually_exclusive_group()
+    threshold.add_argument(
+        "--no_answer_threshold",
+        type=probability,
+        metavar="T",
+        help="abstain where no_answer_probability > T (default: if greedy decoding does)",
+    )
+    threshold.add_argument(
+        "--tune_on",
+        metavar="FILE",
+        help="the T with the best F1 on this other file (default: none)",
     )
     return parser.parse_args()
 

@@ -3,7 +3,8 @@
     python eval_n_shot_mamba.py state-spaces/mamba-130m data/Mamba-Fine-Tune/squad_val_1k.jsonl \\
         results/n_shot.jsonl
 
-Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end.
+Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end. The same
+command again goes on where it was cut off.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from squad_utils import n_shot_parts
 
 
 def parse_args() -> argparse.Namespace:
-    return parse_evaluation_args(__doc__).parse_args()
+    parser = parse_evaluation_args(__doc__)
+    parser.set_defaults(prompt_order="n_shot", negatives=None, constrain_to_context=False)
+    parser.set_defaults(no_answer_threshold=None, tune_on=None)
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,17 +13,14 @@ import argparse
 import csv
 import json
 import sys
-from pathlib import Path
 
 import duckdb
 
+from context_qa.results import FIELDS, read_results
 from errors import UserError, run_script
 
-SCHEMA = """idx BIGINT, id VARCHAR, context VARCHAR, question VARCHAR, answer VARCHAR,
-answers VARCHAR[], guess VARCHAR, is_correct BOOLEAN, exact_match DOUBLE, f1 DOUBLE,
-confidence DOUBLE, no_answer_probability DOUBLE, time DOUBLE, num_tokens BIGINT,
-num_new_tokens BIGINT, tokens_per_sec DOUBLE"""
-COLUMNS = dict(column.split() for column in SCHEMA.split(","))
+SQL_TYPES = {int: "BIGINT", str: "VARCHAR", list: "VARCHAR[]", bool: "BOOLEAN", float: "DOUBLE"}
+COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,23 +51,12 @@ def main(args: argparse.Namespace) -> None:
 def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> None:
     """Make a table of a results file. A kill can tear its last line, which is then left out;
     UserError names any other line that is no results row."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    # A byte that is not UTF-8 becomes an escape that JSON does not know: a bad line.
-    lines = data.decode(errors="backslashreplace").split("\n")
+    lines = [json.dumps(row) for row in read_results(path)]
     database.execute(
-        "CREATE TABLE parsed AS SELECT number, TRY(json_transform_strict(line, $columns)) AS row "
-        "FROM (SELECT unnest($lines) AS line, generate_subscripts($lines, 1) AS number)",
+        f"CREATE TABLE {table} AS SELECT unnest(json_transform_strict(line, $columns)) "
+        "FROM (SELECT unnest($lines) AS line)",
         {"lines": lines, "columns": json.dumps(COLUMNS)},
     )
-    bad = database.execute("SELECT MIN(number) FROM parsed WHERE row IS NULL").fetchone()[0]
-    if bad is not None and (bad < len(lines) or bad == 1):
-        needed = ", ".join(COLUMNS)
-        raise UserError(f"{path} line {bad}: no results row; mend or remove it, it needs {needed}")
-    select = "SELECT unnest(row) FROM parsed WHERE row IS NOT NULL"
-    database.execute(f"CREATE TABLE {table} AS {select}; DROP TABLE parsed")
 
 
 def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:

@@ -17,7 +17,7 @@ NO_ANSWER = "I don't know."
 NORMALIZED_NO_ANSWER = "i dont know"
 ACCEPTED = "a JSONL or SQuAD JSON file, or a Hub data set such as rajpurkar/squad:validation"
 ROW_KEYS = "context, prompt, response or context, question, answers"
-PROMPT_ORDERS = ("context_first", "question_first", "read_twice")
+PROMPT_ORDERS = ("context_first", "question_first", "read_twice", "question_only")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 NEGATIVE_KINDS = ("random", "same_article", "hard")
 
@@ -167,6 +167,8 @@ def prompt_parts(
         return f"Q: {question}\n\n{context}", "\n\nA:"
     if prompt_order == "read_twice":
         return f"{context}\n\nQ: {question}\n\n{context}", asked
+    if prompt_order == "question_only":  # a baseline: what can be guessed without the context
+        return "", asked
     raise UserError(f"prompt order {prompt_order!r}: choose from {', '.join(PROMPT_ORDERS)}")
 
 
@@ -270,18 +272,9 @@ def is_correct(guess: str, answer: str) -> bool:
     return guess.strip().lower() == answer.strip().lower()
 
 
-def score_summary(rows: Iterable[dict]) -> dict[str, float | int]:
-    """Percentages and counts over result rows: all, and has_answer_*, no_answer_* where any."""
-    rows = list(rows)
-    answerable = [row for row in rows if row["answers"]]
-    unanswerable = [row for row in rows if not row["answers"]]
-    summary = {}
-    for prefix, part in (("", rows), ("has_answer_", answerable), ("no_answer_", unanswerable)):
-        if part:
-            for metric in ("exact_match", "f1", "is_correct"):
-                summary[prefix + metric] = 100 * sum(row[metric] for row in part) / len(part)
-            summary[prefix + "num_questions"] = len(part)
-    return summary
+def abstains(guess: str) -> bool:
+    """Whether a guess is NO_ANSWER, or empty, once normalised."""
+    return not _scored(guess)
 
 
 def _scored(text: str) -> str:

@@ -1,39 +1,32 @@
 """Contexts -> states -> questions -> answers with confidence: the one answering loop."""
 
+import itertools
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from context_qa.dataset import token_ids
-from mamba_lm.generate import continuation_log_prob, decode, prefill, read
+from context_qa.results import Answer
+from context_qa.spans import span_choices
+from errors import UserError
+from mamba_lm.choices import Choice, decode_choices
+from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
 from mamba_lm.model import MambaLM, MambaState
-from squad_utils import NO_ANSWER, answer_text
+from squad_utils import NO_ANSWER, abstains, answer_text
 
-WINDOW = 512  # prompts: what is answered out of order, and so the most that a crash can lose
+WINDOW = 512  # prompts: what is answered out of order
 MAX_BATCH_TOKENS = 8192
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A guess and what the model thinks of it.
-
-    confidence and no_answer_probability are products of token probabilities, the stop included: of
-    the guess, and of NO_ANSWER in its place. seconds: wall time of the batch over its rows.
-    num_tokens: those of the prompt, context included; num_new_tokens: those of the guess.
-    """
-
+class _Guess(NamedTuple):
     text: str
-    confidence: float
-    no_answer_probability: float
-    seconds: float
+    log_prob: float
     num_tokens: int
-    num_new_tokens: int
 
 
 class Answerer:
@@ -42,6 +35,10 @@ class Answerer:
     A guess ends before the first token that holds a newline or is end-of-text. max_batch_tokens
     bounds memory: the tokens, padding included, of contexts that are read together, and those of
     questions that are answered together, each with max_new_tokens for its answer.
+
+    With a no_answer_threshold T the guess is NO_ANSWER exactly where that has a probability above
+    T. Where a greedy guess abstains and should not, it is what the model says if it may neither
+    stop at once nor begin as NO_ANSWER does.
     """
 
     def __init__(
@@ -50,55 +47,67 @@ class Answerer:
         tokenizer,
         max_new_tokens: int = 64,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        no_answer_threshold: float | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_batch_tokens = max_new_tokens, max_batch_tokens
+        self.no_answer_threshold = no_answer_threshold
         self.vocab_size = len(tokenizer)
         texts = tokenizer.batch_decode([[i] for i in range(self.vocab_size)])
         self.stop_ids = {i for i, text in enumerate(texts) if "\n" in text}
         self.stop_ids.add(tokenizer.eos_token_id)
         self.no_answer_ids = token_ids(tokenizer, answer_text(NO_ANSWER))
 
-    def answer(self, prompts: Sequence[tuple[str, str]]) -> Iterator[dict[int, Answer]]:
+    def answer(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        contexts: Sequence[str] | None = None,
+        done: Collection[int] = (),
+        part: int = 0,
+        parts: int = 1,
+    ) -> Iterator[dict[int, Answer]]:
         """Answers to prompts, (prefix, suffix) texts, by their place, a batch at a time.
 
         They come window after window of WINDOW prompts. Inside one, each prefix is read once, with
-        others of its length. The last one is kept, since the next window may go on with it: a
-        prefix that all prompts share is read once in all.
+        others of its length. With `contexts`, one a prompt, guesses are spans of these, or
+        NO_ANSWER. Batches depend on the prompts alone, and so, to the last bit, do answers: batches
+        whose places are all `done` are left out, and of the others this part of `parts` gets its
+        share.
         """
-        kept: dict[str, tuple[MambaState, list[int]]] = {}
-        for start in range(0, len(prompts), WINDOW):
-            places: dict[str, list[int]] = {}
-            for place in range(start, min(start + WINDOW, len(prompts))):
-                places.setdefault(prompts[place][0], []).append(place)
-            last = prompts[place][0]
-            lengths = {p: len(token_ids(self.tokenizer, p)) for p in places if p not in kept}
-            known = [[prefix] for prefix in kept if prefix in places]
-            for prefixes in (*known, *_batches(lengths, self.max_batch_tokens)):
-                started = time.perf_counter()
-                read = kept.get(prefixes[0]) or self.read_prefixes(prefixes)
-                rows = {p: row for row, prefix in enumerate(prefixes) for p in places[prefix]}
-                seconds = (time.perf_counter() - started) / len(rows)
-                yield from self._ask_in_batches(read, rows, prompts, seconds)
-                if last in prefixes:
-                    kept_next = {last: self._rows(*read, [prefixes.index(last)])}
-            kept = kept_next
+        done = frozenset(done)
+        kept: tuple[list[str], tuple[MambaState, list[int]]] | None = None
+        for unit, (prefixes, rows) in enumerate(self._units(prompts)):
+            batches = [b for b in self._question_batches(rows, prompts) if not done.issuperset(b)]
+            if unit % parts != part or not batches:
+                continue
+            started = time.perf_counter()
+            # What all prompts begin with is a unit of every window, and read once in all.
+            read = kept[1] if kept and kept[0] == prefixes else self.read_prefixes(prefixes)
+            kept = prefixes, read
+            seconds = (time.perf_counter() - started) / len(rows)
+            for batch in batches:
+                state, lengths = self._rows(*read, [rows[place] for place in batch])
+                suffixes = [prompts[place][1] for place in batch]
+                spans_of = contexts and [contexts[place] for place in batch]
+                answers = self.ask(state, suffixes, lengths, seconds, spans_of)
+                yield dict(zip(batch, answers, strict=True))
 
-    def _ask_in_batches(
-        self,
-        read: tuple[MambaState, list[int]],
-        rows: dict[int, int],
-        prompts: Sequence[tuple[str, str]],
-        seconds: float,
-    ) -> Iterator[dict[int, Answer]]:
-        """Answers to prompts by place, each from its row of what was read."""
-        lengths = {place: len(token_ids(self.tokenizer, prompts[place][1])) for place in rows}
+    def _units(
+        self, prompts: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[list[str], dict[int, int]]]:
+        """Prefixes that are read together, and by place the row of each prompt that has one."""
+        for window in _windows(prompts):
+            lengths = {prefix: len(token_ids(self.tokenizer, prefix)) for prefix in window}
+            for prefixes in _batches(lengths, self.max_batch_tokens):
+                rows = {p: row for row, prefix in enumerate(prefixes) for p in window[prefix]}
+                yield prefixes, rows
+
+    def _question_batches(
+        self, places: Collection[int], prompts: Sequence[tuple[str, str]]
+    ) -> Iterator[list[int]]:
+        lengths = {place: len(token_ids(self.tokenizer, prompts[place][1])) for place in places}
         costs = {place: length + self.max_new_tokens for place, length in lengths.items()}
-        for batch in _batches(costs, self.max_batch_tokens):
-            state, prefix_lengths = self._rows(*read, [rows[place] for place in batch])
-            suffixes = [prompts[place][1] for place in batch]
-            answers = self.ask(state, suffixes, prefix_lengths, seconds)
-            yield dict(zip(batch, answers, strict=True))
+        return _batches(costs, self.max_batch_tokens)
 
     @staticmethod
     def _rows(
@@ -121,8 +130,10 @@ class Answerer:
         suffixes: Sequence[str],
         prefix_lengths: Sequence[int],
         reading_seconds: float = 0.0,
+        contexts: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Answers to suffixes, each asked from its own row of the state.
+        """Answers to suffixes, each asked from its own row of the state; with `contexts`, each a
+        span of its own one, or NO_ANSWER.
 
         reading_seconds, a prefix's share of the time that it took to read it, is added to theirs.
         """
@@ -132,22 +143,106 @@ class Answerer:
         no_answer = continuation_log_prob(
             self.model, reading, self.no_answer_ids, self.stop_ids, self.vocab_size
         ).tolist()
+        if any(map(math.isnan, no_answer)):
+            raise UserError("the model computes NaN: its weights are broken; train it anew")
+        guesses = self._guess(reading, contexts)
+        if self.no_answer_threshold is not None:
+            guesses = self._apply_threshold(reading, contexts, guesses, no_answer)
+        seconds = reading_seconds + (time.perf_counter() - started) / len(suffixes)
+        return [
+            Answer(
+                text=guess.text,
+                confidence=_probability(guess.log_prob),
+                no_answer_probability=_probability(no_answer[row]),
+                seconds=seconds,
+                num_tokens=prefix_lengths[row] + len(ids[row]),
+                num_new_tokens=guess.num_tokens,
+            )
+            for row, guess in enumerate(guesses)
+        ]
+
+    def _apply_threshold(
+        self,
+        reading: Reading,
+        contexts: Sequence[str] | None,
+        guesses: list[_Guess],
+        no_answer: list[float],
+    ) -> list[_Guess]:
+        abstention = [
+            _Guess(NO_ANSWER, log_prob, len(self.no_answer_ids)) for log_prob in no_answer
+        ]
+        is_above = [_probability(log_prob) > self.no_answer_threshold for log_prob in no_answer]
+        again = [r for r, guess in enumerate(guesses) if abstains(guess.text) and not is_above[r]]
+        if again:
+            forked = reading.fork(torch.tensor(again, device=reading.log_probs.device))
+            others = contexts and [contexts[row] for row in again]
+            replaced = dict(zip(again, self._guess(forked, others, False), strict=True))
+            guesses = [replaced.get(row, guess) for row, guess in enumerate(guesses)]
+        return [
+            one if above else other
+            for one, other, above in zip(abstention, guesses, is_above, strict=True)
+        ]
+
+    def _guess(
+        self, reading: Reading, contexts: Sequence[str] | None, may_abstain: bool = True
+    ) -> list[_Guess]:
+        """What the model says, greedily; if it may not abstain, it says something else."""
+        if contexts is not None:
+            return self._guess_spans(reading, contexts, may_abstain)
+        if not may_abstain:
+            barred = torch.tensor([*self.stop_ids, self.no_answer_ids[0]])
+            log_probs = reading.log_probs.index_fill(
+                1, barred.to(reading.log_probs.device), -math.inf
+            )
+            reading = reading._replace(log_probs=log_probs)
         generations = decode(
             self.model, reading, self.stop_ids, self.max_new_tokens, self.vocab_size
         )
         texts = self.tokenizer.batch_decode([generation.token_ids for generation in generations])
-        seconds = reading_seconds + (time.perf_counter() - started) / len(suffixes)
         return [
-            Answer(
-                text=text.strip(),
-                confidence=math.exp(generation.log_prob),
-                no_answer_probability=math.exp(no_answer[row]),
-                seconds=seconds,
-                num_tokens=prefix_lengths[row] + len(ids[row]),
-                num_new_tokens=len(generation.token_ids),
-            )
-            for row, (text, generation) in enumerate(zip(texts, generations, strict=True))
+            _Guess(text.strip(), generation.log_prob, len(generation.token_ids))
+            for text, generation in zip(texts, generations, strict=True)
         ]
+
+    def _guess_spans(
+        self, reading: Reading, contexts: Sequence[str], may_abstain: bool
+    ) -> list[_Guess]:
+        by_context = {context: self._tree(context, may_abstain) for context in set(contexts)}
+        trees = [by_context[context] for context in contexts]
+        generations = decode_choices(self.model, reading, trees, self.stop_ids, self.vocab_size)
+        return [
+            _Guess(tree.text_of(token_ids), log_prob, len(token_ids))
+            for tree, (token_ids, log_prob) in zip(trees, generations, strict=True)
+        ]
+
+    def _tree(self, context: str, may_abstain: bool) -> Choice:
+        tree = span_choices(self.tokenizer, context, self.max_new_tokens, self.stop_ids)
+        if may_abstain or not tree.following:
+            tree.add(self.no_answer_ids, [None] * (len(self.no_answer_ids) - 1) + [NO_ANSWER])
+        return tree
+
+
+def _probability(log_prob: float) -> float:
+    return min(math.exp(log_prob), 1.0)  # rounding can lift a sum of logarithms above 0
+
+
+def _windows(prompts: Sequence[tuple[str, str]]) -> Iterator[dict[str, list[int]]]:
+    """The places of WINDOW prompts or fewer by prefix, window after window. Neighbours of one
+    prefix are in one window, unless they alone fill several."""
+    window: dict[str, list[int]] = {}
+    room = WINDOW
+    runs = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place][0])
+    for prefix, run in runs:
+        places = list(run)
+        for start in range(0, len(places), WINDOW):
+            piece = places[start : start + WINDOW]
+            if len(piece) > room:
+                yield window
+                window, room = {}, WINDOW
+            window.setdefault(prefix, []).extend(piece)
+            room -= len(piece)
+    if window:
+        yield window
 
 
 def _batches(sizes: Mapping[Key, int], max_tokens: int) -> Iterator[list[Key]]:

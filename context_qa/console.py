@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from context_qa.answering import Answer, Answerer
+from context_qa.answering import Answerer
+from context_qa.results import Answer
 from errors import UserError
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.device import choose_device, choose_dtype

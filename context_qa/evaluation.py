@@ -1,17 +1,28 @@
 """Score a model on a file: what the two evaluation scripts share."""
 
 import argparse
-import itertools
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from context_qa.answering import MAX_BATCH_TOKENS, Answer, Answerer
-from context_qa.results import ResultsFile, print_scores, result_row
-from errors import keep_inputs, positive_int
+from context_qa.answering import MAX_BATCH_TOKENS, Answerer
+from context_qa.copies import unanswerable_copies
+from context_qa.metrics import PARTS, SCORES, tuned_threshold
+from context_qa.provenance import run_record, sha256
+from context_qa.results import Answer, read_summary, result_row
+from context_qa.results_file import ResultsFile
+from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
+from errors import UserError, keep_inputs, positive_int
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples
+
+Prompt = Callable[[Example], tuple[str, str]]
 
 
 def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
@@ -23,41 +34,199 @@ def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
     parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=64, help="tokens (default: 64)"
+        "--max_new_tokens", type=positive_int, default=64, metavar="N", help="default: 64"
     )
     parser.add_argument(
         "--max_batch_tokens",
         type=positive_int,
         default=MAX_BATCH_TOKENS,
+        metavar="N",
         help=f"tokens read together: bounds memory (default: {MAX_BATCH_TOKENS})",
     )
-    parser.add_argument("--limit", type=positive_int, help="first questions only (default: all)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="first N only (default: all)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace results at OUTPUT")
     add_model_flags(parser)
     return parser
 
 
-def evaluate(args: argparse.Namespace, prompt: Callable[[Example], tuple[str, str]]) -> None:
-    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print."""
-    keep_inputs(args.output, args.data)
-    examples = read_examples(args.data)[: args.limit]
+def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
+    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print.
+
+    Under torchrun the processes share the work, and the first one writes.
+    """
+    keep_inputs(args.output, args.data, args.tune_on)
     device = choose_device(args.device)
-    with ResultsFile(args.output, args.overwrite) as results:
-        dtype = choose_dtype(args.dtype, device)
-        model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
-        answerer = Answerer(model, tokenizer, args.max_new_tokens, args.max_batch_tokens)
-        answers: dict[int, Answer] = {}
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes > 1:
+        device = processes.device
+    run = _Run(args, prompt, processes, device)
+    examples = run.read(args.data, args.limit)
+    threshold = args.no_answer_threshold
+    if args.tune_on:
+        threshold = run.tune(args.tune_on, examples)
+    summary, _ = run.answer(examples, args.data, args.output, threshold)
+    if processes.is_main_process:
+        print_summary(summary)
 
-        def write(indices: Iterable[int]) -> None:
-            results.write([result_row(i, examples[i], answers[i]) for i in indices])
 
-        with tqdm(total=len(examples), unit="question") as progress:
+class _Run:
+    """One command: a model that answers one file, or two where a threshold is tuned."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        prompt: Prompt,
+        processes: PartialState,
+        device: torch.device,
+    ):
+        self.args, self.prompt, self.processes, self.device = args, prompt, processes, device
+        self.dtype = choose_dtype(args.dtype, device)
+
+    def read(self, source: str, limit: int | None = None) -> list[Example]:
+        examples = read_examples(source)[:limit]
+        if self.args.negatives is not None:
+            examples += unanswerable_copies(examples, self.args.negatives)
+        return examples
+
+    def tune(self, source: str, scored: Sequence[Example]) -> float:
+        """The threshold that is best on another file, whose results stand beside OUTPUT."""
+        examples = self.read(source)
+        common = {(e.context, e.question) for e in examples} & {
+            (e.context, e.question) for e in scored
+        }
+        if common:
+            raise UserError(
+                f"--tune_on {source}: {len(common)} of its questions are scored too; a threshold "
+                "is tuned on other questions"
+            )
+        if len({example.is_answerable for example in examples}) < 2:
+            raise UserError(
+                f"--tune_on {source}: needs answerable and unanswerable questions; --negatives "
+                "adds unanswerable copies"
+            )
+        output = f"{self.args.output}.tuning.jsonl"
+        _, rows = self.answer(examples, source, output, threshold=1.0)  # none abstains
+        found = [tuned_threshold(rows) if rows else None]
+        [threshold] = broadcast_object_list(found)
+        if self.processes.is_main_process:
+            print(f"no-answer threshold {threshold:.6g}, tuned on {source}")
+        return threshold
+
+    def answer(
+        self, examples: list[Example], source: str, output: str, threshold: float | None
+    ) -> tuple[dict, list[dict]]:
+        """Results at `output`, gone on with where they were cut off: summary and rows, in the first
+        process; nothing in others."""
+        is_main = self.processes.is_main_process
+        with contextlib.ExitStack() as stack:
+            results = None
+            if is_main:
+                record = self._record(source, threshold)
+                file = ResultsFile(output, examples, record, self.args.overwrite)
+                results = stack.enter_context(file)
+            [done] = broadcast_object_list([results.done if results else None])
+            if len(done) < len(examples):
+                batches = self._answers(examples, done, threshold)
+                progress = tqdm(
+                    total=len(examples), initial=len(done), unit="question", disable=not is_main
+                )
+                stack.enter_context(progress)
+                for step in self._in_step(batches):
+                    if results is not None:
+                        rows = [
+                            result_row(idx, examples[idx], answer)
+                            for batch in step
+                            for idx, answer in batch.items()
+                            if idx not in done
+                        ]
+                        results.write(rows)
+                        progress.update(len(rows))
+            return self._finished(results, output) if results else ({}, [])
+
+    def _record(self, source: str, threshold: float | None) -> dict:
+        record = run_record(self.args, self.args.model, source)
+        chosen = ("limit", "max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
+        settings = {
+            "model": record["model_sha256"] or self.args.model,
+            "tokenizer": self.args.tokenizer
+            and (sha256(self.args.tokenizer) or self.args.tokenizer),
+            "data": record["data_sha256"] or source,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "no_answer_threshold": threshold,
+        }
+        return {"settings": settings | {name: getattr(self.args, name) for name in chosen}} | record
+
+    def _answers(
+        self, examples: list[Example], done: set[int], threshold: float | None
+    ) -> Iterator[dict[int, Answer]]:
+        """This process's share of the batches that are not done."""
+        args = self.args
+        part, parts = self.processes.process_index, self.processes.num_processes
+        if args.model == SLIDING_WINDOW:
+            return sliding_window_answers(examples, done) if part == 0 else iter(())
+        answerer = Answerer(
+            *self._model_and_tokenizer, args.max_new_tokens, args.max_batch_tokens, threshold
+        )
+        prompts = [self.prompt(example) for example in examples]
+        contexts = [e.context for e in examples] if args.constrain_to_context else None
+        return answerer.answer(prompts, contexts, done, part, parts)
+
+    @functools.cached_property
+    def _model_and_tokenizer(self):
+        return load_model_and_tokenizer(
+            self.args.model, self.args.tokenizer, self.device, self.dtype
+        )
+
+    @staticmethod
+    def _in_step(batches: Iterator[dict[int, Answer]]) -> Iterator[list[dict[int, Answer]]]:
+        """The next batch of every process, until none has one more."""
+        while True:
+            batch = next(batches, None)
             try:
-                for batch in answerer.answer([prompt(example) for example in examples]):
-                    answers |= batch
-                    progress.update(len(batch))
-                    in_order = itertools.count(len(results.rows))
-                    write(itertools.takewhile(answers.__contains__, in_order))
-            finally:  # Ctrl-C too keeps what was computed
-                write(sorted(answers.keys() - {row["idx"] for row in results.rows}))
-        print_scores(results.summarize(args, str(device))["scores"])
+                step = gather_object([batch])
+            except RuntimeError as error:  # of the connection
+                raise UserError("another process has stopped: its message is above") from error
+            if not any(step):
+                return
+            yield [batch for batch in step if batch]
+
+    def _finished(self, results: ResultsFile, output: str) -> tuple[dict, list[dict]]:
+        earlier = read_summary(output)
+        if results.num_resumed == len(results.examples) and earlier.get("complete"):
+            return earlier, results.rows
+        measured = {"device": str(self.device), "processes": self.processes.num_processes}
+        if self.device.type == "cuda":
+            measured["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return results.finish(**measured), results.rows
+
+
+def print_summary(summary: Mapping) -> None:
+    """The scores as tables on standard output, 80 characters wide."""
+    scores, intervals = summary["scores"], summary["intervals"]
+    print(f"{'percent':16}{'questions':>9}   {'exact match':21}{'F1':21}raw match")
+    for prefix, title in PARTS.items():
+        if f"{prefix}num_questions" in scores:
+            exact_match, f1, is_correct = (scores[prefix + metric] for metric in SCORES)
+            print(
+                f"{title:16}{scores[prefix + 'num_questions']:9,}   "
+                f"{exact_match:5.1f} {_interval(intervals, prefix + 'exact_match'):15}"
+                f"{f1:5.1f} {_interval(intervals, prefix + 'f1'):15}{is_correct:5.1f}"
+            )
+    print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}\n")
+    parts = [part for part in ("abstention", "abstention_with_negatives") if part in summary]
+    print(f"{'':32}" + "".join(f"{part.replace('_', ' '):>27}" for part in parts).rstrip())
+    for name in dict.fromkeys(name for part in parts for name in summary[part]):
+        values = (summary[part].get(name) for part in parts)
+        print(f"{name.replace('_', ' '):32}" + "".join(f"{_figure(v):>27}" for v in values))
+
+
+def _interval(intervals: Mapping, name: str) -> str:
+    return "({:.1f}-{:.1f})".format(*intervals[name]) if name in intervals else ""
+
+
+def _figure(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f} %" if isinstance(value, float) else f"{value:,}"

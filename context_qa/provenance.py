@@ -7,7 +7,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("torch", "transformers", "numba", "mamba-ssm", "causal-conv1d")
+_MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 
 def run_record(args: argparse.Namespace, model: str, data: str) -> dict:
@@ -23,10 +24,10 @@ def run_record(args: argparse.Namespace, model: str, data: str) -> dict:
 
 
 def sha256(name: str) -> str | None:
-    """Hash of a file, or of a model folder's weights; None for what is not local."""
+    """Hash of a file, or of a model folder's weights, configuration and tokenizer; None for what is
+    not local."""
     path = Path(name)
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
-    files = [path] if path.is_file() else weights
+    files = [path] if path.is_file() else sorted(f for g in _MODEL_FILES for f in path.glob(g))
     if not files:
         return None
     digest = hashlib.sha256()

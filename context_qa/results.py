@@ -1,104 +1,160 @@
-"""The results file, one JSON object a line as it is computed, and the summary beside it."""
+"""The format of results: a JSON object a line for each question, and the summary beside them."""
 
-import argparse
-import contextlib
+import itertools
 import json
-import os
-import resource
-import sys
-import time
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from context_qa.answering import Answer
-from context_qa.provenance import run_record
 from errors import UserError
-from squad_utils import Example, exact_match, f1_score, is_correct, score_summary
+from squad_utils import Example, exact_match, f1_score, is_correct
+
+# A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.
+FIELDS = {
+    "idx": int,
+    "id": str,
+    "context": str,
+    "question": str,
+    "answer": str,
+    "answers": list,
+    "guess": str,
+    "is_correct": bool,
+    "exact_match": float,
+    "f1": float,
+    "confidence": float,
+    "no_answer_probability": float,
+    "time": float,
+    "num_tokens": int,
+    "num_new_tokens": int,
+    "tokens_per_sec": float,
+}
+NULLABLE = ("confidence", "no_answer_probability")  # of a baseline that has no probabilities
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A guess and what the model thinks of it.
+
+    confidence and no_answer_probability are products of token probabilities, the stop included: of
+    the guess, and of NO_ANSWER in its place. seconds: wall time of the batch over its rows.
+    num_tokens: those of the prompt, context included; num_new_tokens: those of the guess.
+    """
+
+    text: str
+    confidence: float | None
+    no_answer_probability: float | None
+    seconds: float
+    num_tokens: int
+    num_new_tokens: int
 
 
 def result_row(idx: int, example: Example, answer: Answer) -> dict:
-    """One line of the results file, in the order that readers rely on."""
-    return {
-        "idx": idx,
-        "id": example.id,
-        "context": example.context,
-        "question": example.question,
-        "answer": example.target,
-        "answers": list(example.answers),
-        "guess": answer.text,
-        "is_correct": is_correct(answer.text, example.target),
-        "exact_match": exact_match(answer.text, example.answers),
-        "f1": f1_score(answer.text, example.answers),
-        "confidence": answer.confidence,
-        "no_answer_probability": answer.no_answer_probability,
-        "time": answer.seconds,
-        "num_tokens": answer.num_tokens,
-        "num_new_tokens": answer.num_new_tokens,
-        "tokens_per_sec": answer.num_new_tokens / answer.seconds,
-    }
+    """One line of the results file."""
+    values = (
+        idx,
+        example.id,
+        example.context,
+        example.question,
+        example.target,
+        list(example.answers),
+        answer.text,
+        is_correct(answer.text, example.target),
+        exact_match(answer.text, example.answers),
+        f1_score(answer.text, example.answers),
+        answer.confidence,
+        answer.no_answer_probability,
+        answer.seconds,
+        answer.num_tokens,
+        answer.num_new_tokens,
+        answer.num_new_tokens / answer.seconds,
+    )
+    return dict(zip(FIELDS, values, strict=True))
 
 
-class ResultsFile:
-    """A new JSONL file at `path`, its parents made; each `write` reaches the disk whole.
-
-    UserError where the path cannot be written or holds results already.
-    """
-
-    def __init__(self, path: str, overwrite: bool = False):
-        self.path = Path(path)
-        self.summary_path = self.path.with_name(f"{self.path.name}.summary.json")
-        self.started = time.time()
-        self.rows: list[dict] = []
-        if os.path.isdir(self.summary_path):  # else told only after all is computed
-            raise UserError(f"{self.summary_path}: cannot be written (a folder)")
-        if not overwrite and os.path.isfile(path) and os.path.getsize(path) > 0:
-            raise UserError(f"{path}: holds results already; give another path or --overwrite")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-    def __enter__(self) -> "ResultsFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        with contextlib.suppress(OSError):  # told by write, which flushes
-            self.file.close()
-
-    def write(self, rows: Iterable[dict]) -> None:
-        rows = list(rows)
-        if not rows:
-            return
-        try:
-            if not self.rows and self.path.stat().st_size:  # now that there are new results
-                self.file.truncate(0)
-                self.summary_path.unlink(missing_ok=True)
-            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            self.rows += rows
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-
-    def summarize(self, args: argparse.Namespace, device: str) -> dict:
-        """Write OUTPUT.summary.json: scores, and all one needs to make them again."""
-        summary = {
-            "scores": score_summary(self.rows),
-            **run_record(args, args.model, args.data),
-            "device": device,
-            "wall_seconds": time.time() - self.started,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
-        }
-        try:
-            self.summary_path.write_text(json.dumps(summary, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.summary_path}: cannot be written ({error.strerror})") from error
-        return summary
+def read_results(path: str) -> list[dict]:
+    """The rows of a results file. A kill can tear its last line, which is then left out; UserError
+    names any other line that is no row."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    rows, size = whole_rows(data, path)
+    last = _parsed_row(data[size:])
+    if last is not None:
+        rows.append(last)
+    if not rows:
+        raise UserError(f"{path} line 1: no results row; an evaluation writes such a file")
+    return rows
 
 
-def print_scores(scores: dict) -> None:
-    """The scores as lines of a table on standard output."""
-    for name, value in scores.items():
-        shown = f"{value:6.2f} %" if isinstance(value, float) else f"{value:6d}"
-        print(f"{name.replace('_', ' '):30}{shown}")
+def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
+    """Rows of the lines that end in a newline, and the size of these lines in bytes."""
+    *lines, torn = data.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parsed_row(line)
+        if row is None:
+            needed = ", ".join(FIELDS)
+            complaint = (
+                f"{path} line {number}: no results row; mend or remove it, it needs {needed}"
+            )
+            raise UserError(complaint)
+        rows.append(row)
+    return rows, len(data) - len(torn)
+
+
+def _parsed_row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and all(
+        name in row and _fits(row[name], kind, name) for name, kind in FIELDS.items()
+    )
+    return row if is_row else None
+
+
+def _fits(value: object, kind: type, name: str) -> bool:
+    if value is None:
+        return name in NULLABLE
+    if kind is list:
+        return type(value) is list and all(_is_text(text) for text in value)
+    if kind is str:
+        return _is_text(value)
+    if kind is float and type(value) is float:
+        return math.isfinite(value)
+    is_whole = type(value) is int and abs(value) < 2**63
+    return type(value) is bool if kind is bool else is_whole
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can hold: half a surrogate pair is none."""
+    if type(value) is not str:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def summary_path(path: str | Path) -> Path:
+    """Where the summary of a results file stands."""
+    return Path(path).with_name(f"{Path(path).name}.summary.json")
+
+
+def read_summary(path: str | Path) -> dict:
+    """The summary beside a results file; empty where there is none that can be read."""
+    try:
+        summary = json.loads(summary_path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def articles_by_idx(summary: Mapping) -> dict[int, str]:
+    """Each question's article, of those that have one, from a summary's run lengths."""
+    runs = ([article] * count for article, count in summary.get("articles", []))
+    every = enumerate(itertools.chain.from_iterable(runs))
+    return {idx: article for idx, article in every if article is not None}

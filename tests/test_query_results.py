@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import query_results
-from context_qa.answering import Answer
-from context_qa.results import result_row
+from context_qa.results import Answer, result_row
 from errors import run_script
 from squad_utils import NO_ANSWER, Example
 
@@ -146,8 +145,16 @@ def test_a_line_torn_anywhere_is_dropped(query, results):
         json.dumps(ROWS[1] | {"is_correct": "perhaps"}).encode(),
         json.dumps(ROWS[1] | {"answers": "Oslo"}).encode(),
         json.dumps(ROWS[1]).encode().replace(b"Rome", b"M\xe9xico"),
+        json.dumps(ROWS[1] | {"f1": float("nan")}).encode(),
+        json.dumps(ROWS[1] | {"time": float("inf")}).encode(),
+        json.dumps(ROWS[1] | {"num_tokens": 10**400}).encode(),
+        json.dumps(ROWS[1] | {"guess": "\ud800"}).encode(),
+        json.dumps(ROWS[1] | {"guess": None}).encode(),
     ],
-    ids=["torn", "blank", "list", "null", "missing key", "no truth value", "no list", "latin-1"],
+    ids=[
+        *("torn", "blank", "list", "null", "missing key", "no truth value", "no list", "latin-1"),
+        *("NaN", "infinite", "a huge number", "half a letter", "no guess"),
+    ],
 )
 def test_any_other_bad_line_is_named(fail, results, bad):
     lines = LINES.encode().splitlines()

@@ -20,6 +20,7 @@ from squad_utils import (
     PROMPT_ORDERS,
     Example,
     NegativeSampler,
+    abstains,
     answer_text,
     exact_match,
     f1_score,
@@ -28,7 +29,6 @@ from squad_utils import (
     normalize_answer,
     prompt_parts,
     read_examples,
-    score_summary,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,7 @@ def test_import_is_light():
         ("context_first", "Bo {is}.", "\n\nQ: Who?\nA:"),
         ("question_first", "Q: Who?\n\nBo {is}.", "\n\nA:"),
         ("read_twice", "Bo {is}.\n\nQ: Who?\n\nBo {is}.", "\n\nQ: Who?\nA:"),
+        ("question_only", "", "\n\nQ: Who?\nA:"),
     ],
 )
 def test_prompt_parts(prompt_order, prefix, suffix):
@@ -568,26 +569,14 @@ def test_raw_match():
     assert not is_correct("", NO_ANSWER)
 
 
-def test_score_summary():
-    rows = [
-        {"answers": ["x"], "exact_match": 1.0, "f1": 1.0, "is_correct": True},
-        {"answers": ["x"], "exact_match": 0.0, "f1": 0.5, "is_correct": False},
-        {"answers": [], "exact_match": 1.0, "f1": 1.0, "is_correct": False},
-        {"answers": (), "exact_match": 0.0, "f1": 0.0, "is_correct": False},
-    ]
-    overall = {"exact_match": 50.0, "f1": 62.5, "is_correct": 25.0, "num_questions": 4}
-    has_answer = {
-        "has_answer_exact_match": 50.0,
-        "has_answer_f1": 75.0,
-        "has_answer_is_correct": 50.0,
-        "has_answer_num_questions": 2,
-    }
-    no_answer = {
-        "no_answer_exact_match": 50.0,
-        "no_answer_f1": 50.0,
-        "no_answer_is_correct": 0.0,
-        "no_answer_num_questions": 2,
-    }
-    assert score_summary(iter(rows)) == overall | has_answer | no_answer
-    assert score_summary(rows[:2]).keys() == overall.keys() | has_answer.keys()
-    assert score_summary(rows[2:]).keys() == overall.keys() | no_answer.keys()
+@pytest.mark.parametrize("guess", [NO_ANSWER, "i dont know", "I don't know", "", " the ", "A."])
+def test_abstentions(guess):
+    assert abstains(guess)
+
+
+@pytest.mark.parametrize(
+    "guess", ["I know.", "don't know", "0", "I don't know him", "I don’t know."]
+)
+def test_no_abstentions(guess):
+    """Nor is a typographic apostrophe, since the official script removes ASCII's alone."""
+    assert not abstains(guess)

@@ -1,17 +1,18 @@
-"""The results file: its rows, what it refuses, and the summary beside it."""
+"""The format of results: rows, and the summary that stands beside them."""
 
-import argparse
 import json
-import re
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-from context_qa.answering import Answer
-from context_qa.provenance import sha256
-from context_qa.results import ResultsFile, print_scores, result_row
-from errors import UserError
+from context_qa.results import (
+    FIELDS,
+    Answer,
+    articles_by_idx,
+    read_results,
+    read_summary,
+    result_row,
+    summary_path,
+)
 from squad_utils import NO_ANSWER, Example
 
 BO = Example("q7", "Bo is\u2028a “cat”.", "What is Bo?", ("a cat", "small cat"))
@@ -20,15 +21,6 @@ UNKNOWN = Example("q8", "Bo is a cat.", "Who is Ann?", ())
 
 def answer(text: str) -> Answer:
     return Answer(text, 0.5, 0.25, seconds=0.5, num_tokens=140, num_new_tokens=3)
-
-
-def write(path: Path, *rows: dict, overwrite: bool = False) -> None:
-    with ResultsFile(str(path), overwrite) as results:
-        results.write(rows)
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def test_a_row_in_the_documented_order():
@@ -72,133 +64,24 @@ def test_scores_of_a_row(example, guess, is_correct, exact_match, f1):
     assert row["answer"] == (NO_ANSWER if example is UNKNOWN else "a cat")
 
 
-def test_rows_are_on_disk_after_each_write_one_a_line(tmp_path):
-    path = tmp_path / "new" / "folder" / "results.jsonl"
-    rows = [result_row(idx, BO, answer("x\ny\u2028“z”")) for idx in range(3)]
-    with ResultsFile(str(path)) as results:
-        results.write(rows[:2])
-        assert read(path) == rows[:2]
-        results.write(rows[2:])
-        assert read(path) == rows
-    assert "“z”" in path.read_text("utf-8")  # for a reader's eyes, not escaped
-
-
-def test_existing_results_are_kept_unless_told_to_overwrite(tmp_path):
+def test_rows_read_back(tmp_path):
+    """A baseline's too, which has no probabilities; bad lines: tests/test_query_results.py."""
     path = tmp_path / "results.jsonl"
-    write(path, {"idx": 0})
-    with pytest.raises(UserError, match=r"results\.jsonl: holds results already; .*--overwrite"):
-        ResultsFile(str(path))
-    assert read(path) == [{"idx": 0}]
-    write(path, {"idx": 1}, overwrite=True)
-    assert read(path) == [{"idx": 1}]
+    baseline = Answer("Bo", None, None, seconds=0.5, num_tokens=14, num_new_tokens=1)
+    rows = [result_row(0, BO, answer("x\ny\u2028“z”")), result_row(1, UNKNOWN, baseline)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert read_results(str(path)) == rows
+    assert [list(row) for row in rows] == [list(FIELDS)] * 2
 
 
-def test_no_summary_of_other_results_is_left(tmp_path):
-    summary = tmp_path / "results.jsonl.summary.json"
-    write(tmp_path / "results.jsonl", {"idx": 0})
-    summary.write_text("{}")
-    write(tmp_path / "results.jsonl", {"idx": 1}, overwrite=True)
-    assert not summary.exists()
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\xff"])
+def test_a_summary_that_cannot_be_read_is_empty(tmp_path, content):
+    if content is not None:
+        summary_path(tmp_path / "a.jsonl").write_text(content, "latin-1")
+    assert read_summary(tmp_path / "a.jsonl") == {}
 
 
-def test_overwriting_waits_for_the_first_row(tmp_path):
-    path = tmp_path / "results.jsonl"
-    write(path, {"idx": 0}, {"idx": 1})
-    with ResultsFile(str(path), overwrite=True) as results:
-        assert read(path) == [{"idx": 0}, {"idx": 1}]
-        results.write([{"idx": 2}])
-        assert read(path) == [{"idx": 2}]
-
-
-def test_an_empty_file_is_no_results(tmp_path):
-    (tmp_path / "results.jsonl").touch()
-    write(tmp_path / "results.jsonl", {"idx": 0})
-    assert read(tmp_path / "results.jsonl") == [{"idx": 0}]
-
-
-@pytest.mark.parametrize(
-    "output", [".", "file/results.jsonl", "file/deeper/results.jsonl", "a" * 300]
-)
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwrite):
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(UserError) as caught:
-        ResultsFile(str(tmp_path / output), overwrite)
-    assert str(tmp_path / output) in str(caught.value) and "\n" not in str(caught.value)
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_a_summary_that_cannot_be_written_is_told_at_once(tmp_path):
-    (tmp_path / "results.jsonl.summary.json").mkdir()
-    with pytest.raises(UserError, match=r"summary\.json: cannot be written \(a folder\)"):
-        ResultsFile(str(tmp_path / "results.jsonl"))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_told_in_one_line():
-    with pytest.raises(UserError, match="/dev/full: cannot be written"):
-        write(Path("/dev/full"), {"idx": 0})
-
-
-@pytest.fixture
-def summary(tmp_path) -> dict:
-    """Of four rows: two answerable, one of them right; two unanswerable, both right."""
-    model, data = tmp_path / "model", tmp_path / "data.jsonl"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"weights")
-    data.write_text("{}")
-    guesses = [(BO, "cat"), (BO, "small dog"), (UNKNOWN, NO_ANSWER), (UNKNOWN, "I dont know")]
-    rows = [result_row(idx, one, answer(guess)) for idx, (one, guess) in enumerate(guesses)]
-    args = argparse.Namespace(model=str(model), data=str(data), batch_size=32, limit=None)
-    path = tmp_path / "results.jsonl"
-    with ResultsFile(str(path)) as results:
-        results.write(rows[:1])
-        results.write(rows[1:])
-        returned = results.summarize(args, "cpu")
-    written = json.loads((tmp_path / "results.jsonl.summary.json").read_text())
-    assert returned == written
-    return written
-
-
-def test_summary_scores(summary):
-    assert summary["scores"] == {
-        "exact_match": 75.0,
-        "f1": 87.5,
-        "is_correct": 25.0,
-        "num_questions": 4,
-        "has_answer_exact_match": 50.0,
-        "has_answer_f1": 75.0,
-        "has_answer_is_correct": 0.0,
-        "has_answer_num_questions": 2,
-        "no_answer_exact_match": 100.0,
-        "no_answer_f1": 100.0,
-        "no_answer_is_correct": 50.0,
-        "no_answer_num_questions": 2,
-    }
-
-
-def test_summary_says_what_the_results_were_made_with(summary, tmp_path):
-    assert summary["arguments"] == {
-        "model": str(tmp_path / "model"),
-        "data": str(tmp_path / "data.jsonl"),
-        "batch_size": 32,
-        "limit": None,
-    }
-    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["git_commit"] or "0" * 40)
-    assert summary["packages"]["torch"] == metadata.version("torch")
-    assert summary["model_sha256"] == sha256(str(tmp_path / "model" / "model.safetensors"))
-    assert summary["data_sha256"] == sha256(str(tmp_path / "data.jsonl"))
-    assert summary["model_sha256"] != summary["data_sha256"]
-    assert summary["device"] == "cpu"
-    assert 0 <= summary["wall_seconds"] < 60
-    assert 2**24 < summary["peak_memory_bytes"] < 2**40  # in bytes: a Python with torch in it
-
-
-def test_printed_scores(capsys):
-    print_scores({"exact_match": 75.0, "no_answer_f1": 100.0, "num_questions": 4})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["exact", "match", "75.00", "%"],
-        ["no", "answer", "f1", "100.00", "%"],
-        ["num", "questions", "4"],
-    ]
+def test_articles_are_run_lengths():
+    summary = {"articles": [["Oslo", 2], [None, 1], ["Rome", 1]]}
+    assert articles_by_idx(summary) == {0: "Oslo", 1: "Oslo", 3: "Rome"}
+    assert articles_by_idx({}) == {}

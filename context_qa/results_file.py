@@ -1,0 +1,185 @@
+"""The results file as it is written: whatever kills the run, its whole lines are valid and stay."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from context_qa.metrics import summarize
+from context_qa.results import articles_by_idx, read_summary, summary_path, whole_rows
+from errors import UserError
+from squad_utils import Example
+
+
+class ResultsFile:
+    """The results of one run over `examples`, which goes on where it was cut off.
+
+    record["settings"] is what decides the rows, in words: the file of a run with others is refused,
+    by a UserError that says what differs, as are a path that cannot be written and one that another
+    process is writing. Rows come in any order; `finish` puts them in that of the examples.
+    """
+
+    def __init__(
+        self, path: str, examples: Sequence[Example], record: dict, overwrite: bool = False
+    ):
+        self.path, self.examples, self.started = Path(path), examples, time.time()
+        runs = itertools.groupby(example.article for example in examples)
+        articles = [[article, len(list(run))] for article, run in runs]
+        self.record = record | {"articles": articles}
+        self.rows: list[dict] = []
+        self.size = 0  # of the whole lines, in bytes
+        self.descriptor = self._open()
+        try:
+            if not overwrite:
+                self._go_on()
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self.num_resumed = len(self.rows)
+
+    @property
+    def done(self) -> set[int]:
+        """The idx of every row there is."""
+        return {row["idx"] for row in self.rows}
+
+    def __enter__(self) -> "ResultsFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        os.close(self.descriptor)
+
+    def _open(self) -> int:
+        if os.path.isdir(summary_path(self.path)):  # else told only after all is computed
+            raise UserError(f"{summary_path(self.path)}: cannot be written (a folder)")
+        with _named(self.path):
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"{self.path}: cannot be written (not a plain file)")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(f"{self.path}: another run is writing it; give another path") from error
+        except OSError:  # a file system without locks
+            pass
+        return descriptor
+
+    def _go_on(self) -> None:
+        """Take over the rows that are there, if they are this run's."""
+        data = self.path.read_bytes()
+        try:
+            rows, size = whole_rows(data, str(self.path))
+        except UserError as error:
+            raise UserError(f"{error}; or give another path or --overwrite") from error
+        if not rows:
+            begun = b'{"idx": '
+            if data[: len(begun)] != begun[: len(data)]:
+                raise self._refusal("something else than results")
+            return
+        other = read_summary(self.path).get("settings")
+        if not isinstance(other, dict):
+            raise self._refusal(f"results of an unknown run: no {summary_path(self.path).name}")
+        settings = self.record["settings"]
+        different = [
+            f"{name.replace('_', ' ')}: {other.get(name)} there, {settings.get(name)} now"
+            for name in settings | other
+            if other.get(name) != settings.get(name)
+        ]
+        if different:
+            raise self._refusal(f"results of another run ({'; '.join(different)})")
+        seen = set()
+        for line, row in enumerate(rows, start=1):
+            idx = row["idx"]
+            if idx in seen or idx not in range(len(self.examples)):
+                raise self._refusal(f"idx {idx}, in line {line}, that is there twice or too high")
+            if not _is_of(row, self.examples[idx]):
+                raise self._refusal(f"another question in line {line} than the data at idx {idx}")
+            seen.add(idx)
+        self.rows, self.size = rows, size
+        with _named(self.path):
+            os.ftruncate(self.descriptor, size)
+
+    def _refusal(self, reason: str) -> UserError:
+        return UserError(f"{self.path}: holds {reason}; give another path or --overwrite")
+
+    def write(self, rows: Iterable[dict]) -> None:
+        """Append rows; when it returns they are on the disk, and if it raises none of them is."""
+        rows = list(rows)
+        if not rows:
+            return
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        data = memoryview("".join(lines).encode())
+        with _named(self.path):
+            if not self.rows:  # what was there goes now that there are new results
+                os.ftruncate(self.descriptor, 0)
+                self._write_summary({"complete": False} | self.record)
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(self.descriptor, data[written:], self.size + written)
+                os.fsync(self.descriptor)
+            except BaseException:
+                os.ftruncate(self.descriptor, self.size)
+                raise
+        self.size += len(data)
+        self.rows += rows
+
+    def finish(self, **measured: object) -> dict:
+        """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
+        them again. `measured` goes into it."""
+        if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
+            self.rows.sort(key=lambda row: row["idx"])
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+            _replace(self.path, "".join(lines))
+        summary = {
+            "complete": True,
+            **summarize(self.rows, articles_by_idx(self.record)),
+            **self.record,
+            "rows_of_earlier_runs": self.num_resumed,
+            "wall_seconds": time.time() - self.started,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
+            **measured,
+        }
+        self._write_summary(summary)
+        return summary
+
+    def _write_summary(self, summary: dict) -> None:
+        _replace(summary_path(self.path), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_of(row: Mapping, example: Example) -> bool:
+    found = row["id"], row["context"], row["question"], tuple(row["answers"])
+    return found == (example.id, example.context, example.question, example.answers)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    path = Path(os.path.realpath(path))
+    new = path.with_name(f"{path.name}.tmp")
+    with _named(path):
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError as a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,358 @@
+"""The results file as it is written: nothing is lost, nothing is mixed, a rerun goes on."""
+
+import argparse
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from context_qa.evaluation import print_summary
+from context_qa.provenance import run_record, sha256
+from context_qa.results import Answer, read_results, read_summary, result_row
+from context_qa.results_file import ResultsFile
+from errors import UserError
+from squad_utils import NO_ANSWER, Example
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [
+    Example(f"q{idx}", f"Bo is\u2028a “cat” of {idx // 2}.", f"Who is {idx}?", answers, article)
+    for idx, (answers, article) in enumerate(
+        [(("a cat", "Bo"), "cats"), ((), "cats"), (("x",), "dogs"), ((), "dogs"), (("y",), "dogs")]
+    )
+]
+SETTINGS = {"model": "abc", "limit": None}
+
+
+def row(idx: int, guess: str = "x\ny\u2028“z”") -> dict:
+    return result_row(idx, EXAMPLES[idx], Answer(guess, 0.5, 0.25, 0.5, 140, 3))
+
+
+ROWS = [row(idx) for idx in range(len(EXAMPLES))]
+
+
+def opened(path: Path, overwrite: bool = False, examples=EXAMPLES, **settings) -> ResultsFile:
+    record = {"settings": SETTINGS | settings}
+    return ResultsFile(str(path), examples, record, overwrite)
+
+
+def write(path: Path, *rows: dict, **arguments) -> None:
+    with opened(path, **arguments) as results:
+        results.write(rows)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "results.jsonl"
+
+
+def test_rows_are_on_disk_after_each_write_one_a_line(tmp_path):
+    path = tmp_path / "new" / "folder" / "results.jsonl"
+    with opened(path) as results:
+        results.write(ROWS[:2])
+        assert read_results(str(path)) == ROWS[:2]
+        results.write([])
+        results.write(ROWS[2:])
+        assert read_results(str(path)) == ROWS
+    text = path.read_text("utf-8")
+    assert text.count("\n") == len(ROWS) and "“cat”" in text  # for a reader's eyes, not escaped
+
+
+def test_a_second_run_goes_on(path):
+    write(path, *ROWS[:2])
+    with opened(path) as results:
+        assert results.done == {0, 1}
+        results.write(ROWS[2:])
+        summary = results.finish()
+    assert read_results(str(path)) == ROWS
+    assert summary["rows_of_earlier_runs"] == 2 and summary["scores"]["num_questions"] == 5
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"idx": 2, "id', b"\0\0\0", "“".encode()[:2]])
+def test_a_torn_line_is_dropped(path, torn):
+    write(path, *ROWS[:2])
+    path.write_bytes(path.read_bytes() + torn)
+    assert read_results(str(path)) == ROWS[:2]
+    with opened(path) as results:
+        assert results.done == {0, 1}
+        results.write(ROWS[2:])
+    assert read_results(str(path)) == ROWS
+
+
+def test_a_whole_line_without_its_newline_is_written_anew(path):
+    write(path, *ROWS[:2])
+    path.write_bytes(path.read_bytes()[:-1])
+    write(path, *ROWS[1:])
+    assert read_results(str(path)) == ROWS
+
+
+@pytest.mark.parametrize("left", [b"", b'{"idx": 0, "id'])
+def test_a_file_without_a_whole_line_is_begun_anew_by_any_run(path, left):
+    write(path, *ROWS, model="other")
+    path.write_bytes(left)
+    write(path, *ROWS)
+    assert read_results(str(path)) == ROWS
+    assert read_summary(path)["settings"] == SETTINGS
+
+
+def test_rows_in_any_order_end_in_the_order_of_the_data(path):
+    with opened(path) as results:
+        results.write([ROWS[3], ROWS[1]])
+        results.write([ROWS[4]])
+    with opened(path) as results:
+        assert results.done == {1, 3, 4}
+        results.write([ROWS[2], ROWS[0]])
+        results.finish()
+    assert read_results(str(path)) == ROWS
+    assert sorted(os.listdir(path.parent)) == ["results.jsonl", "results.jsonl.summary.json"]
+
+
+def test_a_link_stays_a_link(path, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere" / "real.jsonl")
+    with opened(path) as results:
+        results.write(ROWS[::-1])
+        results.finish()
+    assert path.is_symlink() and read_results(str(path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ({"model": "def"}, "model: abc there, def now"),
+        ({"limit": 7, "model": "def"}, "model: abc there, def now; limit: None there, 7 now"),
+        ({"prompt_order": "read_twice"}, "prompt order: None there, read_twice now"),
+    ],
+)
+def test_another_run_is_refused_and_what_differs_is_said(path, other, complaint):
+    write(path, *ROWS[:2])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=re.escape(f"results of another run ({complaint}); give")):
+        opened(path, **other)
+    assert path.read_bytes() == before
+
+
+def test_other_data_is_refused(path):
+    write(path, *ROWS[:2])
+    changed = [EXAMPLES[0], EXAMPLES[2], *EXAMPLES[2:]]
+    with pytest.raises(UserError, match="another question in line 2 than the data at idx 1"):
+        opened(path, examples=changed)
+    with pytest.raises(UserError, match="idx 1, in line 2, that is there twice or too high"):
+        opened(path, examples=EXAMPLES[:1])
+
+
+def test_twice_the_same_row_is_refused(path):
+    write(path, ROWS[0], ROWS[0])
+    with pytest.raises(UserError, match="idx 0, in line 2, that is there twice"):
+        opened(path)
+
+
+@pytest.mark.parametrize("summary", [None, "{", "{}"])
+def test_rows_of_an_unknown_run_are_refused(path, summary):
+    write(path, *ROWS[:2])
+    summary_file = path.with_name("results.jsonl.summary.json")
+    summary_file.unlink() if summary is None else summary_file.write_text(summary)
+    with pytest.raises(
+        UserError, match=r"unknown run: no results.jsonl.summary.json; .*--overwrite"
+    ):
+        opened(path)
+    assert read_results(str(path)) == ROWS[:2]
+
+
+def test_a_line_that_is_no_row_is_refused(path):
+    write(path, *ROWS[:2])
+    path.write_bytes(b"hello\n" + path.read_bytes())
+    with pytest.raises(UserError, match=r"results\.jsonl line 1: no results row.*--overwrite"):
+        opened(path)
+
+
+def test_overwriting_waits_for_the_first_row(path):
+    write(path, *ROWS[:2], model="other")
+    with opened(path, overwrite=True) as results:
+        assert results.done == set()
+        assert read_results(str(path)) == ROWS[:2]
+        assert read_summary(path)["settings"]["model"] == "other"
+        results.write(ROWS[2:3])
+        assert read_results(str(path)) == ROWS[2:3]
+        assert read_summary(path)["settings"]["model"] == "abc"
+
+
+def test_two_runs_do_not_write_one_file(path):
+    with opened(path), pytest.raises(UserError, match="another run is writing it"):
+        opened(path)
+    opened(path).__exit__()
+
+
+@pytest.mark.parametrize(
+    "output", [".", "file/results.jsonl", "file/deeper/results.jsonl", "a" * 300, "fifo"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwrite):
+    (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path / output, overwrite)
+    assert str(tmp_path / output) in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_summary_that_cannot_be_written_is_told_at_once(path):
+    path.with_name("results.jsonl.summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary\.json: cannot be written \(a folder\)"):
+        opened(path)
+
+
+# A full disk, and a signal while rows are written
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs root, who may mount a tmpfs, for a disk that is full")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    """Rows until there is no room, then a rerun that finds as little."""
+    many = EXAMPLES[:1] * 5000
+    rows = [ROWS[0] | {"idx": idx} for idx in range(len(many))]
+    for _ in range(2):
+        with opened(path, examples=many) as results:
+            count = len(results.rows)
+            with pytest.raises(UserError, match=r"results\.jsonl: cannot be written \(.+\)$"):
+                for idx in range(count, len(many), 7):
+                    results.write(rows[idx : idx + 7])
+            written = list(results.rows)
+        assert read_results(str(path)) == written == rows[: len(written)]
+        assert path.read_bytes().endswith(b"\n")
+    assert len(written) > 50
+
+
+def test_a_full_disk_is_told_and_leaves_whole_lines(small_disk):
+    path = small_disk / "results.jsonl"
+    fill(path)
+    with opened(path, examples=EXAMPLES[:1] * 5000) as results:
+        with pytest.raises(UserError, match=r"summary.json: cannot be written .No space left"):
+            results.finish()
+        assert len(read_results(str(path))) == len(results.rows)
+    assert read_summary(path)["complete"] is False
+    assert len(os.listdir(small_disk)) == 2
+
+
+def test_a_limit_on_the_file_size_is_as_a_full_disk(path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        fill(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_signal_during_a_write_leaves_whole_lines(path, monkeypatch):
+    pwrite = os.pwrite
+
+    def interrupted(descriptor, data, offset):
+        pwrite(descriptor, data[:10], offset)
+        raise KeyboardInterrupt
+
+    with opened(path) as results:
+        results.write(ROWS[:2])
+        monkeypatch.setattr(os, "pwrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            results.write(ROWS[2:])
+        assert read_results(str(path)) == ROWS[:2]
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+        results.write(ROWS[2:])  # a system that writes a few bytes at a time
+    assert read_results(str(path)) == ROWS
+
+
+# The summary
+
+
+@pytest.fixture
+def summary(tmp_path) -> dict:
+    """Of five rows of two articles: three answerable, one of them right; two unanswerable, both."""
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    data.write_text("{}")
+    guesses = ["bo", NO_ANSWER, "small x", "I dont know", "z"]
+    rows = [row(idx, guess) for idx, guess in enumerate(guesses)]
+    args = argparse.Namespace(model=str(model), data=str(data), batch_size=32, limit=None)
+    record = {"settings": SETTINGS} | run_record(args, args.model, args.data)
+    path = tmp_path / "results.jsonl"
+    with ResultsFile(str(path), EXAMPLES, record) as results:
+        results.write(rows[:1])
+        assert read_summary(path) == {"complete": False} | results.record
+        results.write(rows[1:])
+        returned = results.finish(device="cpu")
+    assert json.loads(json.dumps(returned)) == read_summary(path)
+    return read_summary(path)
+
+
+def test_summary_scores(summary):
+    assert summary["complete"] is True
+    assert summary["scores"] == {
+        "exact_match": 60.0,
+        "f1": pytest.approx(100 * (3 + 2 / 3) / 5),
+        "is_correct": 20.0,
+        "num_questions": 5,
+        "has_answer_exact_match": pytest.approx(100 / 3),
+        "has_answer_f1": pytest.approx(100 * (1 + 2 / 3) / 3),
+        "has_answer_is_correct": 0.0,
+        "has_answer_num_questions": 3,
+        "no_answer_exact_match": 100.0,
+        "no_answer_f1": 100.0,
+        "no_answer_is_correct": 50.0,
+        "no_answer_num_questions": 2,
+    }
+    assert summary["intervals_over"] == "2 articles"
+    assert summary["articles"] == [["cats", 2], ["dogs", 3]]
+    assert summary["abstention"]["precision"] == 100.0
+
+
+def test_summary_says_what_the_results_were_made_with(summary, tmp_path):
+    assert summary["arguments"] == {
+        "model": str(tmp_path / "model"),
+        "data": str(tmp_path / "data.jsonl"),
+        "batch_size": 32,
+        "limit": None,
+    }
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["git_commit"] or "0" * 40)
+    assert summary["packages"]["torch"] == metadata.version("torch")
+    assert summary["model_sha256"] == sha256(str(tmp_path / "model" / "model.safetensors"))
+    assert summary["data_sha256"] == sha256(str(tmp_path / "data.jsonl"))
+    assert summary["model_sha256"] != summary["data_sha256"]
+    assert summary["device"] == "cpu" and summary["rows_of_earlier_runs"] == 0
+    assert 0 <= summary["wall_seconds"] < 60
+    assert 2**24 < summary["peak_memory_bytes"] < 2**40  # in bytes: a Python with torch in it
+
+
+def test_a_models_hash_is_of_all_that_decides_its_answers(tmp_path):
+    hashes = set()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "unrelated.txt"):
+        (tmp_path / name).write_text(name)
+        hashes.add(sha256(str(tmp_path)))
+    assert len(hashes) == 3
+    assert sha256("rajpurkar/squad:train") is None
+
+
+def test_printed_summary(summary, capsys):
+    print_summary(summary)
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [line.split() for line in lines if line.startswith("without answer")]
+    assert line[:4] == ["without", "answer", "2", "100.0"]
+    assert any(line.split() == ["precision", "100.0", "%"] for line in lines)
+    assert max(map(len, lines)) <= 80
