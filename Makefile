@@ -1,4 +1,4 @@
-# make setup | demo | demo_model | test | bench | lint
+# make setup | demo | demo_model | test | test-slow | bench | lint
 # PYTHON=python3.12 chooses the interpreter; TORCH_INDEX=URL adds an index of CPU-only torch wheels.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo demo_model test bench lint
+.PHONY: setup demo demo_model test test-slow bench lint
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,9 @@ models/demo_first/.finished: | setup
 
 test: setup
 	$(RUN) -m pytest
+
+test-slow: setup  # what is too long for every time: twenty kills, one after the other
+	$(RUN) -m pytest -m slow
 
 bench: setup  # a look; the peers need requirements-benchmarks.txt
 	$(RUN) -m benchmarks.bench_model --quick

@@ -10,7 +10,7 @@ import torch
 
 from context_qa.dataset import token_ids
 from context_qa.results import Answer
-from context_qa.spans import span_choices
+from context_qa.spans import Spans
 from errors import UserError
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
@@ -207,19 +207,21 @@ class Answerer:
     def _guess_spans(
         self, reading: Reading, contexts: Sequence[str], may_abstain: bool
     ) -> list[_Guess]:
-        by_context = {context: self._tree(context, may_abstain) for context in set(contexts)}
-        trees = [by_context[context] for context in contexts]
-        generations = decode_choices(self.model, reading, trees, self.stop_ids, self.vocab_size)
-        return [
-            _Guess(tree.text_of(token_ids), log_prob, len(token_ids))
-            for tree, (token_ids, log_prob) in zip(trees, generations, strict=True)
+        abstention = Choice(self.no_answer_ids, [False] * (len(self.no_answer_ids) - 1) + [True])
+        by_context = {
+            context: Spans(self.tokenizer, context, self.max_new_tokens, self.stop_ids)
+            for context in dict.fromkeys(contexts)
+        }
+        spans = [by_context[context] for context in contexts]
+        choices = [
+            [*one.choices, abstention] if may_abstain or not one.choices else one.choices
+            for one in spans
         ]
-
-    def _tree(self, context: str, may_abstain: bool) -> Choice:
-        tree = span_choices(self.tokenizer, context, self.max_new_tokens, self.stop_ids)
-        if may_abstain or not tree.following:
-            tree.add(self.no_answer_ids, [None] * (len(self.no_answer_ids) - 1) + [NO_ANSWER])
-        return tree
+        generations = decode_choices(self.model, reading, choices, self.stop_ids, self.vocab_size)
+        return [
+            _Guess(one.text(token_ids) or NO_ANSWER, log_prob, len(token_ids))
+            for one, (token_ids, log_prob) in zip(spans, generations, strict=True)
+        ]
 
 
 def _probability(log_prob: float) -> float:

@@ -1,50 +1,71 @@
 """The spans of a context as the only things that may be said about it."""
 
+import itertools
 import re
-from collections.abc import Collection
-from itertools import pairwise
+from collections.abc import Collection, Sequence
 
 from mamba_lm.choices import Choice
 from squad_utils import answer_text
 
-_PIECE = re.compile(r"\w+|[^\w\s]")  # a span begins at a word or a mark
-_WORD = re.compile(r"\S+")
+_PIECE = re.compile(r"\s*\S+")  # tokenizers never join what stands on two sides of a blank
+_START = re.compile(r"\w+|[^\w\s]")  # a span begins at a word or a mark
+_ADDED = len(answer_text(""))
 
 
-def span_choices(
-    tokenizer, context: str, max_tokens: int, stop_ids: Collection[int] = ()
-) -> Choice:
-    """The context's spans as tokens that follow a prompt; each says the span, blanks stripped.
+class Spans:
+    """A context's spans as token sequences that follow a prompt, `choices`.
 
-    A span begins at a word or a mark and is at most max_tokens long, as tokenised together with the
-    rest of the context; it ends after any of these tokens that ends a character, before the first
-    of stop_ids. The tokenizer must be a fast one, which knows where its tokens stand.
+    A span begins at a word or a mark and is at most max_tokens long, tokenised as an answer with
+    the rest of the context after it; it may end after any token that ends a character, and does
+    before the first of stop_ids. The tokenizer must be a fast one, which knows where tokens stand.
     """
-    starts = [piece.start() for piece in _PIECE.finditer(context)]
-    ends = [word.end() for word in _WORD.finditer(context)]
-    tree = Choice()
-    if not starts:
-        return tree
-    # No word takes less than a token: what is after that many cannot be reached.
-    passed, texts = 0, []
-    for start in starts:
-        while ends[passed] <= start:
-            passed += 1
-        end = ends[min(passed + max_tokens, len(ends) - 1)]
-        texts.append(answer_text(context[start:end]))
-    added = len(answer_text(""))
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for start, ids, offsets in zip(
-        starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        length = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-        length = min(length, max_tokens)
-        is_whole = [end <= after for (_, end), (after, _) in pairwise([*offsets, (1 << 60, 0)])]
-        said = [
-            context[start : start + end - added].strip() or None if whole else None
-            for (_, end), whole in zip(offsets[:length], is_whole, strict=False)
+
+    def __init__(self, tokenizer, context: str, max_tokens: int, stop_ids: Collection[int] = ()):
+        self.context = context
+        self.choices: list[Choice] = []
+        self._bounds: list[tuple[int, list[int]]] = []  # the start and the possible ends of each
+        pieces = list(_PIECE.finditer(context))
+        starts = [
+            (match.start(), place)
+            for place, piece in enumerate(pieces)
+            for match in _START.finditer(context, piece.start(), piece.end())
         ]
-        while said and said[-1] is None:  # nothing can end inside a character
-            said.pop()
-        tree.add(ids[: len(said)], said)
-    return tree
+        if not starts:
+            return
+        heads = [answer_text(context[start : pieces[place].end()]) for start, place in starts]
+        texts = [piece.group() for piece in pieces]
+        encoded = tokenizer.backend_tokenizer.encode_batch(texts + heads, add_special_tokens=False)
+        tails = encoded[: len(pieces)]
+        first = list(itertools.accumulate((len(tail.ids) for tail in tails), initial=0))
+        ids = [token for tail in tails for token in tail.ids]
+        ends = [
+            piece.start() + end
+            for piece, tail in zip(pieces, tails, strict=True)
+            for _, end in tail.offsets
+        ]
+        for (start, place), head in zip(starts, encoded[len(pieces) :], strict=True):
+            rest = slice(first[place + 1], first[place + 1] + max(max_tokens - len(head.ids), 0))
+            own_ends = [start + end - _ADDED for _, end in head.offsets]
+            self._add(
+                start,
+                (head.ids + ids[rest])[:max_tokens],
+                (own_ends + ends[rest])[:max_tokens],
+                stop_ids,
+            )
+
+    def _add(self, start: int, ids: list[int], ends: list[int], stop_ids: Collection[int]) -> None:
+        length = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
+        # Tokens that share a character have one end: only the last of them ends it.
+        may_end = [end > start and end != after for end, after in itertools.pairwise([*ends, -1])]
+        while length and not may_end[length - 1]:
+            length -= 1
+        if length:
+            self.choices.append(Choice(ids[:length], may_end[:length]))
+            self._bounds.append((start, ends))
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """The span that was said, blanks stripped; None if it was none."""
+        for choice, (start, ends) in zip(self.choices, self._bounds, strict=True):
+            if choice.says(token_ids):
+                return self.context[start : ends[len(token_ids) - 1]].strip()
+        return None

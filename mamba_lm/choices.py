@@ -1,6 +1,7 @@
 """Greedy decoding among given token sequences, each row among its own."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,77 +10,72 @@ from mamba_lm.generate import Generation, Reading
 from mamba_lm.model import MambaLM, at_least_float32, right_pad
 
 
-class Choice:
-    """A place in a tree of token sequences: what may follow it, and what is said if it ends here;
-    None where it may not."""
+class Choice(NamedTuple):
+    """A token sequence that may be said, and whether it may end after each of its tokens."""
 
-    __slots__ = ("following", "text")
+    token_ids: Sequence[int]
+    may_end: Sequence[bool]
 
-    def __init__(self, text: str | None = None):
-        self.following: dict[int, Choice] = {}
-        self.text = text
-
-    def add(self, token_ids: Iterable[int], texts: Iterable[str | None]) -> None:
-        """A sequence from here on, and what is said if it ends after each of its tokens. Where
-        another said something already, that stays."""
-        place = self
-        for token, text in zip(token_ids, texts, strict=True):
-            place = place.following.setdefault(token, Choice())
-            place.text = text if place.text is None else place.text
-
-    def text_of(self, token_ids: Iterable[int]) -> str | None:
-        """What the sequence says."""
-        place = self
-        for token in token_ids:
-            place = place.following[token]
-        return place.text
+    def says(self, token_ids: Sequence[int]) -> bool:
+        """Whether token_ids, one at least, is this sequence up to a place where it may end."""
+        n = len(token_ids)
+        return list(self.token_ids[:n]) == list(token_ids) and self.may_end[n - 1]
 
 
 @torch.no_grad()
 def decode_choices(
     model: MambaLM,
     reading: Reading,
-    choices: Sequence[Choice],
+    choices: Sequence[Sequence[Choice]],
     stop_ids: Collection[int],
     vocab_size: int | None = None,
 ) -> list[Generation]:
-    """Greedy continuations, each a sequence of its row's tree that may end where it does.
+    """Greedy continuations, each by one of its row's choices.
 
-    As `generate.decode`, of whose tokens only those are candidates that the tree allows, and the
-    stops where the sequence may end. Log-probabilities are the model's own, over all tokens.
-    ValueError where a tree has a place at which nothing may follow and nothing is said.
+    As `generate.decode`, but the candidates are those tokens alone that a choice has next, and the
+    stops where one may end. Log-probabilities are the model's own, over all tokens. ValueError
+    where a row has no choice, or one that may not end after its last token.
     """
     log_probs, state = reading
     stops = torch.tensor(sorted(stop_ids), device=log_probs.device)
     step = model.stepper()
-    going = list(enumerate(choices))  # the rows that are being continued, and where they stand
-    token_ids: list[list[int]] = [[] for _ in choices]
+    if not all(row and all(choice.may_end[-1:] == [True] for choice in row) for row in choices):
+        raise ValueError("each row needs a choice, and each choice may end after its last token")
+    going = list(enumerate(choices))  # rows that are being continued, and what they may still say
+    said: list[list[int]] = [[] for _ in choices]
     totals = [0.0] * len(choices)
-    while going:
-        best, which = _best([list(place.following) for _, place in going], log_probs)
+    for n in range(max(len(choice.token_ids) for row in choices for choice in row) + 1):
+        following = [_by_token(remaining, n) for _, remaining in going]
+        best, which = _best([list(tokens) for tokens in following], log_probs)
         at_stops = log_probs[:, stops]  # (r, s)
         best_stop, stop = at_stops.max(dim=1).values.tolist(), at_stops.logsumexp(dim=1).tolist()
         kept, continued = [], []
-        for i, (row, place) in enumerate(going):
-            may_end = place.text is not None
+        for i, (row, remaining) in enumerate(going):
+            may_end = n > 0 and any(choice.may_end[n - 1] for choice in remaining)
             if may_end and best_stop[i] >= best[i]:
                 totals[row] += stop[i]
-            elif place.following:
-                token, following = list(place.following.items())[which[i]]
-                totals[row] += best[i]
-                token_ids[row].append(token)
-                kept.append(i)
-                continued.append((row, following))
             else:
-                raise ValueError(f"row {row}: nothing may follow, and nothing is said")
+                token = list(following[i])[which[i]]
+                said[row].append(token)
+                totals[row] += best[i]
+                kept.append(i)
+                continued.append((row, following[i][token]))
         going = continued
-        if going:
-            chosen = torch.tensor([token_ids[row][-1] for row, _ in going], device=stops.device)
-            index = torch.tensor(kept, device=stops.device)
-            hidden, state = step(chosen, state.fork(index))
-            logits = at_least_float32(model.lm_head(hidden)[..., :vocab_size])
-            log_probs = logits.log_softmax(dim=-1)
-    return [Generation(*pair) for pair in zip(token_ids, totals, strict=True)]
+        if not going:
+            break
+        chosen = torch.tensor([said[row][-1] for row, _ in going], device=stops.device)
+        hidden, state = step(chosen, state.fork(torch.tensor(kept, device=stops.device)))
+        log_probs = at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
+    return [Generation(*pair) for pair in zip(said, totals, strict=True)]
+
+
+def _by_token(choices: Sequence[Choice], n: int) -> dict[int, list[Choice]]:
+    """Those that go on after n tokens, by the next one."""
+    following: dict[int, list[Choice]] = {}
+    for choice in choices:
+        if len(choice.token_ids) > n:
+            following.setdefault(choice.token_ids[n], []).append(choice)
+    return following
 
 
 def _best(candidates: Sequence[Sequence[int]], log_probs: Tensor) -> tuple[list, list]:

@@ -1,0 +1,192 @@
+"""Guesses that are spans of the context: every one is, and greedy decoding finds the same ones as a
+search over all spans."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_qa.answering import Answerer
+from context_qa.spans import Spans
+from mamba_lm.checkpoint import load_model_and_tokenizer, load_tokenizer
+from mamba_lm.model import MambaConfig, MambaLM
+from squad_utils import NO_ANSWER, prompt_parts, read_examples
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
+NEOX = SHARED / "tokenizer/20B_tokenizer.json"
+needs_data = pytest.mark.skipif(not NEOX.exists(), reason=f"real data not present: {NEOX}")
+STRANGE = (
+    "Bo (born 1990s) is \N{CAT FACE}\N{CAT FACE} in Ærøskøbing.\n\nAnn\u2028“Dee” \u0301e\u0301 "
+    "日本語の文 I don't know, he said.\tNBSP:\u00a0x  y   z "
+)
+
+
+def said(tokenizer, context: str, max_tokens: int, stop_ids=()) -> set[str]:
+    """All that can be said about a context."""
+    spans = Spans(tokenizer, context, max_tokens, stop_ids)
+    return {
+        spans.text(choice.token_ids[: n + 1])
+        for choice in spans.choices
+        for n, may_end in enumerate(choice.may_end)
+        if may_end
+    }
+
+
+@pytest.fixture(scope="module", params=["demo", pytest.param("neox", marks=needs_data)])
+def tokenizer(request):
+    return load_tokenizer(
+        "", str(ROOT / "data/demo/tokenizer" if request.param == "demo" else NEOX)
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 64])
+@pytest.mark.parametrize("context", ["Bo is a cat.", STRANGE, "x", "¡", " \n", "", "a " * 300])
+def test_all_that_can_be_said_stands_in_the_context(tokenizer, context, max_tokens):
+    texts = said(tokenizer, context, max_tokens)
+    assert all(text and text == text.strip() and text in context for text in texts)
+    if not context.strip():
+        assert not texts
+    elif max_tokens > 3:  # " x" can be two tokens
+        assert texts
+
+
+def test_every_run_of_words_can_be_said(tokenizer):
+    context = "Ann lives in Oslo, Ben (her brother) in Rome since 1999."
+    texts = said(tokenizer, context, 64)
+    assert {"Ann", "lives", "in", "Oslo", "Ben", "her", "brother", "Rome", "1999"} <= texts
+    assert {"Ann lives in Oslo", "Ben (her brother)", "in Rome since 1999.", context} <= texts
+    assert "liv" not in texts and "es in Oslo" not in texts
+    assert "Ann lives in Oslo" not in said(tokenizer, context, 3)
+
+
+def test_nothing_is_said_past_a_stop(tokenizer):
+    newlines = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
+    texts = said(tokenizer, "Bo is\na cat.", 64, newlines)
+    assert "Bo is" in texts and "a cat." in texts and not any("\n" in text for text in texts)
+
+
+# Whole answers
+
+
+class Search:
+    """Constrained greedy decoding by its definition: all spans as token sequences in one list, and
+    everything read anew for each token."""
+
+    def __init__(self, answerer: Answerer, context: str):
+        self.answerer = answerer
+        self.sequences: dict[tuple[int, ...], str] = {}
+        tokenizer = answerer.tokenizer
+        starts = [i for i in range(len(context)) if self._begins(context, i)]
+        for start in starts:
+            rest = " " + context[start:]
+            encoded = tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            for count in range(1, min(len(ids), answerer.max_new_tokens) + 1):
+                if ids[count - 1] in answerer.stop_ids:
+                    break
+                text = tokenizer.decode(ids[:count])
+                # Byte for byte what stands there: no half of a letter.
+                span = rest[: offsets[count - 1][1]]
+                same = unicodedata.normalize("NFC", span) == text
+                if same and span.strip():
+                    self.sequences.setdefault(tuple(ids[:count]), span.strip())
+        abstention = tuple(tokenizer(" " + NO_ANSWER, add_special_tokens=False)["input_ids"])
+        self.sequences.setdefault(abstention, NO_ANSWER)
+
+    @staticmethod
+    def _begins(context: str, i: int) -> bool:
+        is_word = context[i].isalnum() or context[i] == "_"
+        was_word = i > 0 and (context[i - 1].isalnum() or context[i - 1] == "_")
+        return not context[i].isspace() and not (is_word and was_word)
+
+    @torch.no_grad()
+    def guess(self, prompt: tuple[str, str]) -> str:
+        answerer = self.answerer
+        encode = answerer.tokenizer
+        read = [t for part in prompt for t in encode(part, add_special_tokens=False)["input_ids"]]
+        chosen: tuple[int, ...] = ()
+        while True:
+            logits = answerer.model(torch.tensor([read + list(chosen)]))[0][0, -1]
+            n = len(chosen)
+            tokens = {s[n] for s in self.sequences if s[:n] == chosen and len(s) > n}
+            if chosen in self.sequences:
+                tokens |= answerer.stop_ids
+            best = max(tokens, key=lambda token: float(logits[token]))
+            if best in answerer.stop_ids:
+                return self.sequences[chosen]
+            chosen = (*chosen, best)
+
+
+def answers(answerer: Answerer, prompts, contexts) -> list[str]:
+    found = {}
+    for batch in answerer.answer(prompts, contexts):
+        found |= {place: answer.text for place, answer in batch.items()}
+    return [found[place] for place in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def wild() -> Answerer:
+    """Random weights, which would say anything: the demo's tokenizer, a guess for each prompt."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
+    config = MambaConfig(len(tokenizer), d_model=32, n_layer=2, d_state=4, tie_embeddings=False)
+    model = MambaLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        model.backbone.embeddings.weight.normal_()
+    return Answerer(model, tokenizer, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("source", ["demo", "squad"])
+def test_guesses_are_those_of_a_search_over_all_spans(wild, source):
+    """On 100 contexts, half of them by a trained model, half by random weights."""
+    path = (
+        ROOT / "data/demo/validation.jsonl" if source == "demo" else SHARED / "squad/dev-v1.1.json"
+    )
+    if not path.exists():
+        pytest.skip(f"real data not present: {path}")
+    by_context = {example.context: example for example in read_examples(str(path))}
+    trained = Answerer(*load_model_and_tokenizer(str(ROOT / "models/demo")), max_new_tokens=12)
+    seen = set()
+    for answerer, first in ((trained, 0), (wild, 50)):
+        examples = list(by_context.values())[first : first + 50]
+        prompts = [prompt_parts(e.context, e.question) for e in examples]
+        contexts = [e.context for e in examples]
+        found = answers(answerer, prompts, contexts)
+        for example, prompt, guess in zip(examples, prompts, found, strict=True):
+            assert guess == Search(answerer, example.context).guess(prompt)
+        seen |= set(found)
+    assert len(seen) > 40
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 1.0])
+def test_every_guess_on_strange_text_is_a_span_or_the_abstention(wild, threshold):
+    contexts = [STRANGE, STRANGE[::-1], "x", "I don't know. I know.", "日本", "Bo\u0301 is."] * 3
+    prompts = [prompt_parts(context, f"Who is {i}?") for i, context in enumerate(contexts)]
+    answerer = Answerer(wild.model, wild.tokenizer, 5, no_answer_threshold=threshold)
+    for context, guess in zip(contexts, answers(answerer, prompts, contexts), strict=True):
+        assert guess in context or guess == NO_ANSWER
+        assert guess
+        if threshold == 0.0:
+            assert guess == NO_ANSWER
+
+
+@needs_data
+def test_every_guess_on_a_thousand_real_questions_is_a_span_or_the_abstention():
+    rows = (SHARED / "squad/squad_val_1k.jsonl").read_text("utf-8").splitlines()
+    examples = [json.loads(row) for row in rows]
+    tokenizer = load_tokenizer("", str(NEOX))
+    torch.manual_seed(0)
+    config = MambaConfig(len(tokenizer), d_model=16, n_layer=1, d_state=4)
+    model = MambaLM(config).eval()
+    with torch.no_grad():
+        model.backbone.embeddings.weight.normal_()
+    prompts = [prompt_parts(e["context"], e["prompt"]) for e in examples]
+    contexts = [e["context"] for e in examples]
+    found = answers(Answerer(model, tokenizer, 8), prompts, contexts)
+    assert len(found) == 1000
+    assert all(guess == NO_ANSWER or guess in c for guess, c in zip(found, contexts, strict=True))
+    assert len(set(found)) > 300

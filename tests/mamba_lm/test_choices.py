@@ -1,0 +1,109 @@
+"""Decoding among given sequences, against a search that reads every sequence anew."""
+
+import random
+
+import pytest
+import torch
+
+from mamba_lm.choices import Choice, decode_choices
+from mamba_lm.generate import decode, prefill, read
+from mamba_lm.model import MambaConfig, MambaLM
+
+VOCABULARY, STOPS = 12, {0, 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> MambaLM:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        VOCABULARY,
+        d_model=16,
+        n_layer=2,
+        d_state=4,
+        tie_embeddings=False,
+        pad_vocab_size_multiple=8,
+    )
+    model = MambaLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        model.lm_head.weight[VOCABULARY:] = 9.0  # padded rows: never said
+    return model
+
+
+def choices_of(sequences: list[list[int]]) -> list[Choice]:
+    return [Choice(s, [False] * (len(s) - 1) + [True]) for s in sequences]
+
+
+@torch.no_grad()
+def brute_force(model: MambaLM, prompt: list[int], sequences: list[list[int]]):
+    """The greedy choice, all that was said read anew for each token."""
+    said, total = [], 0.0
+    while True:
+        logits = model(torch.tensor([prompt + said]))[0][0, -1, :VOCABULARY]
+        log_probs = logits.log_softmax(-1)
+        going = [s for s in sequences if s[: len(said)] == said]
+        tokens = {s[len(said)] for s in going if len(s) > len(said)}
+        best_stop = max(float(log_probs[stop]) for stop in STOPS)
+        best = max(tokens, key=lambda token: float(log_probs[token]), default=None)
+        if said in sequences and (best is None or best_stop >= log_probs[best]):
+            return said, total + float(log_probs[sorted(STOPS)].logsumexp(0))
+        said = [*said, best]
+        total += float(log_probs[best])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_choices_are_those_of_a_search_without_states(model, seed):
+    rng = random.Random(seed)
+
+    def sequence(longest: int) -> list[int]:
+        return [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, longest))]
+
+    prompts = [sequence(6) for _ in range(9)]
+    choices = [[sequence(4) for _ in range(rng.randint(1, 30))] for _ in prompts]
+    with torch.inference_mode():
+        reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
+        rows = [choices_of(sequences) for sequences in choices]
+        found = decode_choices(model, reading, rows, STOPS, VOCABULARY)
+    for prompt, sequences, (ids, log_prob) in zip(prompts, choices, found, strict=True):
+        expected, total = brute_force(model, prompt, sequences)
+        assert ids == expected
+        assert log_prob == pytest.approx(total, abs=1e-4)
+    assert len({len(ids) for ids, _ in found}) > 1
+
+
+def test_what_free_greedy_decoding_says_is_chosen_where_it_is_a_choice(model):
+    """With the same log-probability, whatever else there is to choose from."""
+    prompts = [[token] for token in range(2, VOCABULARY)]
+    reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
+    free = decode(model, reading, STOPS, 30, VOCABULARY)
+    ended = [row for row, (ids, _) in enumerate(free) if 0 < len(ids) < 30]
+    assert ended
+    choices = [choices_of([[3], [4, 5], free[row].token_ids]) for row in ended]
+    found = decode_choices(model, reading.fork(torch.tensor(ended)), choices, STOPS, VOCABULARY)
+    for row, generation in zip(ended, found, strict=True):
+        assert generation.token_ids == free[row].token_ids
+        assert generation.log_prob == pytest.approx(free[row].log_prob, abs=1e-4)
+
+
+def test_a_choice_may_end_on_the_way(model):
+    """Spans that are beginnings of each other in one sequence are as many sequences."""
+    prompts = [[token] for token in range(2, VOCABULARY)]
+    reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
+    lengths = set()
+    for seed in range(8):
+        long = random.Random(seed).sample(range(2, VOCABULARY), 5)
+        one = [[Choice(long, [True, False, True, True, True])]] * len(prompts)
+        many = [choices_of([long[:n] for n in (1, 3, 4, 5)])] * len(prompts)
+        found, same = (decode_choices(model, reading, r, STOPS, VOCABULARY) for r in (one, many))
+        assert found == same
+        lengths |= {len(ids) for ids, _ in found}
+        assert one[0][0].says(long[:3])
+        assert not one[0][0].says(long[:2]) and not one[0][0].says(long[1:2])
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("choices", [[], [Choice([3, 4], [True, False])], [Choice([], [])]])
+def test_a_row_that_could_not_end_is_an_error(model, choices):
+    reading = read(model, [[5]], prefill(model, [[]]), VOCABULARY)
+    with pytest.raises(ValueError, match="each row needs a choice"):
+        decode_choices(model, reading, [choices], STOPS, VOCABULARY)
