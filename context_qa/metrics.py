@@ -58,7 +58,7 @@ def parts(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
 def summarize(rows: Sequence[Mapping], articles: Mapping[int, str]) -> dict:
     """scores, their intervals, what these were resampled over; abstention on the data's own
     questions and, where there are unanswerable copies, on both together."""
-    own = parts(rows)[""]
+    own = parts(rows).get("", rows)  # all, where there are copies alone
     unit = "articles" if all(row["idx"] in articles for row in own) else "questions"
     summary = {
         "scores": scores(rows),

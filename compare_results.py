@@ -1,0 +1,144 @@
+"""Compare two runs on the same questions: is the difference more than chance?
+
+    python compare_results.py results/demo.jsonl results/demo_trained.jsonl
+
+Pairs the two files' rows and prints, for each score, both values and their difference with its 95 %
+interval (a bootstrap over articles, or over questions where articles are unknown), McNemar's test
+on exact match, and the questions that only one of the two has right.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from context_qa.metrics import PARTS, SCORES, clusters, mean_intervals, parts
+from context_qa.results import articles_by_idx, read_results, read_summary
+from errors import UserError, run_script
+
+SAME = ("id", "context", "question", "answers")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results_a", metavar="RESULTS_A", help="JSONL, of an evaluation")
+    parser.add_argument("results_b", metavar="RESULTS_B", help="JSONL, of another on the same data")
+    about = "table (default) shows ten questions a side; json, one object, shows all"
+    parser.add_argument("--format", choices=("table", "json"), default="table", help=about)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    rows_a, rows_b, left_out = paired(args.results_a, args.results_b)
+    articles = articles_by_idx(read_summary(args.results_a) or read_summary(args.results_b))
+    comparison = {
+        "results_a": args.results_a,
+        "results_b": args.results_b,
+        "num_questions": len(rows_a),
+        "num_left_out": left_out,
+        "differences": differences(rows_a, rows_b, articles),
+        "mcnemar": mcnemar(rows_a, rows_b),
+        "only_a_right": flips(rows_a, rows_b),
+        "only_b_right": flips(rows_b, rows_a, swapped=True),
+    }
+    if args.format == "json":
+        print(json.dumps(comparison, ensure_ascii=False))
+    else:
+        show(comparison)
+
+
+def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int]:
+    """Rows of the questions that are in both files, in the same order, and how many are in one
+    only. UserError where the data was not the same."""
+    by_idx_a, by_idx_b = ({row["idx"]: row for row in read_results(p)} for p in (path_a, path_b))
+    common = sorted(by_idx_a.keys() & by_idx_b.keys())
+    for idx in common:
+        row_a, row_b = by_idx_a[idx], by_idx_b[idx]
+        different = [name for name in SAME if row_a[name] != row_b[name]]
+        if different:
+            raise UserError(
+                f"{path_a} and {path_b}: results of different data; "
+                f"at idx {idx} there is another {', another '.join(different)}"
+            )
+    if not common:
+        raise UserError(f"{path_a} and {path_b}: no question is in both")
+    left_out = len(by_idx_a) + len(by_idx_b) - 2 * len(common)
+    return [by_idx_a[idx] for idx in common], [by_idx_b[idx] for idx in common], left_out
+
+
+def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[int, str]) -> dict:
+    """Of each score that `metrics.scores` has: a, b, b - a in percent, and the interval of that."""
+    found = {}
+    for prefix, part_a in parts(rows_a).items():
+        part_b = parts(rows_b)[prefix]
+        a, b = (
+            100 * np.array([[row[metric] for row in part] for metric in SCORES], float)
+            for part in (part_a, part_b)
+        )
+        intervals = mean_intervals(b - a, clusters(part_a, articles)) or [None] * len(SCORES)
+        for place, metric in enumerate(SCORES):
+            means = float(a[place].mean()), float(b[place].mean())
+            found[prefix + metric] = {
+                "a": means[0],
+                "b": means[1],
+                "difference": means[1] - means[0],
+                "interval": intervals[place],
+            }
+    return found
+
+
+def mcnemar(rows_a: Sequence[dict], rows_b: Sequence[dict]) -> dict:
+    """McNemar's exact two-sided test (1947) of whether both have as many exact matches."""
+    from scipy.stats import binomtest
+
+    only_a, only_b = len(flips(rows_a, rows_b)), len(flips(rows_b, rows_a))
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+
+
+def flips(right: Sequence[dict], wrong: Sequence[dict], swapped: bool = False) -> list[dict]:
+    """The questions with an exact match in the first rows alone; `swapped`: these are B's."""
+    guesses = ("guess_b", "guess_a") if swapped else ("guess_a", "guess_b")
+    return [
+        {name: one[name] for name in ("idx", "id", "question", "answer")}
+        | dict(zip(guesses, (one["guess"], other["guess"]), strict=True))
+        for one, other in zip(right, wrong, strict=True)
+        if one["exact_match"] > other["exact_match"]
+    ]
+
+
+def show(comparison: dict, most: int = 10) -> None:
+    print(f"A: {comparison['results_a']}\nB: {comparison['results_b']}")
+    left_out = comparison["num_left_out"]
+    beside = f"; {left_out:,} in one file only are left out" if left_out else ""
+    print(f"{comparison['num_questions']:,} questions in both{beside}\n")
+    print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}   95 % interval")
+    for prefix, title in PARTS.items():
+        for metric in SCORES:
+            entry = comparison["differences"].get(prefix + metric)
+            if entry is not None:
+                low_high = entry["interval"]
+                interval = "{:+6.2f} to {:+6.2f}".format(*low_high) if low_high else "-"
+                name = f"{title}: {metric.replace('_', ' ')}"
+                values = f"{entry['a']:7.2f}{entry['b']:7.2f}{entry['difference']:+8.2f}"
+                print(f"{name:30}{values}   {interval}")
+    test = comparison["mcnemar"]
+    print(
+        f"\nexact match in A alone {test['only_a_right']:,}, in B alone {test['only_b_right']:,}; "
+        f"McNemar's exact test: p = {test['p']:.3g}"
+    )
+    for side in ("a", "b"):
+        flipped = comparison[f"only_{side}_right"]
+        shown = f", the first {most} of {len(flipped):,}" if len(flipped) > most else ""
+        if flipped:
+            print(f"\nOnly {side.upper()} is right{shown}:")
+        for row in flipped[:most]:
+            print(f"  {row['idx']}: {row['question']}")
+            print(f"      answer {row['answer']!r}  A {row['guess_a']!r}  B {row['guess_b']!r}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,165 @@
+"""compare_results.py: paired differences, and what may not be compared."""
+
+import json
+import sys
+from math import comb
+from pathlib import Path
+
+import pytest
+
+import compare_results
+from context_qa.results import Answer, result_row
+from errors import run_script
+from squad_utils import NO_ANSWER, Example
+
+
+def rows(guesses: list[str], start: int = 0, copies: bool = False) -> list[dict]:
+    """Every third question is unanswerable, the others' answer is x."""
+    found = []
+    for idx, guess in enumerate(guesses, start=start):
+        answers = () if copies or idx % 3 == 2 else ("x",)
+        mark = "#random" if copies else ""
+        example = Example(f"q{idx}{mark}", f"Context {idx // 4}.", f"Who is {idx}?", answers)
+        found.append(result_row(idx, example, Answer(guess, 0.5, 0.25, 0.5, 10, 1)))
+    return found
+
+
+def write(path: Path, rows: list[dict], articles: list | None = None) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if articles is not None:
+        path.with_name(f"{path.name}.summary.json").write_text(json.dumps({"articles": articles}))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare_results.py", *map(str, arguments)])
+        run_script(compare_results.main, compare_results.parse_args)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def fail(run, capsys):
+    def fail(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run(*arguments)
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+        return err
+
+    return fail
+
+
+def compared(run, a: Path, b: Path) -> dict:
+    return json.loads(run(a, b, "--format", "json"))
+
+
+A = ["x", "x", NO_ANSWER, "y", "x", "z", "x", "y", NO_ANSWER]  # right but for 3, 5, 7
+B = ["x", "y", NO_ANSWER, "x", "x", NO_ANSWER, "x", "x y", "x"]  # right but for 1, 7, 8
+
+
+def test_scores_and_their_differences(run, tmp_path):
+    found = compared(run, write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(B)))
+    assert (found["num_questions"], found["num_left_out"]) == (9, 0)
+    entry = found["differences"]["exact_match"]
+    assert (entry["a"], entry["b"], entry["difference"]) == pytest.approx((200 / 3, 200 / 3, 0))
+    assert entry["interval"][0] < 0 < entry["interval"][1]
+    f1 = found["differences"]["f1"]
+    assert f1["difference"] == pytest.approx(100 * (2 / 3) / 9)
+    answered = found["differences"]["has_answer_exact_match"]
+    assert (answered["a"], answered["b"]) == pytest.approx((400 / 6, 400 / 6))
+    assert "negatives_exact_match" not in found["differences"]
+
+
+def test_flips_and_their_test(run, tmp_path):
+    found = compared(run, write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(B)))
+    assert [row["idx"] for row in found["only_a_right"]] == [1, 8]
+    assert [row["idx"] for row in found["only_b_right"]] == [3, 5]
+    first = found["only_b_right"][0]
+    assert (first["guess_a"], first["guess_b"], first["answer"]) == ("y", "x", "x")
+    assert found["mcnemar"] == {"only_a_right": 2, "only_b_right": 2, "p": 1.0}
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (1, 9), (10, 2), (6, 6)])
+def test_mcnemars_test_is_the_exact_binomial(only_a, only_b):
+    """Twice the smaller tail of fair coins, at most 1."""
+    right, wrong = rows(["x"] * 40), rows(["y"] * 40)
+    answerable = [i for i in range(40) if i % 3 != 2]
+    a, b = list(right), list(right)
+    for i in answerable[:only_a]:
+        b[i] = wrong[i]
+    for i in answerable[only_a : only_a + only_b]:
+        a[i] = wrong[i]
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = sum(comb(n, i) for i in range(k + 1)) / 2**n
+    assert compare_results.mcnemar(a, b)["p"] == pytest.approx(min(2 * tail, 1.0))
+
+
+def test_the_same_file_differs_in_nothing(run, tmp_path):
+    path = write(tmp_path / "a", rows(A))
+    found = compared(run, path, path)
+    assert all(entry["difference"] == 0 for entry in found["differences"].values())
+    assert found["only_a_right"] == found["only_b_right"] == [] and found["mcnemar"]["p"] == 1.0
+
+
+def test_a_paired_interval_is_narrower_than_two_of_their_own(run, tmp_path):
+    """Both runs fail on the same questions: what they share is no difference."""
+    common = ["x" if i % 2 else "y" for i in range(300)]
+    better = common[:-30] + ["x"] * 30
+    a, b = write(tmp_path / "a", rows(common)), write(tmp_path / "b", rows(better))
+    low, high = compared(run, a, b)["differences"]["has_answer_exact_match"]["interval"]
+    assert 0 < low < high < 10
+
+
+def test_intervals_are_over_articles_where_a_summary_has_them(run, tmp_path):
+    a, b = rows(["x"] * 300), rows(["x"] * 270 + ["y"] * 30)
+    articles = [[str(i), 30] for i in range(10)]
+    widths = []
+    for runs in (None, articles):
+        paths = write(tmp_path / "a", a, runs), write(tmp_path / "b", b)
+        low, high = compared(run, *paths)["differences"]["exact_match"]["interval"]
+        widths.append(high - low)
+    assert widths[1] > 2 * widths[0]
+
+
+def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tmp_path):
+    copies_a = rows([NO_ANSWER] * 3, start=9, copies=True)
+    copies_b = rows(["x", NO_ANSWER], start=9, copies=True)
+    a, b = write(tmp_path / "a", rows(A) + copies_a), write(tmp_path / "b", rows(B) + copies_b)
+    found = compared(run, a, b)
+    assert (found["num_questions"], found["num_left_out"]) == (11, 1)
+    entry = found["differences"]["negatives_exact_match"]
+    assert (entry["a"], entry["b"]) == (100.0, 50.0)
+    assert "1 in one file only are left out" in run(a, b)
+
+
+def test_rows_are_paired_in_whatever_order(run, tmp_path):
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(B)[::-1])
+    straight = compared(run, a, write(tmp_path / "c", rows(B)))
+    assert compared(run, a, b)["differences"] == straight["differences"]
+
+
+@pytest.mark.parametrize("name", ["id", "context", "question", "answers"])
+def test_files_of_different_data_are_refused(fail, tmp_path, name):
+    changed = rows(B)
+    changed[4][name] = ["z"] if name == "answers" else "other"
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", changed)
+    assert f"results of different data; at idx 4 there is another {name}\n" in fail(a, b)
+
+
+def test_files_without_a_common_question_are_refused(fail, tmp_path):
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(A, start=9))
+    assert "no question is in both" in fail(a, b)
+    assert "missing: cannot be read" in fail(a, tmp_path / "missing")
+
+
+def test_the_table_says_all_in_eighty_columns(run, tmp_path):
+    out = run(write(tmp_path / "a", rows(A * 9)), write(tmp_path / "b", rows(B * 9)))
+    assert "all: exact match" in out and "McNemar's exact test: p = 1\n" in out
+    assert "Only A is right, the first 10 of 18:" in out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert out.count("\n  ") == 40  # two lines each
