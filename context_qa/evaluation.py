@@ -57,6 +57,12 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
     Under torchrun the processes share the work, and the first one writes.
     """
     keep_inputs(args.output, args.data, args.tune_on)
+    has_threshold = args.no_answer_threshold is not None or args.tune_on is not None
+    if args.model == SLIDING_WINDOW and (has_threshold or args.constrain_to_context):
+        raise UserError(
+            f"{SLIDING_WINDOW}: has no probabilities and says spans alone; leave out "
+            "--no_answer_threshold, --tune_on and --constrain_to_context"
+        )
     device = choose_device(args.device)
     processes = PartialState(cpu=device.type == "cpu")
     if processes.num_processes > 1:

@@ -1,5 +1,7 @@
 """The answering loop: a guess depends on its prompt alone, and its confidence is a probability."""
 
+import copy
+import dataclasses
 import math
 import random
 from itertools import pairwise
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from context_qa import answering
-from context_qa.answering import Answer, Answerer
+from context_qa.answering import Answerer
+from context_qa.results import Answer
+from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
 from squad_utils import NO_ANSWER, n_shot_parts, prompt_parts
@@ -321,3 +325,106 @@ def test_padded_vocabulary_rows_are_neither_said_nor_counted(tokenizer):
     with torch.no_grad():
         padded += 100.0
     assert_same(answers_to(Answerer(model, tokenizer)), before)
+
+
+# Thresholds
+
+
+def thresholded(model, tokenizer, threshold, prompts=PROMPTS, contexts=None) -> list[Answer]:
+    answerer = Answerer(model, tokenizer, 6, no_answer_threshold=threshold)
+    found: dict[int, Answer] = {}
+    for batch in answerer.answer(prompts, contexts):
+        found |= batch
+    return [found[place] for place in range(len(prompts))]
+
+
+def test_the_guess_is_the_abstention_exactly_above_the_threshold(tokenizer, attentive):
+    free = answers_to(Answerer(attentive, tokenizer, 6))
+    middle = sorted(answer.no_answer_probability for answer in free)[len(free) // 2]
+    found = thresholded(attentive, tokenizer, middle)
+    for answer, unlimited in zip(found, free, strict=True):
+        assert answer.no_answer_probability == unlimited.no_answer_probability
+        if answer.no_answer_probability > middle:
+            assert answer.text == NO_ANSWER
+            assert answer.confidence == answer.no_answer_probability
+            assert answer.num_new_tokens == len(ids(tokenizer, f" {NO_ANSWER}"))
+        else:
+            assert answer.text == unlimited.text and answer.confidence == unlimited.confidence
+    assert {answer.text == NO_ANSWER for answer in found} == {True, False}
+
+
+def test_below_the_threshold_an_abstaining_model_says_the_next_best(tokenizer):
+    """A model that is sure to abstain after any prompt: all else is equally likely."""
+    model = reciter(tokenizer, f" {NO_ANSWER}")
+    for answer in thresholded(model, tokenizer, 1.0):
+        assert answer.text and answer.text != NO_ANSWER  # "!", as it happens
+        assert answer.confidence < 1e-3 < answer.no_answer_probability
+    assert all(answer.text == NO_ANSWER for answer in thresholded(model, tokenizer, 0.5))
+    silent = reciter(tokenizer, "")  # stops at once, which is to abstain
+    assert all(answer.num_new_tokens for answer in thresholded(silent, tokenizer, 1.0))
+
+
+def test_probabilities_never_exceed_one(tokenizer):
+    """However sure a model is: no rounding lifts one above the threshold that none can pass."""
+    model = reciter(tokenizer, f" {NO_ANSWER}", logit=1000.0)
+    for answer in answers_to(Answerer(model, tokenizer)):
+        assert answer.no_answer_probability <= 1.0 and answer.confidence <= 1.0
+    assert all(answer.text != NO_ANSWER for answer in thresholded(model, tokenizer, 1.0))
+
+
+def test_a_model_that_computes_nan_is_told(tokenizer, attentive):
+    broken = copy.deepcopy(attentive)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = math.nan
+    with pytest.raises(UserError, match="the model computes NaN"):
+        answers_to(Answerer(broken, tokenizer))
+
+
+# What is done, and shares of what is not
+
+
+@pytest.mark.parametrize("window", [2, 5, 512])
+@pytest.mark.parametrize("max_batch_tokens", [1, 100, 8192])
+def test_batches_that_are_done_are_left_out_and_others_stay_the_same(
+    tokenizer, attentive, max_batch_tokens, window, monkeypatch
+):
+    monkeypatch.setattr(answering, "WINDOW", window)
+    answerer = Answerer(attentive, tokenizer, 4, max_batch_tokens)
+    batches = list(answerer.answer(PROMPTS))
+    whole = {place: answer for batch in batches for place, answer in batch.items()}
+    for kept in range(len(batches)):
+        done = {place for batch in batches[:kept] for place in batch}
+        if len(batches[kept]) > 1:
+            done.add(next(iter(batches[kept])))  # a batch of which a kill left a part
+        rest = list(answerer.answer(PROMPTS, done=done))
+        assert [list(batch) for batch in rest] == [list(batch) for batch in batches[kept:]]
+        for batch in rest:
+            for place, answer in batch.items():
+                expected = dataclasses.replace(whole[place], seconds=answer.seconds)
+                assert answer == expected  # to the last bit
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_share_the_batches(tokenizer, attentive, parts, monkeypatch):
+    monkeypatch.setattr(answering, "WINDOW", 5)
+    answerer = Answerer(attentive, tokenizer, 4, max_batch_tokens=100)
+    whole = [list(batch) for batch in answerer.answer(PROMPTS)]
+    shares = [
+        [list(batch) for batch in answerer.answer(PROMPTS, part=part, parts=parts)]
+        for part in range(parts)
+    ]
+    assert sorted(batch for share in shares for batch in share) == sorted(whole)
+    assert parts > len(whole) or sum(bool(share) for share in shares) > parts // 2
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 512])
+def test_windows_hold_whole_runs_of_one_prefix(window, monkeypatch):
+    """So that what is read together does not depend on where a run was cut off."""
+    monkeypatch.setattr(answering, "WINDOW", window)
+    prefixes = "aaabbcddddda"
+    windows = list(answering._windows([(prefix, "?") for prefix in prefixes]))
+    places = [sorted(place for run in w.values() for place in run) for w in windows]
+    assert [place for some in places for place in some] == list(range(len(prefixes)))
+    assert max(map(len, places)) <= window
+    for one, other in pairwise(windows):
+        assert not one.keys() & other.keys() or window < 5
