@@ -122,6 +122,8 @@ def _fits(value: object, kind: type, name: str) -> bool:
         return type(value) is list and all(_is_text(text) for text in value)
     if kind is str:
         return _is_text(value)
+    if name in NULLABLE:
+        return type(value) in (float, int) and 0 <= value <= 1
     if kind is float and type(value) is float:
         return math.isfinite(value)
     is_whole = type(value) is int and abs(value) < 2**63
@@ -145,16 +147,21 @@ def summary_path(path: str | Path) -> Path:
 
 
 def read_summary(path: str | Path) -> dict:
-    """The summary beside a results file; empty where there is none that can be read."""
+    """The summary beside a results file; without what a hand has put out of shape, and empty where
+    there is none that can be read."""
     try:
         summary = json.loads(summary_path(path).read_bytes())
     except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    shapes = {"settings": dict, "arguments": dict, "articles": list}
+    items = summary.items() if isinstance(summary, dict) else ()
+    return {name: v for name, v in items if isinstance(v, shapes.get(name, object))}
 
 
 def articles_by_idx(summary: Mapping) -> dict[int, str]:
     """Each question's article, of those that have one, from a summary's run lengths."""
-    runs = ([article] * count for article, count in summary.get("articles", []))
-    every = enumerate(itertools.chain.from_iterable(runs))
-    return {idx: article for idx, article in every if article is not None}
+    runs = summary.get("articles", [])
+    if not all(isinstance(run, list) and [type(x) for x in run[1:]] == [int] for run in runs):
+        return {}
+    every = itertools.chain.from_iterable([article] * count for article, count in runs)
+    return {idx: article for idx, article in enumerate(every) if isinstance(article, str)}

@@ -1,6 +1,5 @@
 """The results file as it is written: whatever kills the run, its whole lines are valid and stay."""
 
-import contextlib
 import fcntl
 import itertools
 import json
@@ -8,9 +7,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from context_qa.files import named_errors, write_whole
 from context_qa.metrics import summarize
 from context_qa.results import articles_by_idx, read_summary, summary_path, whole_rows
 from errors import UserError
@@ -57,7 +57,7 @@ class ResultsFile:
     def _open(self) -> int:
         if os.path.isdir(summary_path(self.path)):  # else told only after all is computed
             raise UserError(f"{summary_path(self.path)}: cannot be written (a folder)")
-        with _named(self.path):
+        with named_errors(self.path):
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class ResultsFile:
                 raise self._refusal(f"another question in line {line} than the data at idx {idx}")
             seen.add(idx)
         self.rows, self.size = rows, size
-        with _named(self.path):
+        with named_errors(self.path):
             os.ftruncate(self.descriptor, size)
 
     def _refusal(self, reason: str) -> UserError:
@@ -116,7 +116,7 @@ class ResultsFile:
             return
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         data = memoryview("".join(lines).encode())
-        with _named(self.path):
+        with named_errors(self.path):
             if not self.rows:  # what was there goes now that there are new results
                 os.ftruncate(self.descriptor, 0)
                 self._write_summary({"complete": False} | self.record)
@@ -137,7 +137,7 @@ class ResultsFile:
         if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
             self.rows.sort(key=lambda row: row["idx"])
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-            _replace(self.path, "".join(lines))
+            write_whole(self.path, "".join(lines))
         summary = {
             "complete": True,
             **summarize(self.rows, articles_by_idx(self.record)),
@@ -152,34 +152,9 @@ class ResultsFile:
         return summary
 
     def _write_summary(self, summary: dict) -> None:
-        _replace(summary_path(self.path), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_whole(summary_path(self.path), json.dumps(summary, indent=2) + "\n")
 
 
 def _is_of(row: Mapping, example: Example) -> bool:
     found = row["id"], row["context"], row["question"], tuple(row["answers"])
     return found == (example.id, example.context, example.question, example.answers)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path = Path(os.path.realpath(path))
-    new = path.with_name(f"{path.name}.tmp")
-    with _named(path):
-        try:
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError as a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -10,9 +10,9 @@ reference answer, or "I don't know." where there is none. Run it from the reposi
 
 import argparse
 import json
-import os
 from pathlib import Path
 
+from context_qa.files import write_whole
 from errors import UserError, keep_inputs, run_script
 from squad_utils import Example, read_examples
 
@@ -65,22 +65,7 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
 
 def write_oxen_layout(examples: list[Example], output: str) -> None:
     """Write the file, whole or not at all, byte for byte as Oxen's are written."""
-    if os.path.exists(output) and not os.path.isfile(output):  # a folder, a pipe, a device
-        raise UserError(f"{output}: cannot be written (not a file); give another OUTPUT")
-    path = Path(os.path.realpath(output))  # a link stays one
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(oxen_line(example) for example in examples)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); give another OUTPUT"
-        ) from error
+    write_whole(output, "".join(map(oxen_line, examples)))
 
 
 def oxen_line(example: Example) -> str:

@@ -73,7 +73,9 @@ def test_tuning_needs_questions_of_both_kinds(run, data, tmp_path):
     scored, other = data
     lines = other.read_text("utf-8").splitlines(keepends=True)
     answered = tmp_path / "answered.jsonl"
-    answered.write_text("".join(line for line in lines if json.loads(line)["response"] != NO_ANSWER), "utf-8")
+    answered.write_text(
+        "".join(line for line in lines if json.loads(line)["response"] != NO_ANSWER), "utf-8"
+    )
     with pytest.raises(UserError, match=r"needs answerable and unanswerable .*--negatives"):
         run(scored, "--tune_on", answered)
     _, summary = run(scored, "--tune_on", answered, "--negatives", "random")

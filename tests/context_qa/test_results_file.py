@@ -229,7 +229,7 @@ def fill(path: Path) -> None:
     for _ in range(2):
         with opened(path, examples=many) as results:
             count = len(results.rows)
-            with pytest.raises(UserError, match=r"results\.jsonl: cannot be written \(.+\)$"):
+            with pytest.raises(UserError, match=r"results\.jsonl: cannot be written \(.+\); mend"):
                 for idx in range(count, len(many), 7):
                     results.write(rows[idx : idx + 7])
             written = list(results.rows)

@@ -1,0 +1,40 @@
+"""Show a results file as one HTML page: scores, charts, and every question with its context.
+
+    python report_results.py results/demo.jsonl
+    python report_results.py results/demo.jsonl --output report.html
+
+The page is one file that needs no network: open it in a browser, send it to a colleague. Its table
+of all questions can be searched, sorted and filtered; a click on a row shows the context with the
+guess marked. The same results give the same page, byte for byte.
+"""
+
+import argparse
+from pathlib import Path
+
+from context_qa.files import write_whole
+from context_qa.report import report_page
+from context_qa.results import read_results, read_summary, summary_path
+from errors import keep_inputs, run_script
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", metavar="RESULTS", help="JSONL, of an evaluation")
+    about = "the page to write (default: RESULTS with the suffix .html)"
+    parser.add_argument("--output", metavar="FILE", help=about)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    rows = read_results(args.results)
+    output = args.output or str(Path(args.results).with_suffix(".html"))
+    keep_inputs(output, args.results, str(summary_path(args.results)))
+    page = report_page(rows, read_summary(args.results), Path(args.results).name)
+    write_whole(output, page)
+    print(output)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,421 @@
+"""report_results.py: one page that needs nothing else, shows hostile texts as texts, and works."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import report_results
+from context_qa.results import Answer, result_row, summary_path
+from errors import run_script
+from squad_utils import NO_ANSWER, Example
+
+ROOT = Path(__file__).parents[1]
+OSLO = "Bo is from\u2028Oslo, “Norway”, and Ann from Bergen. Westoslo? No Osloite but Bo left OSLO."
+ROME = "Rome (Italian: Roma) is old. In a.d. 80 it had 1,000 fountains."
+HOSTILE = """</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> {{data}} ${x}' &"""
+
+
+def row(idx: int, guess: str, answers=("Oslo",), confidence=0.5, context=OSLO, **changed) -> dict:
+    example = Example(f"q{idx}", context, "Where is Bo from?", answers)
+    no_answer = None if confidence is None else 1 - confidence
+    answer = Answer(guess, confidence, no_answer, 0.125, 40 + idx, 2)
+    return result_row(idx, example, answer) | changed
+
+
+ROWS = [
+    row(0, "Oslo", ("Oslo", "in Oslo", "Oslo"), 0.9),
+    row(1, "Rome", ("the 1,000 fountains",), 0.4, ROME, question="How many has it?"),
+    row(2, NO_ANSWER, (), 0.7, ROME, question="Who is Ann?"),
+    row(3, "Bergen", (), 0.2, question="Which town is Ann's?"),
+    row(4, NO_ANSWER, ("Norway",), 0.3),
+    row(5, NO_ANSWER, (), 0.8, ROME, id="q0#random"),
+]
+SUMMARY = {
+    "complete": True,
+    "articles": [["Norway", 2], ["Italy", 4]],
+    "arguments": {"model": "models/demo", "data": "some.jsonl", "dtype": "auto", "limit": None},
+    "settings": {"model": "1f0c", "dtype": "float32"},
+}
+
+
+def write(path: Path, rows: list[dict], summary: dict | None = None) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if summary is not None:
+        summary_path(path).write_text(json.dumps(summary))
+    return path
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["report_results.py", *map(str, arguments)])
+    report_results.main(report_results.parse_args())
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    return write(tmp_path / "results.jsonl", ROWS, SUMMARY)
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """The page of these rows and this summary."""
+
+    def make(rows: list[dict], summary: dict | None = None) -> str:
+        run(monkeypatch, write(tmp_path / "made.jsonl", rows, summary))
+        return (tmp_path / "made.html").read_bytes().decode()
+
+    return make
+
+
+@pytest.fixture
+def fail(monkeypatch, capfd):
+    """Run the script on arguments that cannot work; its one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["report_results.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run_script(report_results.main, report_results.parse_args)
+        out, err = capfd.readouterr()
+        assert caught.value.code == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+class Page(HTMLParser):
+    """The elements of a page, as (tag, attributes), and its texts outside of scripts."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] not in ("script", "style"):
+            self.text += data
+
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.elements]
+
+
+def data_of(html: str) -> dict:
+    """What the page's table shows."""
+    return json.loads(re.search(r'<script [^>]*id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def table(html: str, label: str) -> list[list[str]]:
+    """The texts of the cells of a table."""
+    inside = re.search(rf'<table class="figures" aria-label="{label}.*?</table>', html, re.DOTALL)
+    lines = re.findall("<tr>(.*?)</tr>", inside[0], re.DOTALL)
+    cells = [re.findall("<t[hd].*?>(.*?)</t[hd]>", line, re.DOTALL) for line in lines]
+    return [[unescape(re.sub("<.*?>", " ", cell)).strip() for cell in line] for line in cells]
+
+
+def test_the_documented_command_gives_the_same_page_every_time(results, report):
+    command = [sys.executable, "report_results.py", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    page = results.with_suffix(".html")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{page}\n", "")
+    assert page.read_text("utf-8") == report(ROWS, SUMMARY).replace("made.jsonl", "results.jsonl")
+    assert sorted(path.name for path in results.parent.iterdir() if "made" not in path.name) == [
+        "results.html",
+        "results.jsonl",
+        "results.jsonl.summary.json",
+    ]
+
+
+def test_no_torch_is_needed():
+    code = "import sys; sys.modules['torch'] = None; import report_results"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_page_needs_nothing_else(report):
+    html = report(ROWS, SUMMARY)
+    page = Page(html)
+    assert page.tags().count("svg") == 3
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"' <]*", html)) == namespaces
+    assert not {"link", "img", "iframe", "object", "image"} & set(page.tags())
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "href", "action"} & set(attributes)
+        assert attributes.get("xlink:href", "#")[0] == "#"
+    drawn = set(re.findall(r'(?:xlink:href="|url\()#([\w-]+)', html))
+    assert len(drawn) > 3 and drawn <= set(ids)
+
+
+def test_scores_and_their_intervals(report):
+    html = report(ROWS, SUMMARY)
+    header, *lines = table(html, "Scores")
+    assert header == ["percent", "questions", "exact match", "F1", "raw match"]
+    assert [line[:2] for line in lines] == [
+        ["all", "5"],
+        ["with answer", "3"],
+        ["without answer", "2"],
+        ["negatives", "1"],
+    ]
+    assert [re.match(r"[\d.]+", line[2])[0] for line in lines] == ["40.0", "33.3", "50.0", "100.0"]
+    assert re.search(r"\d–\d", lines[0][2]) and "–" not in lines[3][2]  # one article: no interval
+    assert "bootstrap over 2 articles" in html
+    header, *lines = table(html, "Abstention")
+    assert header == ["", "own questions", "with negatives"]
+    abstentions, unanswerable, precision, recall, f1, *of_confidence = (line[1:] for line in lines)
+    assert (abstentions, unanswerable) == (["2", "3"], ["2", "3"])
+    assert precision == recall == f1 == ["50.0 %", "66.7 %"]
+    assert len(of_confidence) == 3
+
+
+def test_what_was_evaluated(report):
+    html = report(ROWS, SUMMARY)
+    assert "<h1>models/demo on some.jsonl</h1>" in html
+    assert "6 questions on 2 contexts; 3 with an answer, 2 without an answer, 1 negatives" in html
+    assert "<dt>dtype</dt><dd>float32</dd>" in html and "<dt>limit</dt>" not in html
+    assert "Incomplete" not in html
+
+
+def test_without_a_summary(report):
+    html = report(ROWS)
+    assert "<h1>made.jsonl</h1>" in html and "No summary stands beside" in html
+    assert "bootstrap over 5 questions" in html
+
+
+def test_an_incomplete_run_says_so(report):
+    html = report(ROWS[:2], SUMMARY | {"complete": False})
+    assert "Incomplete run: the figures are those of the 2 of 6 questions" in html
+
+
+def test_a_baseline_without_confidences(report):
+    html = report([row(0, "Oslo", confidence=None), row(1, "", (), confidence=None)])
+    assert "<svg" not in html and "these results hold no confidences" in html
+    assert [label for label, *_ in table(html, "Abstention")][-1].startswith("F1")
+    data = data_of(html)
+    assert data["rows"][0][data["fields"].index("confidence")] is None
+
+
+@pytest.mark.parametrize("rows", [[row(0, "Oslo")], [row(7, "Oslo", ()), row(8, NO_ANSWER, ())]])
+def test_one_row_or_one_kind_of_question(report, rows):
+    html = report(rows)
+    assert html.count("<svg") == 2 and "No chart of answerability" in html
+    assert len(data_of(html)["rows"]) == len(rows)
+
+
+def test_a_figure_of_zero_is_shown(report):
+    html = report([row(0, NO_ANSWER), row(1, "Oslo", ())])
+    assert ["0.0 %"] in [cells for _, *cells in table(html, "Abstention")]
+
+
+def test_hostile_texts_stay_texts(report):
+    texts = dict.fromkeys(("id", "question", "guess", "context", "answer"), HOSTILE)
+    hostile = row(0, "Oslo") | texts | {"answers": [HOSTILE, "other"]}
+    arguments = dict.fromkeys(("model", "data", HOSTILE), HOSTILE) | {"tokenizer": "\ud800"}
+    summary = {"arguments": arguments, "settings": {"x": [HOSTILE]}, "articles": [[HOSTILE, 1]]}
+    html, plain = report([hostile, *ROWS], summary), report(ROWS, SUMMARY)
+    assert Page(html).tags().count("script") == 2
+    assert set(Page(html).tags()) == set(Page(plain).tags())
+    assert HOSTILE in Page(html).text
+    data = data_of(html)
+    shown = dict(zip(data["fields"], data["rows"][0], strict=True))
+    assert shown["question"] == shown["guess"] == shown["id"] == HOSTILE
+    assert shown["answers"] == [HOSTILE, "other"]
+    assert data["contexts"] == [HOSTILE, OSLO, ROME]
+
+
+def test_the_default_output_stands_beside_the_results(monkeypatch, capsys, results, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "results.jsonl")
+    assert capsys.readouterr().out == "results.html\n"
+    run(monkeypatch, results, "--output", tmp_path / "new" / "folder" / "page.htm")
+    written = (tmp_path / "new" / "folder" / "page.htm").read_bytes()
+    assert written == (tmp_path / "results.html").read_bytes()
+
+
+def test_inputs_are_kept(fail, results, tmp_path):
+    before = results.read_bytes(), summary_path(results).read_bytes()
+    link = tmp_path / "link.html"
+    link.symlink_to(results)
+    for output in (results, link, summary_path(results)):
+        assert "would be lost" in fail(results, "--output", output)
+    assert "would be lost" in fail(link)  # its default output is itself
+    assert (results.read_bytes(), summary_path(results).read_bytes()) == before
+
+
+def test_outputs_that_cannot_be_written(fail, results, tmp_path):
+    names = sorted(tmp_path.iterdir())
+    for output in (tmp_path, results / "x.html", tmp_path / ("x" * 300), "/dev/null"):
+        assert f"error: {output}: cannot be written (" in fail(results, "--output", output)
+    assert sorted(tmp_path.iterdir()) == names
+    assert Path("/dev/null").is_char_device()
+
+
+def test_files_without_results(fail, results, tmp_path):
+    assert "missing.jsonl: cannot be read (No such file" in fail(tmp_path / "missing.jsonl")
+    assert "cannot be read (Is a directory)" in fail("/")
+    results.write_text("{}\n")
+    assert f"{results} line 1: no results row" in fail(results)
+    write(results, ROWS[5:])
+    assert "results.jsonl: unanswerable copies alone" in fail(results)
+    assert not results.with_suffix(".html").exists()
+
+
+def test_without_matplotlib(monkeypatch, fail, results):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in fail(results)
+
+
+# In a browser
+
+TRY_IT = """
+<script>
+const seen = {};
+const cells = (name) => {
+  const column = headers.findIndex((header) => header.dataset.field === name);
+  return [...body.querySelectorAll(".row")].map((line) => line.cells[column].textContent);
+};
+const pause = () => new Promise((done) => setTimeout(done, 500));
+const type = async (text) => {
+  search.value = text;
+  search.dispatchEvent(new Event("input", { bubbles: true }));
+  await pause();
+  return [counter.value, cells("idx")];
+};
+const show = (name) => {
+  filters.querySelector(`[value=${name}]`).click();
+  return cells("idx");
+};
+const sort = (name) => {
+  const header = headers.find((header) => header.dataset.field === name);
+  header.querySelector("button").click();
+  return [header.getAttribute("aria-sort"), cells("idx")];
+};
+const press = (key) => document.activeElement.dispatchEvent(
+  new KeyboardEvent("keydown", { key, bubbles: true }));
+addEventListener("load", async () => {
+  seen.drawn = cells("idx");
+  seen.all = counter.value;
+  seen.question = await type("WHO is");
+  seen.context = await type("roma)");
+  seen.answers = await type("in oslo");
+  seen.nothing = await type("nowhere <b>");
+  await type("");
+  seen.filters = Object.fromEntries(Object.keys(FILTERS).map((name) => [name, show(name)]));
+  seen.both = (show("wrong"), await type("norway"));
+  await type("");
+  show("all");
+  seen.up = sort("confidence");
+  seen.down = sort("confidence");
+  seen.texts = sort("guess");
+  sort("idx");
+  body.querySelector("button").focus();
+  press("ArrowDown"); press("ArrowDown"); press("ArrowUp");
+  seen.focused = document.activeElement.closest("tr").cells[0].textContent;
+  const open = (place) => {
+    body.querySelectorAll(".row")[place].click();
+    const detail = body.querySelector(".detail");
+    const marks = [...detail.querySelectorAll("p mark")].map((m) => [m.textContent, m.className]);
+    return [detail, marks];
+  };
+  seen.hostile_marks = open(6)[1];
+  body.querySelectorAll(".row")[6].click();
+  const [detail, marks] = open(0);
+  seen.marks = marks;
+  seen.context_text = detail.querySelector("p").textContent;
+  seen.detail = [...detail.querySelectorAll("dl div")].map((line) =>
+    [...line.children].map((cell) => cell.textContent));
+  seen.expanded = body.querySelector("button").getAttribute("aria-expanded");
+  body.querySelector(".row").click();
+  seen.closed = body.querySelector(".detail") === null;
+  seen.fits = document.documentElement.scrollWidth <= innerWidth;
+  seen.images = document.images.length;
+  seen.errors = errors;
+  document.body.replaceChildren(element("pre", { id: "seen" }, JSON.stringify(seen)));
+});
+</script>
+"""
+CATCH = """<head><script>
+const errors = [];
+window.alert = () => errors.push("alert");
+addEventListener("error", (event) => errors.push(event.message));
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict:
+    """What a browser shows to a user who searches, filters, sorts and opens a row."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("needs a browser: the Debian package chromium")
+    folder = tmp_path_factory.mktemp("browser")
+    rows = [*ROWS, row(6, HOSTILE, ("$x+(", "ROM"), 0.6, HOSTILE + " Rome, $X+( and Roman")]
+    html = report_results.report_page(rows, SUMMARY, "results.jsonl")
+    (folder / "page.html").write_text(html.replace("<head>", CATCH) + TRY_IT, "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+    command = [browser, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900"]
+    command += ["--dump-dom", f"file://{folder / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search('<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr
+    return json.loads(unescape(found[1]))
+
+
+def test_in_a_browser_all_rows_are_shown_without_errors(seen):
+    assert seen["errors"] == []
+    assert seen["drawn"] == list("0123456") and seen["all"] == "7 of 7 questions"
+    assert seen["fits"] and seen["images"] == 0
+
+
+def test_in_a_browser_search_finds_questions_answers_and_contexts(seen):
+    assert seen["question"] == ["1 of 7 questions", ["2"]]
+    assert seen["context"] == ["3 of 7 questions", ["1", "2", "5"]]
+    assert seen["answers"] == ["1 of 7 questions", ["0"]]
+    assert seen["nothing"] == ["0 of 7 questions", []]
+
+
+def test_in_a_browser_filters(seen):
+    assert seen["filters"] == {
+        "all": list("0123456"),
+        "wrong": ["1", "3", "4", "6"],
+        "right": ["0", "2", "5"],
+        "abstained": ["2", "4", "5"],
+        "should_have": ["3"],
+        "negatives": ["5"],
+    }
+    assert seen["both"] == ["2 of 7 questions", ["3", "4"]]
+
+
+def test_in_a_browser_sorting(seen):
+    assert seen["up"] == ["ascending", ["3", "4", "1", "6", "2", "5", "0"]]
+    assert seen["down"] == ["descending", ["0", "5", "2", "6", "1", "4", "3"]]
+    assert seen["texts"][1][1:] == ["3", "5", "2", "4", "0", "1"]
+
+
+def test_in_a_browser_a_row_opens_with_its_guess_marked(seen):
+    assert seen["focused"] == "1"
+    # Not in "Westoslo" or "Osloite": whole words stand elsewhere.
+    assert seen["marks"] == [["Oslo", "guess reference"], ["OSLO", "guess reference"]]
+    assert seen["hostile_marks"] == [
+        [HOSTILE, "guess"],
+        ["Rom", "reference"],
+        ["$X+(", "reference"],
+        ["Rom", "reference"],
+    ]
+    assert seen["context_text"] == OSLO
+    assert ["references", "Oslo; in Oslo"] in seen["detail"]
+    assert ["tokens", "40 read, 2 written"] in seen["detail"]
+    assert ["id", "q0 (idx 0)"] in seen["detail"]
+    assert seen["expanded"] == "true" and seen["closed"]
