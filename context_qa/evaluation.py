@@ -181,6 +181,7 @@ class _Run:
 
     @functools.cached_property
     def _model_and_tokenizer(self):
+        torch.manual_seed(0)  # for the weights, should MODEL be a config file
         return load_model_and_tokenizer(
             self.args.model, self.args.tokenizer, self.device, self.dtype
         )
@@ -220,7 +221,9 @@ def print_summary(summary: Mapping) -> None:
                 f"{exact_match:5.1f} {_interval(intervals, prefix + 'exact_match'):15}"
                 f"{f1:5.1f} {_interval(intervals, prefix + 'f1'):15}{is_correct:5.1f}"
             )
-    print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}\n")
+    if intervals:
+        print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}")
+    print()
     parts = [part for part in ("abstention", "abstention_with_negatives") if part in summary]
     print(f"{'':32}" + "".join(f"{part.replace('_', ' '):>27}" for part in parts).rstrip())
     for name in dict.fromkeys(name for part in parts for name in summary[part]):

@@ -137,17 +137,21 @@ def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
     assert rows[0]["confidence"] != pytest.approx(rows[1]["confidence"], rel=1e-4)
 
 
-def test_ctrl_c_leaves_whole_lines_and_says_so(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
+)
+def test_a_signal_leaves_whole_lines_and_is_told(trained, tmp_path, sent, code, said):
     data = write_rows(tmp_path / "data.jsonl", ROWS * 2000)
     results = tmp_path / "results.jsonl"
     process = start(EVAL, trained.model, data, results, "--max_batch_tokens", 500)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.endswith("interrupted\n") and "Traceback" not in err
+    assert process.returncode == code
+    assert err.endswith(said) and "Traceback" not in err
     content = results.read_text()
     assert content.endswith("\n")
     rows = read_rows(results)
@@ -400,6 +404,8 @@ def test_what_was_answered_is_written_when_an_evaluation_breaks_off(
         (PROMPT, ["m"]),
         (PROMPT_N_SHOT, ["m"]),
         ("query_results", ["r", "s"]),
+        ("compare_results", ["a", "b"]),
+        ("report_results", ["r"]),
     ],
 )
 def test_help_fits_a_screen_and_says_each_default(script, required, monkeypatch, capsys):
