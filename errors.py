@@ -11,10 +11,18 @@ class UserError(Exception):
     """Bad input, a missing file, an unusable setting. The message names the thing and the mend."""
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come: as a Ctrl-C, it ends the script by way of every `finally`."""
+
+
 def run_script(main, parse_args) -> None:
     """Run a script's `main(parse_args())`: exit 2 with one line on a UserError or a path that the
     system refuses, 130 on Ctrl-C, 143 on SIGTERM."""
-    signal.signal(signal.SIGTERM, _terminate)
+
+    def terminate(signal_number, frame):
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(parse_args())
         sys.stdout.flush()
@@ -22,6 +30,8 @@ def run_script(main, parse_args) -> None:
         sys.exit(_report(f"error: {error}", code=2))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted", code=130))
+    except _Terminated:
+        sys.exit(_report("terminated", code=143))
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -65,10 +75,6 @@ def probability(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
     return value
-
-
-def _terminate(signal_number, frame) -> None:
-    sys.exit(_report("terminated", code=143))
 
 
 def _report(line: str, code: int) -> int:
