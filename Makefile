@@ -51,7 +51,7 @@ models/demo_first/.finished: | setup
 	@touch $@
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup  # what is too long for every time: twenty kills, one after the other
 	$(RUN) -m pytest -m slow
