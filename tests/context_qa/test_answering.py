@@ -392,7 +392,7 @@ def test_batches_that_are_done_are_left_out_and_others_stay_the_same(
     answerer = Answerer(attentive, tokenizer, 4, max_batch_tokens)
     batches = list(answerer.answer(PROMPTS))
     whole = {place: answer for batch in batches for place, answer in batch.items()}
-    for kept in range(len(batches)):
+    for kept in {0, len(batches) // 2, len(batches) - 1}:
         done = {place for batch in batches[:kept] for place in batch}
         if len(batches[kept]) > 1:
             done.add(next(iter(batches[kept])))  # a batch of which a kill left a part
