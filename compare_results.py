@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int]:
     """Rows of the questions that are in both files, in the same order, and how many are in one
     only. UserError where the data was not the same."""
-    by_idx_a, by_idx_b = ({row["idx"]: row for row in read_results(p)} for p in (path_a, path_b))
+    by_idx_a, by_idx_b = by_idx(path_a), by_idx(path_b)
     common = sorted(by_idx_a.keys() & by_idx_b.keys())
     for idx in common:
         row_a, row_b = by_idx_a[idx], by_idx_b[idx]
@@ -67,6 +67,14 @@ def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int]:
         raise UserError(f"{path_a} and {path_b}: no question is in both")
     left_out = len(by_idx_a) + len(by_idx_b) - 2 * len(common)
     return [by_idx_a[idx] for idx in common], [by_idx_b[idx] for idx in common], left_out
+
+
+def by_idx(path: str) -> dict[int, dict]:
+    rows = read_results(path)
+    found = {row["idx"]: row for row in rows}
+    if len(found) < len(rows):
+        raise UserError(f"{path}: an idx is there twice; give the file of one run")
+    return found
 
 
 def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[int, str]) -> dict:
@@ -91,7 +99,8 @@ def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[i
 
 
 def mcnemar(rows_a: Sequence[dict], rows_b: Sequence[dict]) -> dict:
-    """McNemar's exact two-sided test (1947) of whether both have as many exact matches."""
+    """McNemar's exact two-sided test (1947) of whether both have as many exact matches. It takes
+    questions for independent, as the intervals over articles do not."""
     from scipy.stats import binomtest
 
     only_a, only_b = len(flips(rows_a, rows_b)), len(flips(rows_b, rows_a))

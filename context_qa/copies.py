@@ -1,6 +1,6 @@
 """Unanswerable copies: the data's own questions, asked where they have no answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from squad_utils import NEGATIVE_KINDS, Example, NegativeSampler
 
@@ -8,21 +8,24 @@ _MARKS = tuple(f"#{kind}" for kind in NEGATIVE_KINDS)
 
 
 def unanswerable_copies(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
-    """Each question once more, on a context that does not answer it, its id marked by the kind.
+    """Each answerable question once more, on a context that does not answer it, its id marked by
+    the kind: of an unanswerable one nothing is known that could rule a context out.
 
     Those on one context stand together, contexts in the order of the examples', so that each is
-    read once. A question for which no context is fit is left out. See NegativeSampler.
+    read once. A question is left out for which no context is fit, or the drawn one has another
+    example of the same words with an answer. See NegativeSampler.
     """
     contexts = NegativeSampler(examples, kind, seed).contexts(epoch=0)
+    answered = {(e.context, e.question) for e in examples if e.is_answerable}
     copies = [
         Example(f"{example.id}#{kind}", context, example.question, (), example.article)
         for example, context in zip(examples, contexts, strict=True)
-        if context is not None
+        if example.is_answerable and context and (context, example.question) not in answered
     ]
     order = {e.context: place for place, e in enumerate(examples)}
     return sorted(copies, key=lambda copy: order[copy.context])
 
 
-def is_copy(identifier: str) -> bool:
-    """Whether a question's id is that of an unanswerable copy."""
-    return identifier.endswith(_MARKS)
+def is_copy(row: Mapping) -> bool:
+    """Whether a result is that of an unanswerable copy."""
+    return row["id"].endswith(_MARKS) and not row["answers"]

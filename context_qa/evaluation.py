@@ -14,7 +14,7 @@ from context_qa.answering import MAX_BATCH_TOKENS, Answerer
 from context_qa.copies import unanswerable_copies
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.provenance import run_record, sha256
-from context_qa.results import Answer, read_summary, result_row
+from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
 from errors import UserError, keep_inputs, positive_int
@@ -56,7 +56,8 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
 
     Under torchrun the processes share the work, and the first one writes.
     """
-    keep_inputs(args.output, args.data, args.tune_on)
+    for output in (args.output, _tuning(args.output)):
+        keep_inputs(output, args.data, args.tune_on)
     has_threshold = args.no_answer_threshold is not None or args.tune_on is not None
     if args.model == SLIDING_WINDOW and (has_threshold or args.constrain_to_context):
         raise UserError(
@@ -75,6 +76,10 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
     summary, _ = run.answer(examples, args.data, args.output, threshold)
     if processes.is_main_process:
         print_summary(summary)
+
+
+def _tuning(output: str) -> str:
+    return f"{output}.tuning.jsonl"
 
 
 class _Run:
@@ -112,10 +117,9 @@ class _Run:
                 f"--tune_on {source}: needs answerable and unanswerable questions; --negatives "
                 "adds unanswerable copies"
             )
-        output = f"{self.args.output}.tuning.jsonl"
-        _, rows = self.answer(examples, source, output, threshold=1.0)  # none abstains
-        found = [tuned_threshold(rows) if rows else None]
-        [threshold] = broadcast_object_list(found)
+        output = _tuning(self.args.output)
+        _, rows = self.answer(examples, source, output, threshold=1.0)  # none is to abstain
+        threshold = _from_first(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
             print(f"no-answer threshold {threshold:.6g}, tuned on {source}")
         return threshold
@@ -132,14 +136,14 @@ class _Run:
                 record = self._record(source, threshold)
                 file = ResultsFile(output, examples, record, self.args.overwrite)
                 results = stack.enter_context(file)
-            [done] = broadcast_object_list([results.done if results else None])
+            done = _from_first(results.done if results else None)
             if len(done) < len(examples):
                 batches = self._answers(examples, done, threshold)
                 progress = tqdm(
                     total=len(examples), initial=len(done), unit="question", disable=not is_main
                 )
                 stack.enter_context(progress)
-                for step in self._in_step(batches):
+                for step in _in_step(batches):
                     if results is not None:
                         rows = [
                             result_row(idx, examples[idx], answer)
@@ -149,16 +153,17 @@ class _Run:
                         ]
                         results.write(rows)
                         progress.update(len(rows))
-            return self._finished(results, output) if results else ({}, [])
+            return (self._finished(results), results.rows) if results else ({}, [])
 
     def _record(self, source: str, threshold: float | None) -> dict:
         record = run_record(self.args, self.args.model, source)
-        chosen = ("limit", "max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
+        chosen = ("max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
         settings = {
             "model": record["model_sha256"] or self.args.model,
             "tokenizer": self.args.tokenizer
             and (sha256(self.args.tokenizer) or self.args.tokenizer),
             "data": record["data_sha256"] or source,
+            "limit": self.args.limit if source == self.args.data else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "no_answer_threshold": threshold,
         }
@@ -186,27 +191,37 @@ class _Run:
             self.args.model, self.args.tokenizer, self.device, self.dtype
         )
 
-    @staticmethod
-    def _in_step(batches: Iterator[dict[int, Answer]]) -> Iterator[list[dict[int, Answer]]]:
-        """The next batch of every process, until none has one more."""
-        while True:
-            batch = next(batches, None)
-            try:
-                step = gather_object([batch])
-            except RuntimeError as error:  # of the connection
-                raise UserError("another process has stopped: its message is above") from error
-            if not any(step):
-                return
-            yield [batch for batch in step if batch]
-
-    def _finished(self, results: ResultsFile, output: str) -> tuple[dict, list[dict]]:
-        earlier = read_summary(output)
-        if results.num_resumed == len(results.examples) and earlier.get("complete"):
-            return earlier, results.rows
+    def _finished(self, results: ResultsFile) -> dict:
         measured = {"device": str(self.device), "processes": self.processes.num_processes}
         if self.device.type == "cuda":
             measured["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return results.finish(**measured), results.rows
+        return results.finish(**measured)
+
+
+@contextlib.contextmanager
+def _others_may_stop() -> Iterator[None]:
+    """A connection that breaks as a line that says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError("another process has stopped: it says why") from error
+
+
+def _from_first(value):
+    """The value that the first process has."""
+    with _others_may_stop():
+        return broadcast_object_list([value])[0]
+
+
+def _in_step(batches: Iterator[dict[int, Answer]]) -> Iterator[list[dict[int, Answer]]]:
+    """The next batch of every process, until none has one more."""
+    while True:
+        batch = next(batches, None)
+        with _others_may_stop():
+            step = gather_object([batch])
+        if not any(step):
+            return
+        yield [batch for batch in step if batch]
 
 
 def print_summary(summary: Mapping) -> None:

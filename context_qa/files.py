@@ -1,6 +1,7 @@
 """Writing files that are there whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +24,54 @@ def write_whole(output: str | Path, text: str) -> None:
     if anything goes wrong. UserError where it cannot be written."""
     if os.path.exists(output) and not os.path.isfile(output):  # a folder, a pipe, a device
         raise UserError(f"{output}: cannot be written (not a file); give another path")
-    path = Path(os.path.realpath(output))  # a link stays one
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with named_errors(output):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                # A name on a command line can hold what UTF-8 cannot.
-                file.write(text.encode(errors="replace"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        os.close(replaced(output, text))
+
+
+def replaced(output: str | Path, text: str) -> int:
+    """Write as `write_whole`, in a folder that is there; the new file's descriptor, on which the
+    lock is that `locked` takes. Raises OSError."""
+    path = Path(os.path.realpath(output))  # a link stays one
+    partial = path.with_name(f"{path.name}.partial")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        if path.exists():
+            os.fchmod(descriptor, path.stat().st_mode)
+        locked(descriptor)
+        # A name on a command line can hold what UTF-8 cannot.
+        write_at(descriptor, text.encode(errors="replace"), 0)
+        os.replace(partial, path)
+    except BaseException:
+        os.close(descriptor)
+        partial.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def write_at(descriptor: int, data: bytes, place: int) -> None:
+    """Write all of the data at a place in a file, and have it on the disk."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, memoryview(data)[written:], place + written)
+    os.fsync(descriptor)
+
+
+def locked(descriptor: int) -> bool:
+    """Whether this process is now the one that has the file's lock, until it closes it; True too
+    where a file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_at(descriptor: int, path: str | Path) -> bool:
+    """Whether an open file is still the one that stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -48,7 +48,7 @@ def parts(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     answer, and the unanswerable copies."""
     own, copies = [], []
     for row in rows:
-        (copies if is_copy(row["id"]) else own).append(row)
+        (copies if is_copy(row) else own).append(row)
     answered = [row for row in own if row["answers"]]
     unanswerable = [row for row in own if not row["answers"]]
     found = zip(PARTS, (own, answered, unanswerable, copies), strict=True)
@@ -156,7 +156,8 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
 
 def has_confidence(rows: Iterable[Mapping]) -> bool:
     """Whether rows come from a model, not from a baseline without probabilities."""
-    return all(row["confidence"] is not None for row in rows)
+    names = ("confidence", "no_answer_probability")
+    return all(row[name] is not None for row in rows for name in names)
 
 
 def risk_coverage(rows: Sequence[Mapping]) -> Curve:

@@ -7,7 +7,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-_MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json")
+_MODEL_FILES = (
+    *("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json", "vocab.json"),
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+)
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 

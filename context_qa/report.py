@@ -100,7 +100,7 @@ def table_data(rows: Iterable[Mapping]) -> dict:
             "answers": list(dict.fromkeys(row["answers"])),
             "context": contexts.setdefault(row["context"], len(contexts)),
             "abstains": abstains(row["guess"]),
-            "negative": is_copy(row["id"]),
+            "negative": is_copy(row),
             **{name: row[name] for name in ("is_correct", "num_tokens", "num_new_tokens")},
             **{
                 name: row[name] if row[name] is None else float(f"{row[name]:.5g}")
@@ -181,8 +181,8 @@ def _title(summary: Mapping, name: str) -> str:
 def _notice(rows: Sequence[Mapping], summary: Mapping) -> str:
     if summary.get("complete") is not False:
         return ""
-    asked = sum(count for _, count in summary.get("articles", []))
-    there = f"{len(rows):,} of {asked:,}" if asked else f"{len(rows):,}"
+    asked = summary.get("num_questions")
+    there = f"{len(rows):,} of {asked:,}" if type(asked) is int else f"{len(rows):,}"
     text = f"Incomplete run: the figures are those of the {there} questions that it has answered."
     return f'<p class="notice" role="note">{text}</p>'
 

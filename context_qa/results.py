@@ -30,6 +30,7 @@ FIELDS = {
     "tokens_per_sec": float,
 }
 NULLABLE = ("confidence", "no_answer_probability")  # of a baseline that has no probabilities
+SHARES = ("exact_match", "f1", *NULLABLE)  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _fits(value: object, kind: type, name: str) -> bool:
         return type(value) is list and all(_is_text(text) for text in value)
     if kind is str:
         return _is_text(value)
-    if name in NULLABLE:
+    if name in SHARES:
         return type(value) in (float, int) and 0 <= value <= 1
     if kind is float and type(value) is float:
         return math.isfinite(value)
@@ -151,7 +152,7 @@ def read_summary(path: str | Path) -> dict:
     there is none that can be read."""
     try:
         summary = json.loads(summary_path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     shapes = {"settings": dict, "arguments": dict, "articles": list}
     items = summary.items() if isinstance(summary, dict) else ()

@@ -1,6 +1,5 @@
 """The results file as it is written: whatever kills the run, its whole lines are valid and stay."""
 
-import fcntl
 import itertools
 import json
 import os
@@ -10,9 +9,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from context_qa.files import named_errors, write_whole
+from context_qa.files import is_at, locked, named_errors, replaced, write_at, write_whole
 from context_qa.metrics import summarize
-from context_qa.results import articles_by_idx, read_summary, summary_path, whole_rows
+from context_qa.results import (
+    Answer,
+    articles_by_idx,
+    read_summary,
+    result_row,
+    summary_path,
+    whole_rows,
+)
 from errors import UserError
 from squad_utils import Example
 
@@ -31,7 +37,7 @@ class ResultsFile:
         self.path, self.examples, self.started = Path(path), examples, time.time()
         runs = itertools.groupby(example.article for example in examples)
         articles = [[article, len(list(run))] for article, run in runs]
-        self.record = record | {"articles": articles}
+        self.record = record | {"num_questions": len(examples), "articles": articles}
         self.rows: list[dict] = []
         self.size = 0  # of the whole lines, in bytes
         self.descriptor = self._open()
@@ -61,15 +67,14 @@ class ResultsFile:
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(f"{self.path}: another run is writing it; give another path") from error
-        except OSError:  # a file system without locks
-            pass
-        return descriptor
+            while True:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                is_ours = locked(descriptor)
+                if is_ours and is_at(descriptor, self.path):
+                    return descriptor
+                os.close(descriptor)
+                if not is_ours:
+                    raise UserError(f"{self.path}: another run is writing it; give another path")
 
     def _go_on(self) -> None:
         """Take over the rows that are there, if they are this run's."""
@@ -98,9 +103,13 @@ class ResultsFile:
         for line, row in enumerate(rows, start=1):
             idx = row["idx"]
             if idx in seen or idx not in range(len(self.examples)):
-                raise self._refusal(f"idx {idx}, in line {line}, that is there twice or too high")
+                raise self._refusal(
+                    f"in line {line} an idx, {idx}, that is there twice or too high"
+                )
             if not _is_of(row, self.examples[idx]):
-                raise self._refusal(f"another question in line {line} than the data at idx {idx}")
+                raise self._refusal(
+                    f"in line {line} what is not of the data's idx {idx}, or edited"
+                )
             seen.add(idx)
         self.rows, self.size = rows, size
         with named_errors(self.path):
@@ -115,39 +124,50 @@ class ResultsFile:
         if not rows:
             return
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        data = memoryview("".join(lines).encode())
+        data = "".join(lines).encode()
         with named_errors(self.path):
+            self._check_place()
             if not self.rows:  # what was there goes now that there are new results
+                summary_path(self.path).unlink(missing_ok=True)
                 os.ftruncate(self.descriptor, 0)
                 self._write_summary({"complete": False} | self.record)
             try:
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(self.descriptor, data[written:], self.size + written)
-                os.fsync(self.descriptor)
+                write_at(self.descriptor, data, self.size)
             except BaseException:
                 os.ftruncate(self.descriptor, self.size)
                 raise
         self.size += len(data)
         self.rows += rows
 
+    def _check_place(self) -> None:
+        if not is_at(self.descriptor, self.path):
+            raise UserError(
+                f"{self.path}: was removed or replaced while it was written; run it again"
+            )
+
     def finish(self, **measured: object) -> dict:
         """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
-        them again. `measured` goes into it."""
-        if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
-            self.rows.sort(key=lambda row: row["idx"])
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-            write_whole(self.path, "".join(lines))
-        summary = {
-            "complete": True,
-            **summarize(self.rows, articles_by_idx(self.record)),
-            **self.record,
-            "rows_of_earlier_runs": self.num_resumed,
-            "wall_seconds": time.time() - self.started,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
-            **measured,
-        }
+        them again. `measured`, the time and the memory go into it where this run was needed."""
+        with named_errors(self.path):
+            self._check_place()
+            if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
+                self.rows.sort(key=lambda row: row["idx"])
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+                before, self.descriptor = self.descriptor, replaced(self.path, "".join(lines))
+                os.close(before)
+        about = read_summary(self.path)
+        if self.num_resumed < len(self.rows) or not about.get("complete"):
+            about = {
+                **self.record,
+                "rows_of_earlier_runs": self.num_resumed,
+                "wall_seconds": time.time() - self.started,
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                * (1 if sys.platform == "darwin" else 1024),
+                **measured,
+            }
+        found = summarize(self.rows, articles_by_idx(self.record))
+        others = {name: value for name, value in about.items() if name not in found}
+        summary = {"complete": True, **found, **others}
         self._write_summary(summary)
         return summary
 
@@ -156,5 +176,9 @@ class ResultsFile:
 
 
 def _is_of(row: Mapping, example: Example) -> bool:
-    found = row["id"], row["context"], row["question"], tuple(row["answers"])
-    return found == (example.id, example.context, example.question, example.answers)
+    """Whether the row is the example's, with the scores of its guess."""
+    names = ("confidence", "no_answer_probability", "time", "num_tokens", "num_new_tokens")
+    if row["time"] <= 0:
+        return False
+    written = result_row(row["idx"], example, Answer(row["guess"], *(row[n] for n in names)))
+    return written == {name: row[name] for name in written}

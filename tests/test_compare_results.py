@@ -154,6 +154,8 @@ def test_files_without_a_common_question_are_refused(fail, tmp_path):
     a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(A, start=9))
     assert "no question is in both" in fail(a, b)
     assert "missing: cannot be read" in fail(a, tmp_path / "missing")
+    twice = write(tmp_path / "twice", rows(A) + rows(A[:1]))
+    assert "twice: an idx is there twice" in fail(a, twice)
 
 
 def test_the_table_says_all_in_eighty_columns(run, tmp_path):

@@ -39,6 +39,7 @@ ROWS = [
 ]
 SUMMARY = {
     "complete": True,
+    "num_questions": 6,
     "articles": [["Norway", 2], ["Italy", 4]],
     "arguments": {"model": "models/demo", "data": "some.jsonl", "dtype": "auto", "limit": None},
     "settings": {"model": "1f0c", "dtype": "float32"},

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from context_qa import metrics
-from context_qa.copies import is_copy, unanswerable_copies
+from context_qa.copies import unanswerable_copies
 from context_qa.results import Answer, result_row
-from squad_utils import NO_ANSWER, Example, NegativeSampler
+from squad_utils import NO_ANSWER, Example
 
 
 def row(idx=0, answers=("x",), guess="x", confidence=0.5, no_answer=0.25, id="q") -> dict:
@@ -227,29 +227,44 @@ def test_thresholds_that_always_or_never_abstain(answers, guess, threshold):
 # Unanswerable copies
 
 
-def test_copies_are_every_question_on_a_context_without_its_answer():
+def test_copies_are_every_answerable_question_on_a_context_without_its_answer():
     examples = [
         Example(f"q{i}", f"Town {i // 2} is T{i // 2}.", f"Which is {i}?", (f"T{i // 2}",), f"a{i}")
         for i in range(12)
     ]
-    copies = unanswerable_copies(examples, "random")
+    unknown = Example("u", "Town 3 is T3.", "Who is Bo?", ())
+    copies = unanswerable_copies([*examples, unknown], "random")
     assert sorted(copy.id for copy in copies) == sorted(f"q{i}#random" for i in range(12))
     originals = {f"{e.id}#random": e for e in examples}
     for copy in copies:
         original = originals[copy.id]
         assert (copy.question, copy.article) == (original.question, original.article)
         assert not copy.is_answerable and original.answers[0] not in copy.context
-        assert is_copy(copy.id) and not is_copy(original.id)
     contexts = [copy.context for copy in copies]  # those on one context stand together
     assert len(set(contexts)) == sum(a != b for a, b in pairwise(contexts)) + 1
-    assert copies == unanswerable_copies(examples, "random")
-    drawn = NegativeSampler(examples, "random").contexts(epoch=0)
-    assert {c.id: c.context for c in copies} == {
-        f"{e.id}#random": context for e, context in zip(examples, drawn, strict=True)
-    }
+    assert copies == unanswerable_copies([*examples, unknown], "random")
+
+
+@pytest.mark.parametrize("kind", ["random", "hard"])
+def test_no_copy_stands_where_its_question_has_another_answer(kind):
+    """Who owns it? Bo, in one passage, and Ann, in the next: no third one is there to draw."""
+    passages = {"The Swan is Bo's.": "Bo", "The Swan is Ann's.": "Ann"}
+    examples = [
+        Example(f"{answer}", context, question, (answer,))
+        for context, answer in passages.items()
+        for question in ("Who owns it?", f"Who is {answer}?")
+    ]
+    copies = unanswerable_copies(examples, kind)
+    assert {copy.id for copy in copies} == {f"Bo#{kind}", f"Ann#{kind}"}
+    assert {copy.question for copy in copies} == {"Who is Bo?", "Who is Ann?"}
 
 
 def test_a_question_that_no_context_fits_has_no_copy():
-    examples = [Example("a", "Oslo.", "Where?", ("Oslo",)), Example("b", "Oslo!", "What?", ())]
-    copies = unanswerable_copies(examples, "random")
-    assert [(copy.id, copy.context) for copy in copies] == [("b#random", "Oslo.")]
+    examples = [Example(c, f"Oslo {c}.", f"Where is {c}?", ("Oslo",)) for c in "ab"]
+    assert unanswerable_copies(examples, "random") == []
+
+
+def test_a_copy_is_told_by_its_id_and_its_lack_of_answers():
+    assert metrics.parts([row(0, [], id="q#hard")]).keys() == {"negatives_"}
+    assert metrics.parts([row(0, ["x"], id="q#hard")]).keys() == {"", "has_answer_"}
+    assert metrics.parts([row(0, [], id="hard")]).keys() == {"", "no_answer_"}

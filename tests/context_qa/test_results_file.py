@@ -140,15 +140,15 @@ def test_another_run_is_refused_and_what_differs_is_said(path, other, complaint)
 def test_other_data_is_refused(path):
     write(path, *ROWS[:2])
     changed = [EXAMPLES[0], EXAMPLES[2], *EXAMPLES[2:]]
-    with pytest.raises(UserError, match="another question in line 2 than the data at idx 1"):
+    with pytest.raises(UserError, match="in line 2 what is not of the data's idx 1, or edited"):
         opened(path, examples=changed)
-    with pytest.raises(UserError, match="idx 1, in line 2, that is there twice or too high"):
+    with pytest.raises(UserError, match="in line 2 an idx, 1, that is there twice or too high"):
         opened(path, examples=EXAMPLES[:1])
 
 
 def test_twice_the_same_row_is_refused(path):
     write(path, ROWS[0], ROWS[0])
-    with pytest.raises(UserError, match="idx 0, in line 2, that is there twice"):
+    with pytest.raises(UserError, match="in line 2 an idx, 0, that is there twice"):
         opened(path)
 
 
@@ -169,6 +169,79 @@ def test_a_line_that_is_no_row_is_refused(path):
     path.write_bytes(b"hello\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"results\.jsonl line 1: no results row.*--overwrite"):
         opened(path)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [{"guess": NO_ANSWER}, {"exact_match": 1.0}, {"f1": 0.5}, {"is_correct": True}, {"time": 0.0}],
+)
+def test_rows_that_were_edited_are_refused(path, edited):
+    write(path, ROWS[0], ROWS[1] | edited)
+    with pytest.raises(UserError, match="in line 2 what is not of the data's idx 1, or edited"):
+        opened(path)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_removed_or_replaced_on_the_way_is_told(path, replaced):
+    with opened(path) as results:
+        results.write(ROWS[:2])
+        path.unlink()
+        if replaced:
+            path.write_text("notes")
+        for again in (lambda: results.write(ROWS[2:]), results.finish):
+            with pytest.raises(UserError, match="was removed or replaced while it was written"):
+                again()
+    assert not replaced or path.read_text() == "notes"
+    assert read_summary(path)["complete"] is False
+
+
+def test_the_lock_outlives_the_sorting(path, monkeypatch):
+    """A run that comes while the first one computes intervals must not begin."""
+    with opened(path) as results:
+        results.write(ROWS[::-1])
+
+        def summarize(*arguments):
+            with pytest.raises(UserError, match="another run is writing it"):
+                opened(path, overwrite=True)
+            return {}
+
+        monkeypatch.setattr("context_qa.results_file.summarize", summarize)
+        assert results.finish()["complete"]
+    assert read_results(str(path)) == ROWS
+
+
+def test_a_summary_of_other_results_does_not_outlive_them(path, monkeypatch):
+    """Should the disk be full when the new one is written."""
+    with opened(path) as results:
+        results.write(ROWS)
+        results.finish()
+
+    def full(*arguments):
+        raise UserError("full")
+
+    monkeypatch.setattr("context_qa.results_file.write_whole", full)
+    with opened(path, overwrite=True, model="other") as results, pytest.raises(UserError):
+        results.write(ROWS)
+    assert read_summary(path) == {} and path.read_bytes() == b""
+
+
+def test_a_complete_file_is_scored_again_from_its_rows(path):
+    with opened(path) as results:
+        results.write(ROWS)
+        first = results.finish()
+    text = path.with_name("results.jsonl.summary.json").read_text()
+    forged = text.replace('"num_questions": 5', '"num_questions": 7')
+    path.with_name("results.jsonl.summary.json").write_text(forged)
+    with opened(path) as results:
+        assert results.finish()["scores"] == first["scores"]
+
+
+def test_who_may_read_the_file_stays_the_same(path):
+    path.touch(mode=0o600)
+    with opened(path) as results:
+        results.write(ROWS[::-1])
+        results.finish()
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_overwriting_waits_for_the_first_row(path):
