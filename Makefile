@@ -32,6 +32,8 @@ demo: setup
 	@echo "== The further trained checkpoint on the same passages"
 	$(RUN) eval_mamba_with_context.py models/demo_trained data/demo/validation.jsonl \
 		results/demo_trained.jsonl --overwrite --max_new_tokens 16
+	@echo "== Is it better?"
+	$(RUN) compare_results.py results/demo.jsonl results/demo_trained.jsonl
 	@echo "== One question that the passage answers, one that it does not"
 	$(RUN) prompt_mamba_with_context.py models/demo_trained \
 		--context_file data/demo/passage.txt \
@@ -40,6 +42,8 @@ demo: setup
 	@echo "== The results, by SQL"
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
+	@echo "== The results as a page: open it in a browser"
+	$(RUN) report_results.py results/demo_trained.jsonl
 
 demo_model: setup models/demo_first/.finished  # models/demo from scratch, into models/demo_new
 	$(RUN) -m data.demo.train_demo_model models/demo_new --model models/demo_first \
