@@ -4,7 +4,7 @@
 
 Pairs the two files' rows and prints, for each score, both values and their difference with its 95 %
 interval (a bootstrap over articles, or over questions where articles are unknown), McNemar's test
-on exact match, and the questions that only one of the two has right.
+on exact match, and the questions that only one of the two has right, both without negatives.
 """
 
 import argparse
@@ -33,16 +33,18 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     rows_a, rows_b, left_out = paired(args.results_a, args.results_b)
-    articles = articles_by_idx(read_summary(args.results_a) or read_summary(args.results_b))
+    summaries = read_summary(args.results_a), read_summary(args.results_b)
+    articles = articles_by_idx(summaries[0]) or articles_by_idx(summaries[1])
+    own_a, own_b = (parts(rows).get("", []) for rows in (rows_a, rows_b))
     comparison = {
         "results_a": args.results_a,
         "results_b": args.results_b,
         "num_questions": len(rows_a),
         "num_left_out": left_out,
         "differences": differences(rows_a, rows_b, articles),
-        "mcnemar": mcnemar(rows_a, rows_b),
-        "only_a_right": flips(rows_a, rows_b),
-        "only_b_right": flips(rows_b, rows_a, swapped=True),
+        "mcnemar": mcnemar(own_a, own_b),
+        "only_a_right": flips(own_a, own_b),
+        "only_b_right": flips(own_b, own_a, swapped=True),
     }
     if args.format == "json":
         print(json.dumps(comparison, ensure_ascii=False))

@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--negatives",
         choices=NEGATIVE_KINDS,
-        help="ask every question on another context too, scored apart (default: none)",
+        help="ask answerable questions on another context too, scored apart (default: none)",
     )
     parser.add_argument(
         "--constrain_to_context",

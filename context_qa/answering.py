@@ -36,9 +36,10 @@ class Answerer:
     bounds memory: the tokens, padding included, of contexts that are read together, and those of
     questions that are answered together, each with max_new_tokens for its answer.
 
-    With a no_answer_threshold T the guess is NO_ANSWER exactly where that has a probability above
-    T. Where a greedy guess abstains and should not, it is what the model says if it may neither
-    stop at once nor begin as NO_ANSWER does.
+    With a no_answer_threshold T the guess is NO_ANSWER where that has a probability above T. Where
+    it has not and the greedy guess abstains, the guess is what the model says if it may neither
+    stop at once nor begin as NO_ANSWER does: now and then "the I don't know", or another text that
+    is scored as abstaining. Spans are never scored so, but for a context without any.
     """
 
     def __init__(

@@ -204,7 +204,7 @@ def _others_may_stop() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError("another process has stopped: it says why") from error
+        raise UserError("another process has stopped; look for what it says") from error
 
 
 def _from_first(value):

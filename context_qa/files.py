@@ -33,7 +33,7 @@ def replaced(output: str | Path, text: str) -> int:
     """Write as `write_whole`, in a folder that is there; the new file's descriptor, on which the
     lock is that `locked` takes. Raises OSError."""
     path = Path(os.path.realpath(output))  # a link stays one
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         if path.exists():

@@ -58,6 +58,8 @@ class ResultsFile:
         return self
 
     def __exit__(self, *exception) -> None:
+        if self.is_new and not self.rows and is_at(self.descriptor, self.path):
+            self.path.unlink()
         os.close(self.descriptor)
 
     def _open(self) -> int:
@@ -67,7 +69,8 @@ class ResultsFile:
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
+            self.is_new = not self.path.exists()
+            for _ in range(100):  # a run that ends can put another file there
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
                 is_ours = locked(descriptor)
                 if is_ours and is_at(descriptor, self.path):
@@ -75,6 +78,7 @@ class ResultsFile:
                 os.close(descriptor)
                 if not is_ours:
                     raise UserError(f"{self.path}: another run is writing it; give another path")
+            raise UserError(f"{self.path}: does not stay in its place; give another path")
 
     def _go_on(self) -> None:
         """Take over the rows that are there, if they are this run's."""

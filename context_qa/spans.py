@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from mamba_lm.choices import Choice
-from squad_utils import answer_text, normalize_answer
+from squad_utils import NORMALIZED_NO_ANSWER, abstains, answer_text, normalize_answer
 
 _PIECE = re.compile(r"\s*\S+")  # tokenizers never join what stands on two sides of a blank
 _START = re.compile(r"\w+|[^\w\s]")  # a span begins at a word or a mark
@@ -17,14 +17,15 @@ class Spans:
 
     A span begins at a word or a mark and is at most max_tokens long, tokenised as an answer with
     the rest of the context after it; it may end after any token that ends a character, and does
-    before the first of stop_ids. It holds more than articles and punctuation, which would be scored
-    as abstaining. The tokenizer must be a fast one, which knows where tokens stand.
+    before the first of stop_ids. It is not scored as abstaining, as articles, punctuation and
+    NO_ANSWER itself are. The tokenizer must be a fast one, which knows where tokens stand.
     """
 
     def __init__(self, tokenizer, context: str, max_tokens: int, stop_ids: Collection[int] = ()):
         self.context = context
         self.choices: list[Choice] = []
         self._bounds: list[tuple[int, list[int]]] = []  # the start and the possible ends of each
+        self._holds_no_answer = NORMALIZED_NO_ANSWER in normalize_answer(context)
         pieces = list(_PIECE.finditer(context))
         starts = [
             (match.start(), place)
@@ -58,9 +59,11 @@ class Spans:
         length = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
         # Tokens that share a character have one end: only the last of them ends it.
         may_end = [end > start and end != after for end, after in itertools.pairwise([*ends, -1])]
-        spans = (n for n in range(length) if may_end[n])
-        first = next((n for n in spans if normalize_answer(self.context[start : ends[n]])), length)
-        may_end[:first] = [False] * first
+        for n in range(length):
+            if may_end[n]:
+                may_end[n] = not abstains(self.context[start : ends[n]])
+                if may_end[n] and not self._holds_no_answer:
+                    break  # what is longer holds a word too
         while length and not may_end[length - 1]:
             length -= 1
         if length:

@@ -134,6 +134,9 @@ def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tm
     entry = found["differences"]["negatives_exact_match"]
     assert (entry["a"], entry["b"]) == (100.0, 50.0)
     assert "1 in one file only are left out" in run(a, b)
+    # What the test and the flipped questions are about is "all", as in the table.
+    assert found["mcnemar"] == {"only_a_right": 2, "only_b_right": 2, "p": 1.0}
+    assert [row["idx"] for row in found["only_a_right"]] == [1, 8]
 
 
 def test_rows_are_paired_in_whatever_order(run, tmp_path):

@@ -84,6 +84,23 @@ def test_a_torn_line_is_dropped(path, torn):
     assert read_results(str(path)) == ROWS
 
 
+def test_nothing_of_a_long_torn_line_is_left_behind_a_shorter_one(path):
+    write(path, *ROWS[:4])
+    path.write_bytes(path.read_bytes() + b'{"idx": 4, ' + b"x" * 5000)
+    write(path, ROWS[4])
+    assert read_results(str(path)) == ROWS
+    assert len(path.read_bytes().split(b"\n")) == len(ROWS) + 1
+
+
+def test_a_run_that_computes_nothing_leaves_nothing(path):
+    with pytest.raises(ZeroDivisionError), opened(path):
+        raise ZeroDivisionError
+    assert os.listdir(path.parent) == []
+    path.touch()
+    opened(path).__exit__()
+    assert path.exists()  # it is not ours
+
+
 def test_a_whole_line_without_its_newline_is_written_anew(path):
     write(path, *ROWS[:2])
     path.write_bytes(path.read_bytes()[:-1])
