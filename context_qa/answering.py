@@ -84,7 +84,7 @@ class Answerer:
             started = time.perf_counter()
             # What all prompts begin with is a unit of every window, and read once in all.
             read = kept[1] if kept and kept[0] == prefixes else self.read_prefixes(prefixes)
-            kept = prefixes, read
+            kept = (prefixes, read) if len(prefixes) == 1 else None
             seconds = (time.perf_counter() - started) / len(rows)
             for batch in batches:
                 state, lengths = self._rows(*read, [rows[place] for place in batch])
