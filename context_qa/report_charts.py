@@ -103,10 +103,7 @@ def _inline_svg(document: str, name: str, title: str) -> str:
 
 def _draw_risk_coverage(figure, series: Series) -> None:
     axes = figure.subplots()
-    for (name, rows), (colour, dashes) in zip(series.items(), LINES, strict=False):
-        curve = metrics.risk_coverage(rows)
-        label = f"{name}: area {curve.area:.1f} %"
-        axes.plot(curve.x, curve.y, dashes, color=colour, marker=_marker(curve), label=label)
+    _draw_curves(axes.plot, metrics.risk_coverage, "area", series)
     axes.set(xlabel="coverage, %", ylabel="wrong, %", xlim=(0, 101))
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -129,13 +126,14 @@ def _draw_calibration(figure, series: Series) -> None:
 
 def _draw_answerability(figure, series: Series) -> None:
     axes = figure.subplots()
-    for (name, rows), (colour, dashes) in zip(series.items(), LINES, strict=False):
-        curve = metrics.answerability(rows)
-        label = f"{name}: average {curve.area:.1f} %"
-        axes.step(curve.x, curve.y, dashes, color=colour, marker=_marker(curve), label=label)
+    _draw_curves(axes.step, metrics.answerability, "average", series)
     axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 101), ylim=(0, 102))
     axes.legend(loc="lower left")
 
 
-def _marker(curve: metrics.Curve) -> str:
-    return "o" if len(curve.x) < FEW_POINTS else ""
+def _draw_curves(draw: Callable, curve_of: Callable, measure: str, series: Series) -> None:
+    for (name, rows), (colour, dashes) in zip(series.items(), LINES, strict=False):
+        curve = curve_of(rows)
+        label = f"{name}: {measure} {curve.area:.1f} %"
+        marker = "o" if len(curve.x) < FEW_POINTS else ""
+        draw(curve.x, curve.y, dashes, color=colour, marker=marker, label=label)

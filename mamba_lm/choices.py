@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_lm.generate import Generation, Reading
-from mamba_lm.model import MambaLM, at_least_float32, right_pad
+from mamba_lm.generate import Generation, Reading, token_log_probs
+from mamba_lm.model import MambaLM, right_pad
 
 
 class Choice(NamedTuple):
@@ -52,7 +52,7 @@ def decode_choices(
         kept, continued = [], []
         for i, (row, remaining) in enumerate(going):
             may_end = n > 0 and any(choice.may_end[n - 1] for choice in remaining)
-            if may_end and best_stop[i] >= best[i]:
+            if may_end and not best[i] > best_stop[i]:  # NaN too ends it
                 totals[row] += stop[i]
             else:
                 token = list(following[i])[which[i]]
@@ -65,7 +65,7 @@ def decode_choices(
             break
         chosen = torch.tensor([said[row][-1] for row, _ in going], device=stops.device)
         hidden, state = step(chosen, state.fork(torch.tensor(kept, device=stops.device)))
-        log_probs = at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
+        log_probs = token_log_probs(model, hidden, vocab_size)
     return [Generation(*pair) for pair in zip(said, totals, strict=True)]
 
 

@@ -62,7 +62,7 @@ def read(
     hidden, state = model.encode(input_ids.to(_device(model)), state, lengths)
     lengths = lengths.to(hidden.device)
     last = hidden[torch.arange(len(sequences), device=hidden.device), lengths - 1]  # (b, m)
-    return Reading(_log_probs(model, last, vocab_size), state)
+    return Reading(token_log_probs(model, last, vocab_size), state)
 
 
 class _Rows(NamedTuple):
@@ -122,7 +122,7 @@ def decode(
 
     def advance(rows: _Rows) -> _Rows:
         hidden, state = step(rows.token_ids, rows.state)
-        next_log_probs = _log_probs(model, hidden, vocab_size)
+        next_log_probs = token_log_probs(model, hidden, vocab_size)
         _, going, total, left, stops, _ = rows
         return choose(next_log_probs, going, total, left - 1, stops, state)
 
@@ -221,7 +221,8 @@ def continuation_log_prob(
     return first + rest + logits[:, -1, stops].logsumexp(dim=1) - totals[:, -1]
 
 
-def _log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
+def token_log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
+    """Log-probabilities (b, v) of what follows each row of hidden (b, m), without padded rows."""
     return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
 
 
