@@ -78,8 +78,10 @@ class Answerer:
         done = frozenset(done)
         kept: tuple[list[str], tuple[MambaState, list[int]]] | None = None
         for unit, (prefixes, rows) in enumerate(self._units(prompts)):
+            if unit % parts != part:
+                continue
             batches = [b for b in self._question_batches(rows, prompts) if not done.issuperset(b)]
-            if unit % parts != part or not batches:
+            if not batches:
                 continue
             started = time.perf_counter()
             # What all prompts begin with is a unit of every window, and read once in all.
@@ -144,11 +146,11 @@ class Answerer:
         no_answer = continuation_log_prob(
             self.model, reading, self.no_answer_ids, self.stop_ids, self.vocab_size
         ).tolist()
-        if any(map(math.isnan, no_answer)):
-            raise UserError("the model computes NaN: its weights are broken; train it anew")
         guesses = self._guess(reading, contexts)
         if self.no_answer_threshold is not None:
             guesses = self._apply_threshold(reading, contexts, guesses, no_answer)
+        if any(map(math.isnan, [*no_answer, *(guess.log_prob for guess in guesses)])):
+            raise UserError("the model computes NaN: its weights are broken; train it anew")
         seconds = reading_seconds + (time.perf_counter() - started) / len(suffixes)
         return [
             Answer(

@@ -380,6 +380,15 @@ def test_a_model_that_computes_nan_is_told(tokenizer, attentive):
         answers_to(Answerer(broken, tokenizer))
 
 
+def test_nan_that_comes_while_decoding_is_told(tokenizer):
+    """The prompts are read well; the first token that is said is not."""
+    model = reciter(tokenizer, " Oslo")
+    with torch.no_grad():
+        model.backbone.embeddings.weight[ids(tokenizer, " Oslo")[0]] = math.nan
+    with pytest.raises(UserError, match="the model computes NaN"):
+        answers_to(Answerer(model, tokenizer), PROMPTS[:1])
+
+
 # What is done, and shares of what is not
 
 
