@@ -156,7 +156,7 @@ class _Run:
             return (self._finished(results), results.rows) if results else ({}, [])
 
     def _record(self, source: str, threshold: float | None) -> dict:
-        record = run_record(self.args, self.args.model, source)
+        record = self._made_with | {"data_sha256": sha256(source)}
         chosen = ("max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
         settings = {
             "model": record["model_sha256"] or self.args.model,
@@ -168,6 +168,11 @@ class _Run:
             "no_answer_threshold": threshold,
         }
         return {"settings": settings | {name: getattr(self.args, name) for name in chosen}} | record
+
+    @functools.cached_property
+    def _made_with(self) -> dict:
+        """What is the same for both files: weights are many bytes to hash."""
+        return run_record(self.args, self.args.model, self.args.data)
 
     def _answers(
         self, examples: list[Example], done: set[int], threshold: float | None
@@ -200,7 +205,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _others_may_stop() -> Iterator[None]:
-    """A connection that breaks as a line that says why."""
+    """A connection to another process that breaks is told in a line."""
     try:
         yield
     except RuntimeError as error:

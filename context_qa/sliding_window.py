@@ -16,13 +16,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from bm25s.stopwords import STOPWORDS_EN_PLUS
-
 from context_qa.results import Answer
 from squad_utils import Example
 
 SLIDING_WINDOW = "sliding-window"  # in place of a model's name
-_STOP_WORDS = frozenset(STOPWORDS_EN_PLUS)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
 _TOKEN = re.compile(r"\w+(?:[-'’.,]\w+)*|[^\w\s]")
 
@@ -74,6 +71,13 @@ def best_phrase(context: str, question: str) -> str:
     return best.text
 
 
+@functools.cache
+def _stop_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN_PLUS
+
+    return frozenset(STOPWORDS_EN_PLUS)
+
+
 @functools.lru_cache(maxsize=1)
 def _parsed(context: str) -> tuple[list[_Sentence], dict[str, float]]:
     """Its sentences with their candidates, and the information of each word (algorithm 1's IC)."""
@@ -85,7 +89,7 @@ def _parsed(context: str) -> tuple[list[_Sentence], dict[str, float]]:
 def _sentence(text: str) -> _Sentence:
     tokens = list(_TOKEN.finditer(text))
     words = [token.group().lower() for token in tokens]
-    is_inside = [word not in _STOP_WORDS and word[0].isalnum() for word in words]
+    is_inside = [word not in _stop_words() and word[0].isalnum() for word in words]
     candidates = []
     for inside, run in itertools.groupby(range(len(words)), key=is_inside.__getitem__):
         if inside:
@@ -119,7 +123,7 @@ def _score(
 
 def _distance(words: list[str], candidate: _Candidate, asked: set[str]) -> float:
     """Between a question's word and one of the candidate's, as a share of the sentence."""
-    in_question = [i for i, w in enumerate(words) if w in asked and w not in _STOP_WORDS]
+    in_question = [i for i, w in enumerate(words) if w in asked and w not in _stop_words()]
     own = set(words[candidate.start : candidate.end]) - asked
     in_answer = [i for i, w in enumerate(words) if w in own]
     if not in_question or not in_answer:
