@@ -36,15 +36,16 @@ def main(args: argparse.Namespace) -> None:
     summaries = read_summary(args.results_a), read_summary(args.results_b)
     articles = articles_by_idx(summaries[0]) or articles_by_idx(summaries[1])
     own_a, own_b = (parts(rows).get("", []) for rows in (rows_a, rows_b))
+    only_a, only_b = flips(own_a, own_b), flips(own_b, own_a, swapped=True)
     comparison = {
         "results_a": args.results_a,
         "results_b": args.results_b,
         "num_questions": len(rows_a),
         "num_left_out": left_out,
         "differences": differences(rows_a, rows_b, articles),
-        "mcnemar": mcnemar(own_a, own_b),
-        "only_a_right": flips(own_a, own_b),
-        "only_b_right": flips(own_b, own_a, swapped=True),
+        "mcnemar_p": mcnemar(len(only_a), len(only_b)),
+        "only_a_right": only_a,
+        "only_b_right": only_b,
     }
     if args.format == "json":
         print(json.dumps(comparison, ensure_ascii=False))
@@ -81,12 +82,11 @@ def by_idx(path: str) -> dict[int, dict]:
 
 def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[int, str]) -> dict:
     """Of each score that `metrics.scores` has: a, b, b - a in percent, and the interval of that."""
-    found = {}
+    found, parts_b = {}, parts(rows_b)
     for prefix, part_a in parts(rows_a).items():
-        part_b = parts(rows_b)[prefix]
         a, b = (
             100 * np.array([[row[metric] for row in part] for metric in SCORES], float)
-            for part in (part_a, part_b)
+            for part in (part_a, parts_b[prefix])
         )
         intervals = mean_intervals(b - a, clusters(part_a, articles)) or [None] * len(SCORES)
         for place, metric in enumerate(SCORES):
@@ -100,14 +100,13 @@ def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[i
     return found
 
 
-def mcnemar(rows_a: Sequence[dict], rows_b: Sequence[dict]) -> dict:
-    """McNemar's exact two-sided test (1947) of whether both have as many exact matches. It takes
-    questions for independent, as the intervals over articles do not."""
+def mcnemar(only_a: int, only_b: int) -> float:
+    """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
+    numbers that each has alone. It takes questions for independent, as intervals over articles do
+    not."""
     from scipy.stats import binomtest
 
-    only_a, only_b = len(flips(rows_a, rows_b)), len(flips(rows_b, rows_a))
-    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def flips(right: Sequence[dict], wrong: Sequence[dict], swapped: bool = False) -> list[dict]:
@@ -136,10 +135,10 @@ def show(comparison: dict, most: int = 10) -> None:
                 name = f"{title}: {metric.replace('_', ' ')}"
                 values = f"{entry['a']:7.2f}{entry['b']:7.2f}{entry['difference']:+8.2f}"
                 print(f"{name:30}{values}   {interval}")
-    test = comparison["mcnemar"]
+    only_a, only_b = len(comparison["only_a_right"]), len(comparison["only_b_right"])
     print(
-        f"\nexact match in A alone {test['only_a_right']:,}, in B alone {test['only_b_right']:,}; "
-        f"McNemar's exact test: p = {test['p']:.3g}"
+        f"\nexact match in A alone {only_a:,}, in B alone {only_b:,}; "
+        f"McNemar's exact test: p = {comparison['mcnemar_p']:.3g}"
     )
     for side in ("a", "b"):
         flipped = comparison[f"only_{side}_right"]
