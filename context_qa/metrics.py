@@ -205,7 +205,7 @@ def answerability(rows: Sequence[Mapping]) -> Curve:
 def tuned_threshold(rows: Sequence[Mapping]) -> float:
     """The T for which abstaining where no_answer_probability > T gives the highest F1.
 
-    Rows must hold a true guess for every question, none an abstention: what is said below T.
+    The rows' guesses are what the model says where it is not to abstain.
     """
     no_answer = np.array([row["no_answer_probability"] for row in rows])
     gain = np.array([row["f1"] - (not row["answers"]) for row in rows])  # of answering

@@ -58,7 +58,8 @@ class ResultsFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.is_new and not self.rows and is_at(self.descriptor, self.path):
+        is_empty = os.fstat(self.descriptor).st_size == 0
+        if self.is_new and is_empty and is_at(self.descriptor, self.path):
             self.path.unlink()
         os.close(self.descriptor)
 
@@ -127,8 +128,7 @@ class ResultsFile:
         rows = list(rows)
         if not rows:
             return
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        data = "".join(lines).encode()
+        data = _lines(rows).encode()
         with named_errors(self.path):
             self._check_place()
             if not self.rows:  # what was there goes now that there are new results
@@ -156,8 +156,7 @@ class ResultsFile:
             self._check_place()
             if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
                 self.rows.sort(key=lambda row: row["idx"])
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-                before, self.descriptor = self.descriptor, replaced(self.path, "".join(lines))
+                before, self.descriptor = self.descriptor, replaced(self.path, _lines(self.rows))
                 os.close(before)
         about = read_summary(self.path)
         if self.num_resumed < len(self.rows) or not about.get("complete"):
@@ -177,6 +176,10 @@ class ResultsFile:
 
     def _write_summary(self, summary: dict) -> None:
         write_whole(summary_path(self.path), json.dumps(summary, indent=2) + "\n")
+
+
+def _lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _is_of(row: Mapping, example: Example) -> bool:
