@@ -11,10 +11,10 @@ guess marked. The same results give the same page, byte for byte.
 import argparse
 from pathlib import Path
 
-from context_qa.files import write_whole
 from context_qa.report import report_page
 from context_qa.results import read_results, read_summary, summary_path
 from errors import keep_inputs, run_script
+from files import write_whole
 
 
 def parse_args() -> argparse.Namespace:

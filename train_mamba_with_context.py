@@ -5,21 +5,21 @@
     python train_mamba_with_context.py --model state-spaces/mamba-130m \\
         --data_path data/Mamba-Fine-Tune/squad_train.jsonl --output models/130m --num_epochs 10
 
-Every answerable question is also asked on another context, where "I don't know." is right.
+The same command goes on where it was cut off. Several processes: torchrun --nproc_per_node N.
 """
 
 import argparse
 import functools
-import json
-import shutil
-from pathlib import Path
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from context_qa.dataset import GroupedBatches, continuation
-from context_qa.provenance import run_record
-from errors import positive_float, positive_int, run_script
-from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer, new_folder
+from context_qa.processes import from_first
+from context_qa.training_data import data_report, within_length
+from context_qa.training_run import TrainingRun
+from context_qa.training_scores import examples_to_score, scorer
+from errors import keep_inputs, positive_float, positive_int, run_script
+from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
@@ -27,80 +27,108 @@ from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s --model MODEL --data_path DATA --output DIR [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="local folder, Hub name or config file")
-    parser.add_argument("--data_path", required=True, help="JSONL or SQuAD JSON, or Hub name:split")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the new model")
-    parser.add_argument("--num_epochs", type=positive_float, default=10.0, help="default: 10")
-    parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
-    parser.add_argument("--learning_rate", type=positive_float, default=1e-4, help="default: 1e-4")
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=32, help="questions (default: 32)"
-    )
-    parser.add_argument(
-        "--gradient_accumulation_steps", type=positive_int, default=1, help="default: 1"
-    )
-    parser.add_argument("--optim", default="adamw_torch", help="default: adamw_torch")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--negatives",
-        choices=(*NEGATIVE_KINDS, "none"),
-        default="random",
-        help="the other context of each question (default: random)",
-    )
-    parser.add_argument(
-        "--trainer",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="any field of TrainingArguments, repeatable: --trainer max_steps=100",
-    )
-    return parser.parse_args()
+    # fmt: off
+    add = parser.add_argument
+    add("--model", required=True, help="local folder, Hub name or config file")
+    add("--data_path", required=True, metavar="DATA", help="JSONL or SQuAD JSON, or Hub name:split")
+    add("--output", required=True, metavar="DIR", help="folder of the new model")
+    add("--overwrite", action="store_true", help="remove the run or model that is at DIR")
+    add("--tokenizer", metavar="NAME", help="folder, file or Hub name (default: the model's)")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--negatives", choices=(*NEGATIVE_KINDS, "none"), default="random", metavar="KIND",
+        help="contexts without the answer: random, same_article, hard, none (default: random)")
+    add("--negative_ratio", type=positive_float, default=1.0, metavar="R",
+        help="unanswerable examples for an answerable one, the data's own first (default: 1)")
+    add("--prompt_order", choices=PROMPT_ORDERS[:3], default=PROMPT_ORDERS[0], metavar="ORDER",
+        help="context_first, question_first, read_twice (default: context_first)")
+    add("--max_length", type=positive_int, metavar="N",
+        help="tokens; longer examples are cut around the answer (default: no limit)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--num_epochs", type=positive_float, default=10.0, metavar="N", help="default: 10")
+    add("--max_steps", type=positive_int, metavar="N", help="of the optimiser (default: all)")
+    add("--learning_rate", type=positive_float, default=1e-4, metavar="RATE", help="default: 1e-4")
+    add("--batch_size", type=positive_int, default=32, metavar="N", help="questions (default: 32)")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, metavar="N",
+        help="default: 1")
+    add("--optim", default="adamw_torch", metavar="NAME", help="default: adamw_torch")
+    add("--fully_shard", action="store_true", help="weights in parts, over all processes")
+    add("--trainer", metavar="KEY=VALUE", action="append", default=[],
+        help="any field of TrainingArguments, repeatable: --trainer save_steps=100")
+
+    add = parser.add_argument_group("scores").add_argument
+    add("--eval_data", metavar="DATA", help="answered each epoch; the best model is kept")
+    add("--patience", type=positive_int, default=5, metavar="N",
+        help="end after so many evaluations without a better one (default: 5)")
+    # fmt: on
+    return parser.parse_args()  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
+    keep_inputs(args.output, args.model, args.tokenizer)
+    arguments = trainer_arguments(args)
+    is_main = arguments.process_index == 0
     examples = read_examples(args.data_path)
-    output = new_folder(args.output)
-    arguments = training_arguments(
-        args.output,
-        choose_device("cpu" if "use_cpu=true" in args.trainer else "auto"),
-        args.trainer,
-        num_train_epochs=args.num_epochs,
-        learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        optim=args.optim,
-        seed=args.seed,
-    )
+    scored = read_examples(args.eval_data) if args.eval_data else None
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
+
+    negatives = None if args.negatives == "none" else args.negatives
+    data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
     batches = GroupedBatches(
-        examples,
-        arguments.train_batch_size,
-        None if args.negatives == "none" else args.negatives,
+        data.examples,
+        args.batch_size,
+        negatives,
         args.seed,
         arguments.process_index,
         arguments.world_size,
+        negative_ratio=args.negative_ratio,
     )
-    tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
-    trainer = PrefixSuffixTrainer(model, arguments, batches, tokenize, tokenizer)
-    if trainer.is_world_process_zero():
-        num_parameters = sum(p.numel() for p in model.parameters())
-        num_contexts = len({example.context for example in examples})
-        print(
-            f"{num_parameters:,} parameters; {len(examples):,} questions on {num_contexts:,} "
-            f"contexts, {batches.num_pairings:,} examples an epoch with negatives: {args.negatives}"
-        )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    prompt = {"tokenizer": tokenizer, "prompt_order": args.prompt_order}
+    tokenize = functools.partial(continuation, **prompt, max_length=args.max_length)
+    score = scorer(examples_to_score(scored, negatives), **prompt) if scored else None
+    trainer = PrefixSuffixTrainer(
+        model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
+    )
+
+    run = TrainingRun(args, arguments.world_size) if is_main else None
+    checkpoint, is_complete = from_first(run and (run.checkpoint(), run.is_complete))
+    if is_complete:
+        if is_main:
+            print(f"{args.output}: this run is complete; --overwrite begins anew")
+        return
+    if is_main:
+        report = data_report(data, batches, **prompt, max_length=args.max_length)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}", flush=True)
+    if is_main and checkpoint:
+        print(f"going on from {checkpoint}", flush=True)
+    trainer.train(checkpoint)
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        record = run_record(args, args.model, args.data_path)
-        (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
-        note = Path(args.model) / NOTE
-        if note.is_file():
-            shutil.copy(note, output)
-        print(f"model written to {output}")
+    if is_main:
+        run.finish(report, trainer.state)
+        print(f"model written to {args.output}")
+
+
+def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:
+    settings = {
+        "num_train_epochs": args.num_epochs,
+        "max_steps": args.max_steps or -1,
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "optim": args.optim,
+        "seed": args.seed,
+    }
+    if args.eval_data:
+        settings |= {"eval_strategy": "epoch", "metric_for_best_model": "exact_match"}
+    device = choose_device("cpu" if "use_cpu=true" in args.trainer else "auto")
+    return training_arguments(args.output, device, args.trainer, **settings)
 
 
 if __name__ == "__main__":

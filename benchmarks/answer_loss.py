@@ -19,7 +19,7 @@ from tqdm import tqdm
 from context_qa.dataset import Pairing, continuation
 from errors import run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
-from mamba_lm.training import PrefixSuffixLM, collate
+from mamba_lm.prefix_suffix import PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, Example, NegativeSampler, read_examples
 
 

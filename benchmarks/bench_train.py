@@ -30,7 +30,7 @@ from context_qa.dataset import GroupedBatches, continuation
 from errors import positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.training import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"

@@ -35,8 +35,8 @@ from benchmarks.timing import parse_benchmark_args, report, write_json
 from context_qa.answering import Answerer
 from errors import UserError, positive_float, positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import load_backend
-from mamba_lm.training import Continuation
 from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"

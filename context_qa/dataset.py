@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch.utils.data import Sampler
 
 from errors import UserError
-from mamba_lm.training import Continuation
+from mamba_lm.prefix_suffix import Continuation
 from squad_utils import NO_ANSWER, Example, NegativeSampler, answer_text, prompt_parts
 
 
@@ -23,24 +23,31 @@ class Pairing(NamedTuple):
         return self.example.target if self.context == self.example.context else NO_ANSWER
 
 
-def continuation(pairing: Pairing, tokenizer, prompt_order: str) -> Continuation:
-    """Token ids of a pairing's prompt in its two parts and of its target with end-of-text."""
+def continuation(
+    pairing: Pairing, tokenizer, prompt_order: str, max_length: int | None = None
+) -> Continuation:
+    """Token ids of a pairing's prompt in its two parts and of its target with end-of-text.
+
+    Where NO_ANSWER is right, a prefix that is too long for max_length loses its end; that of an
+    answer may hold it, and stays (see `training_data.within_length`).
+    """
     prefix, suffix = prompt_parts(pairing.context, pairing.example.question, prompt_order)
-    return Continuation(
-        prefix=token_ids(tokenizer, prefix),
-        prompt=token_ids(tokenizer, suffix),
-        target=[*token_ids(tokenizer, answer_text(pairing.target)), tokenizer.eos_token_id],
-    )
+    prefix_ids, prompt = token_ids(tokenizer, prefix), token_ids(tokenizer, suffix)
+    target = [*token_ids(tokenizer, answer_text(pairing.target)), tokenizer.eos_token_id]
+    if max_length is not None and pairing.target == NO_ANSWER:
+        prefix_ids = prefix_ids[: max(max_length - len(prompt) - len(target), 0)]
+    return Continuation(prefix_ids, prompt, target, pairing.example.id)
 
 
 class GroupedBatches(Sampler[list[Pairing]]):
     """Batches of one epoch in which a context's pairings stand together: it is read once for all.
 
-    Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, every
-    answerable question is also asked on one context that does not answer it, another each epoch.
-    Of several processes each gets as many batches, none of them twice. Batches differ by one
-    pairing at most; they hold batch_size at most, or one more where a process would have to get an
-    empty one. Without `grouped`, pairings are drawn one by one.
+    Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, answerable
+    questions are also asked on contexts that do not answer them, others each epoch, until there are
+    `negative_ratio` unanswerable pairings for an answerable one, the examples' own unanswerable
+    ones included. Of several processes each gets as many batches, none of them twice. Batches
+    differ by one pairing at most; they hold batch_size at most, or one more where a process would
+    have to get an empty one. Without `grouped`, pairings are drawn one by one.
     """
 
     def __init__(
@@ -52,11 +59,22 @@ class GroupedBatches(Sampler[list[Pairing]]):
         rank: int = 0,
         world_size: int = 1,
         grouped: bool = True,
+        negative_ratio: float = 1.0,
     ):
         self.examples, self.seed, self.epoch, self.grouped = examples, seed, 0, grouped
-        self.negatives = NegativeSampler(examples, negatives, seed) if negatives else None
+        self.answerable = [example for example in examples if example.is_answerable]
+        self.sampler, self.num_negatives = None, 0
+        if negatives is not None and self.answerable:
+            contexts = {example.context for example in examples}
+            self.sampler = NegativeSampler(self.answerable, negatives, seed, contexts)
+            unanswerable = len(examples) - len(self.answerable)
+            wanted = round(negative_ratio * len(self.answerable)) - unanswerable
+            # Whether a context is fit for a question at all is the same in every epoch.
+            self.num_askable = sum(c is not None for c in self.sampler.contexts(epoch=0))
+            at_most = self.num_askable * math.ceil(negative_ratio)
+            self.num_negatives = min(max(wanted, 0), at_most)
         self.rank, self.world_size = rank, world_size
-        self.num_pairings = sum(1 for _ in self._pairings())
+        self.num_pairings = len(examples) + self.num_negatives
         if self.num_pairings < world_size:
             raise UserError(f"{self.num_pairings} examples are too few for {world_size} processes")
         wanted = math.ceil(self.num_pairings / (batch_size * world_size))
@@ -70,6 +88,10 @@ class GroupedBatches(Sampler[list[Pairing]]):
         return self.steps
 
     def __iter__(self) -> Iterator[list[Pairing]]:
+        yield from self.of_all_processes()[self.rank :: self.world_size]
+
+    def of_all_processes(self) -> list[list[Pairing]]:
+        """The epoch's batches, in the order in which processes take turns."""
         rng = random.Random(f"{self.seed}/{self.epoch}")
         groups: dict[object, list[Pairing]] = {}
         for pairing in self._pairings():
@@ -79,16 +101,25 @@ class GroupedBatches(Sampler[list[Pairing]]):
         sizes = [smaller + (place < larger) for place in range(number)]
         batches = pack([rng.sample(groups[key], len(groups[key])) for key in
                         rng.sample(list(groups), len(groups))], sizes)  # fmt: skip
-        yield from rng.sample(batches, number)[self.rank :: self.world_size]
+        return rng.sample(batches, number)
 
     def _pairings(self) -> Iterator[Pairing]:
-        for example in self.examples:
-            yield Pairing(example, example.context)
-        if self.negatives is not None:
-            contexts = self.negatives.contexts(self.epoch)
-            for example, context in zip(self.examples, contexts, strict=True):
-                if context is not None and example.is_answerable:
-                    yield Pairing(example, context)
+        yield from (Pairing(example, example.context) for example in self.examples)
+        if self.num_negatives:
+            whole, part = divmod(self.num_negatives, self.num_askable)
+            rounds = whole + (part > 0)
+            for place in range(rounds):
+                yield from self._negatives(
+                    self.epoch * rounds + place, self.num_askable if place < whole else part
+                )
+
+    def _negatives(self, epoch: int, count: int) -> list[Pairing]:
+        """Each question that can be on one other context, or as many of them as `count` says."""
+        pairs = zip(self.answerable, self.sampler.contexts(epoch), strict=True)
+        drawn = [Pairing(example, context) for example, context in pairs if context is not None]
+        if count < len(drawn):
+            drawn = random.Random(f"{self.seed}/{epoch}/part").sample(drawn, count)
+        return drawn
 
 
 def pack(groups: Sequence[list], sizes: Sequence[int]) -> list[list]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from context_qa.answering import MAX_BATCH_TOKENS, Answerer
 from context_qa.copies import unanswerable_copies
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
-from context_qa.provenance import run_record, sha256
+from context_qa.processes import from_first, in_step
+from context_qa.provenance import hash_or_name, run_record, sha256
 from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
@@ -119,7 +119,7 @@ class _Run:
             )
         output = _tuning(self.args.output)
         _, rows = self.answer(examples, source, output, threshold=1.0)  # none is to abstain
-        threshold = _from_first(tuned_threshold(rows) if rows else None)
+        threshold = from_first(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
             print(f"no-answer threshold {threshold:.6g}, tuned on {source}")
         return threshold
@@ -136,14 +136,14 @@ class _Run:
                 record = self._record(source, threshold)
                 file = ResultsFile(output, examples, record, self.args.overwrite)
                 results = stack.enter_context(file)
-            done = _from_first(results.done if results else None)
+            done = from_first(results.done if results else None)
             if len(done) < len(examples):
                 batches = self._answers(examples, done, threshold)
                 progress = tqdm(
                     total=len(examples), initial=len(done), unit="question", disable=not is_main
                 )
                 stack.enter_context(progress)
-                for step in _in_step(batches):
+                for step in in_step(batches):
                     if results is not None:
                         rows = [
                             result_row(idx, examples[idx], answer)
@@ -160,8 +160,7 @@ class _Run:
         chosen = ("max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
         settings = {
             "model": record["model_sha256"] or self.args.model,
-            "tokenizer": self.args.tokenizer
-            and (sha256(self.args.tokenizer) or self.args.tokenizer),
+            "tokenizer": hash_or_name(self.args.tokenizer),
             "data": record["data_sha256"] or source,
             "limit": self.args.limit if source == self.args.data else None,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -201,32 +200,6 @@ class _Run:
         if self.device.type == "cuda":
             measured["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return results.finish(**measured)
-
-
-@contextlib.contextmanager
-def _others_may_stop() -> Iterator[None]:
-    """A connection to another process that breaks is told in a line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError("another process has stopped; look for what it says") from error
-
-
-def _from_first(value):
-    """The value that the first process has."""
-    with _others_may_stop():
-        return broadcast_object_list([value])[0]
-
-
-def _in_step(batches: Iterator[dict[int, Answer]]) -> Iterator[list[dict[int, Answer]]]:
-    """The next batch of every process, until none has one more."""
-    while True:
-        batch = next(batches, None)
-        with _others_may_stop():
-            step = gather_object([batch])
-        if not any(step):
-            return
-        yield [batch for batch in step if batch]
 
 
 def print_summary(summary: Mapping) -> None:

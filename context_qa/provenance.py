@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,20 @@ def run_record(args: argparse.Namespace, model: str, data: str) -> dict:
         "model_sha256": sha256(model),
         "data_sha256": sha256(data),
     }
+
+
+def hash_or_name(name: str | None) -> str | None:
+    """What tells a local file or folder from others; the name of what is on the Hub."""
+    return name and (sha256(name) or name)
+
+
+def differences(before: Mapping, now: Mapping) -> list[str]:
+    """The settings that two runs do not share, each in words."""
+    return [
+        f"{name.replace('_', ' ')}: {before.get(name)} there, {now.get(name)} now"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    ]
 
 
 def sha256(name: str) -> str | None:

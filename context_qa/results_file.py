@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from context_qa.files import is_at, locked, named_errors, replaced, write_at, write_whole
 from context_qa.metrics import summarize
+from context_qa.provenance import differences
 from context_qa.results import (
     Answer,
     articles_by_idx,
@@ -20,6 +20,7 @@ from context_qa.results import (
     whole_rows,
 )
 from errors import UserError
+from files import is_at, locked, named_errors, replaced, write_at, write_whole
 from squad_utils import Example
 
 
@@ -96,12 +97,7 @@ class ResultsFile:
         other = read_summary(self.path).get("settings")
         if not isinstance(other, dict):
             raise self._refusal(f"results of an unknown run: no {summary_path(self.path).name}")
-        settings = self.record["settings"]
-        different = [
-            f"{name.replace('_', ' ')}: {other.get(name)} there, {settings.get(name)} now"
-            for name in settings | other
-            if other.get(name) != settings.get(name)
-        ]
+        different = differences(other, self.record["settings"])
         if different:
             raise self._refusal(f"results of another run ({'; '.join(different)})")
         seen = set()

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from context_qa.files import write_whole
 from errors import UserError, keep_inputs, run_script
+from files import write_whole
 from squad_utils import Example, read_examples
 
 

@@ -11,11 +11,9 @@ import functools
 import json
 import os
 import pickle
-import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errors import UserError
+from files import atomic_folder
 from mamba_lm.model import MambaConfig, MambaLM
 
 FORMATS = ("transformers", "state_spaces")
@@ -195,10 +194,16 @@ def _our_name(key: str) -> str:
 
 
 def save_model(
-    model: MambaLM, folder: str | Path, tokenizer=None, format: str = "transformers"
+    model: MambaLM,
+    folder: str | Path,
+    tokenizer=None,
+    format: str = "transformers",
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder, complete or not at all; the tokenizer travels along if given."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    """Write a checkpoint folder, complete or not at all; the tokenizer travels along if given.
+    weights: those of the model by name, where it does not hold them whole."""
+    weights = model.state_dict() if weights is None else weights
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     with atomic_folder(folder) as partial:
         if format == "state_spaces":
             if model.config.bcdt_rms_eps is not None:
@@ -291,34 +296,6 @@ def _to_state_spaces(config: MambaConfig) -> dict:
         "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
         "tie_embeddings": config.tie_embeddings,
     }
-
-
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends without an error.
-
-    A new folder appears whole, by one rename. In one that exists (it may hold checkpoints, or be a
-    mount of its own) the old config.json goes first and the new one comes last: without it a folder
-    is not a model.
-    """
-    folder = Path(folder).absolute()
-    name = f".{folder.name}.partial-{os.getpid()}"
-    partial = folder / name if folder.is_dir() else folder.with_name(name)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if partial.parent == folder:
-            (folder / "config.json").unlink(missing_ok=True)
-            for stale in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
-                stale.unlink()
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-                path.replace(folder / path.name)
-        else:
-            partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_tokenizer(model: str, tokenizer: str | None = None):

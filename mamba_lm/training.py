@@ -1,105 +1,32 @@
-"""The one training engine: loss on suffixes that go on from shared prefixes, by `Trainer`.
-
-A batch holds each prefix once, however many suffixes share it. One forward reads the prefixes,
-forks their states into the suffixes, reads those and takes the loss; gradients flow back through
-the forked states, so that the result is that of independent examples.
-"""
+"""The one training engine: examples that share prefixes, by transformers' `Trainer`."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
 from errors import UserError
 from mamba_lm.checkpoint import load_weights, read_weights, save_model
-from mamba_lm.model import MambaLM, at_least_float32, right_pad
+from mamba_lm.model import MambaLM
+from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.sharding import like, load_optimizer_state, shard, whole
+from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
+from mamba_lm.training_progress import Progress, SafeStop, TrainingLog
 
-IGNORED = -100
-
-
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """Token ids of one training example: loss falls on `target`, read after prefix and prompt."""
-
-    prefix: Sequence[int]
-    prompt: Sequence[int]
-    target: Sequence[int]
-
-    def __post_init__(self):
-        if not self.prompt or not self.target:
-            raise ValueError("a continuation needs a prompt and a target of one token at least")
-
-
-def collate(examples: Iterable[Continuation]) -> dict[str, Tensor]:
-    """A batch for `PrefixSuffixLM`: equal prefixes are read once.
-
-    prefixes (c, l_c) and their lengths (c,); suffixes (q, l_q), prompt and target without its last
-    token, and their lengths (q,); prefix_index (q,); labels (q, l_q), the next token of each
-    position where there is loss and IGNORED elsewhere.
-    """
-    places: dict[tuple[int, ...], int] = {}
-    index, suffixes, labels = [], [], []
-    for example in examples:
-        index.append(places.setdefault(tuple(example.prefix), len(places)))
-        suffixes.append([*example.prompt, *example.target[:-1]])
-        labels.append([IGNORED] * (len(example.prompt) - 1) + list(example.target))
-    prefixes, prefix_lengths = right_pad(list(places))
-    padded, suffix_lengths = right_pad(suffixes)
-    return {
-        "prefixes": prefixes,
-        "prefix_lengths": prefix_lengths,
-        "suffixes": padded,
-        "suffix_lengths": suffix_lengths,
-        "prefix_index": torch.tensor(index),
-        "labels": right_pad(labels, value=IGNORED)[0],
-    }
-
-
-class PrefixSuffixLM(nn.Module):
-    """A language model with the loss that the Trainer asks for."""
-
-    accepts_loss_kwargs = True  # the Trainer then counts the labels of a whole optimiser step
-
-    def __init__(self, model: MambaLM):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, labels: Tensor, num_items_in_batch: Tensor | None = None, **batch: Tensor
-    ) -> dict[str, Tensor]:
-        """A batch as `collate` makes it. Returns loss: the sum of cross-entropy over the labels /
-        num_items_in_batch, by default the labels of this batch."""
-        losses, _ = self.token_losses(labels=labels, **batch)
-        count = len(losses) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": losses.sum() / count}
-
-    def token_losses(
-        self,
-        prefixes: Tensor,
-        prefix_lengths: Tensor,
-        suffixes: Tensor,
-        suffix_lengths: Tensor,
-        prefix_index: Tensor,
-        labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (k,) at each of a batch's k labels, and the suffix (k,) it belongs to."""
-        state = None
-        if prefixes.shape[1] > 0:
-            _, state = self.model.encode(prefixes, lengths=prefix_lengths)
-            state = state.fork(prefix_index)
-        hidden, _ = self.model.encode(suffixes, state, suffix_lengths, keep_state=False)
-        # Logits only where there is loss; index_select, because its gradient is reproducible.
-        at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        logits = at_least_float32(self.model.lm_head(hidden.flatten(0, 1).index_select(0, at)))
-        losses = F.cross_entropy(logits, labels.flatten()[at], reduction="none")
-        return losses, at // labels.shape[1]
+MAX_IDS = 64  # of examples that one message names
 
 
 class _Tokenized(Dataset[Continuation]):
@@ -123,8 +50,17 @@ class _Batches(DataLoader):
             self.batch_sampler.set_epoch(epoch)
 
 
+def _named_batch(examples: Sequence[Continuation]) -> dict[str, Tensor | list[str]]:
+    return collate(examples) | {"ids": [example.id for example in examples]}
+
+
 class PrefixSuffixTrainer(Trainer):
-    """Trainer for `PrefixSuffixLM`: our batches, our checkpoints, no decay of the SSM's own."""
+    """Trainer for `PrefixSuffixLM`: our batches, our checkpoints, no decay of the SSM's own.
+
+    It stops where the loss or a gradient is no finite number, writes checkpoints that are whole or
+    not there, and saves one when it is asked to end, by Ctrl-C or SIGTERM. A resumed run gives the
+    bits of one that was never stopped, on a CPU.
+    """
 
     def __init__(
         self,
@@ -133,20 +69,57 @@ class PrefixSuffixTrainer(Trainer):
         batches: Sampler[list],
         tokenize: Callable[[Any], Continuation],
         tokenizer,
+        score: Callable[[MambaLM], Mapping[str, float]] | None = None,
+        patience: int = 5,
+        sharded: bool = False,
     ):
         """batches yields lists of the examples themselves, in any form that `tokenize` understands:
         this process's, as many as every other process gets. Its optional set_epoch(epoch) is called
-        before each epoch."""
-        self.language_model = model
-        self.batches = batches
-        super().__init__(
-            PrefixSuffixLM(model),
-            arguments,
-            # Its length is for the Trainer's count of examples a second.
-            train_dataset=_Tokenized(len(batches) * arguments.train_batch_size, tokenize),
-            data_collator=collate,
-            processing_class=tokenizer,
-        )
+        before each epoch. score gives the figures of an evaluation, the same in every process;
+        after `patience` of them without a better one, training ends. Sharded, each of several
+        processes keeps its part of the weights and of what the optimiser knows."""
+        self.language_model, self.batches, self.score = model, batches, score
+        self.sharded = sharded
+        if arguments.eval_strategy != IntervalStrategy.NO and score is None:
+            raise UserError("training arguments: eval_strategy needs --eval_data")
+        if sharded and arguments.world_size < 2:
+            raise UserError("--fully_shard: needs two processes or more, by torchrun")
+        module = PrefixSuffixLM(model)
+        if sharded:
+            shard(module.to(arguments.device), list(model.backbone.layers), arguments.device.type)
+            module.is_distributed_loading_by_transformers = True  # leave it as it is, that means
+        try:
+            super().__init__(
+                module,
+                arguments,
+                # Its length is for the Trainer's count of examples a second.
+                train_dataset=_Tokenized(len(batches) * arguments.train_batch_size, tokenize),
+                eval_dataset=[] if score is not None else None,  # or it would ask for one
+                data_collator=_named_batch,
+                processing_class=tokenizer,
+            )
+        except (ImportError, RuntimeError) as error:  # of report_to, mostly: what to install
+            raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "the Trainer's own FSDP and DeepSpeed are not used here: on a CPU they would be "
+                "plain data parallelism, silently; --fully_shard shards, on CPUs and GPUs"
+            )
+        self.safe_stop = SafeStop()
+        self.add_callback(self.safe_stop)
+        self.add_callback(TrainingLog())
+        if arguments.load_best_model_at_end:
+            self.add_callback(EarlyStoppingCallback(patience))
+        if not arguments.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress())
+        self._checkpoint: Path | None = None  # the newest, read or written
+        self._run_dir = Path(arguments.output_dir)
+        self._of_step: list[tuple[list[str], Tensor]] = []  # ids and loss of its batches
+        self._num_examples = self._num_tokens = 0  # since the last line of the log
+        self._logged_at = time.monotonic()
+
+    # Batches and loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Our batches as they are: the Trainer would cut its own, and repeat examples to give every
@@ -172,21 +145,172 @@ class PrefixSuffixTrainer(Trainer):
             if parameter.dim() >= 2 and not name.endswith("A_log")
         ]
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: "
-                "lower --learning_rate or look at the data of that step"
-            )
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+        ids = inputs.pop("ids")
+        if not (inputs["labels"] != IGNORED).any():
+            raise UserError(f"a batch without any token to learn, of the examples {_listed(ids)}")
+        self._num_examples += len(ids)
+        self._num_tokens += sum(
+            int(inputs[name].sum()) for name in ("prefix_lengths", "suffix_lengths")
+        )
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._of_step.append((ids, loss))
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_model(self.language_model, output_dir or self.args.output_dir, self.processing_class)
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """The norm of a step's gradients; UserError if that or the loss is no finite number."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        of_step, self._of_step = self._of_step, []
+        if isinstance(grad_norm, Tensor):
+            grad_norm = whole(grad_norm).item()
+        # With several processes the norm is that of all, and so are what is raised and when.
+        if not math.isfinite(grad_norm) or not all(torch.isfinite(loss) for _, loss in of_step):
+            raise UserError(self._what_became_of(of_step, grad_norm))
+        return grad_norm
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _what_became_of(self, of_step: list[tuple[list[str], Tensor]], grad_norm: float) -> str:
+        batches = [(ids, loss.item()) for ids, loss in of_step]
+        if self.args.world_size > 1:
+            batches = gather_object(batches)
+        spoilt = [(ids, loss) for ids, loss in batches if not math.isfinite(loss)]
+        what, value = ("loss", spoilt[0][1]) if spoilt else ("norm of the gradients", grad_norm)
+        ids = [each for of_batch, _ in spoilt or batches for each in of_batch]
+        good = f"the last good checkpoint is {self._checkpoint}" if self._checkpoint else (
+            "no checkpoint has been written"
+        )  # fmt: skip
+        return (
+            f"the {what} became {value} at step {self.state.global_step + 1}, on the examples "
+            f"{_listed(ids)}; look at these or lower --learning_rate; {good}"
+        )
+
+    # Scores and what is seen
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.safe_stop.at_once():
+            model = self.language_model
+            if self.sharded:
+                model = MambaLM(model.config).to(self.args.device)
+                load_weights(model, whole(self.language_model.state_dict()), Path("the shards"))
+            scores = self.score(model.eval())
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self._logged_at = time.monotonic()
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the examples and tokens a second since the last time: of all processes, if their
+        batches are alike. A token is counted each time it is read."""
+        if "loss" in logs:
+            seconds = time.monotonic() - self._logged_at
+            logs["examples_per_second"] = self._num_examples * self.args.world_size / seconds
+            logs["tokens_per_second"] = self._num_tokens * self.args.world_size / seconds
+            self._num_examples = self._num_tokens = 0
+            self._logged_at = time.monotonic()
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
+        """Train to the end, from a checkpoint if one is given. A checkpoint of the end is only
+        read. Ctrl-C and SIGTERM end it as ever, once a checkpoint is saved."""
+        if resume_from_checkpoint is not None:
+            require_whole(resume_from_checkpoint)
+            self._checkpoint = Path(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                self.state = state
+                at_end = self.args.load_best_model_at_end and state.best_model_checkpoint
+                self._load_from_checkpoint(at_end or resume_from_checkpoint)
+                return
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        with self.safe_stop:
+            super().train(resume_from_checkpoint)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """As the Trainer does it, in another folder, which is then made the checkpoint."""
+        output = Path(self.args.output_dir)
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        if checkpoint == self._checkpoint:  # written a moment ago, for another reason
+            return
+        if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+            raise UserError(
+                f"weights are no finite numbers after step {self.state.global_step}: lower "
+                f"--learning_rate; the last good checkpoint is {self._checkpoint}"
+            )
+        started = time.monotonic()
+        self._run_dir = partial_folder(output)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                best = output / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                written = self._run_dir / checkpoint.name
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                seal(written, checkpoint)
+                rotate_checkpoints(
+                    self.args.output_dir,
+                    self.args.save_total_limit,
+                    self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
+            raise UserError(
+                f"{checkpoint}: cannot be written ({str(error).splitlines()[0]}); the last good "
+                f"checkpoint is {self._checkpoint}"
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = output
+        self._checkpoint = checkpoint
+        self.safe_stop.saved(time.monotonic() - started)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        weights = whole(self.language_model.state_dict())
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_model(self.language_model, folder, self.processing_class, weights=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The same files, sharded or not: a run goes on in either way from them."""
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_weights(self.language_model, read_weights(folder), folder)
+        own = self.language_model.state_dict()
+        weights = {
+            name: like(own[name], weight) if name in own else weight
+            for name, weight in read_weights(folder).items()
+        }
+        load_weights(self.language_model, weights, folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+            load_optimizer_state(self.optimizer, read(Path(checkpoint) / "optimizer.pt"))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / "scheduler.pt"))
+
+
+def _listed(ids: Sequence[str]) -> str:
+    named = ", ".join(ids[:MAX_IDS])
+    return named if len(ids) <= MAX_IDS else f"{named} and {len(ids) - MAX_IDS} more"
 
 
 def training_arguments(
@@ -215,8 +339,11 @@ def training_arguments(
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "logging_steps": 20,
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",
+        "save_strategy": "epoch",  # and every ten minutes: `SafeStop`
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": False,
         "ddp_find_unused_parameters": False,
@@ -224,8 +351,16 @@ def training_arguments(
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",  # autocast; the weights stay in float32
     }
+    chosen = defaults | settings
+    if chosen.get("eval_strategy", "no") != "no":
+        # The best checkpoint can be kept only where one is written with each evaluation.
+        saves = {"save_strategy": chosen["eval_strategy"], "load_best_model_at_end": True}
+        if "eval_steps" in chosen:
+            saves["save_steps"] = chosen["eval_steps"]
+        chosen = saves | {"greater_is_better": True} | settings
+        chosen = defaults | chosen
     try:
-        arguments = TrainingArguments(output_dir=output, **(defaults | settings))
+        arguments = TrainingArguments(output_dir=output, **chosen)
     except (ValueError, TypeError) as error:
         raise UserError(f"training arguments: {error}") from error
     if arguments.train_batch_size < 1:

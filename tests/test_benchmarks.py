@@ -31,8 +31,8 @@ from benchmarks import (
 from errors import UserError
 from mamba_lm import model, training
 from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import reference
-from mamba_lm.training import Continuation
 from squad_utils import read_examples
 
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"

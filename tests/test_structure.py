@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"errors", "squad_utils"}  # at the root, but no scripts
+MODULES = {"errors", "files", "squad_utils"}  # at the root, but no scripts
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in MODULES)
 FOLDERS = ("mamba_lm", "context_qa", "data", "benchmarks", "studies")
-SHARED = {"errors", "squad_utils", "mamba_lm", "context_qa"}
+SHARED = {"errors", "files", "squad_utils", "mamba_lm", "context_qa"}
 
 # What each part may import, itself aside. A study is a part of its own: studies.<name>.
 ALLOWED = {
     "errors": set(),
     "squad_utils": {"errors"},
-    "mamba_lm": {"errors"},
-    "context_qa": {"errors", "squad_utils", "mamba_lm"},
+    "files": {"errors"},
+    "mamba_lm": {"errors", "files"},
+    "context_qa": {"errors", "files", "squad_utils", "mamba_lm"},
     "data": SHARED,
     "benchmarks": SHARED,
     "studies.numpy_mamba": set(),

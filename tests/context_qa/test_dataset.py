@@ -1,6 +1,8 @@
 """Training examples: the parts of a prompt, their targets, and the order in which they come."""
 
+import math
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from context_qa.dataset import GroupedBatches, Pairing, continuation, pack
 from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training import Continuation
+from mamba_lm.prefix_suffix import Continuation
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, prompt_parts
 
 ROOT = Path(__file__).parents[2]
@@ -90,15 +92,27 @@ def test_contexts_are_contiguous(negatives):
         assert len(contexts) == len(set(contexts)) == 5
 
 
-def test_each_answerable_question_gets_one_negative_and_an_unanswerable_none():
+@pytest.mark.parametrize("ratio, expected", [(1.0, 7), (0.5, 3), (0.1, 0), (2.0, 15), (1.5, 11)])
+def test_negatives_fill_up_the_ratio_that_the_datas_own_begin(ratio, expected):
+    """Of nine questions one is unanswerable."""
+    seen = []
     for epoch in range(3):
-        others = [
-            p for p in pairings(EXAMPLES, "random", 0, epoch) if p.context != p.example.context
-        ]
-        answerable = [e for e in EXAMPLES if e.is_answerable]
-        assert sorted(p.example.id for p in others) == sorted(e.id for e in answerable)
-        assert len(answerable) == len(EXAMPLES) - 1
-        assert all(p.target == NO_ANSWER for p in others)
+        batches = GroupedBatches(EXAMPLES, 100, "random", negative_ratio=ratio)
+        batches.set_epoch(epoch)
+        [drawn] = batches
+        assert len(drawn) == batches.num_pairings == 9 + expected
+        others = [p for p in drawn if p.context != p.example.context]
+        assert len(others) == expected
+        assert all(p.target == NO_ANSWER and p.example.is_answerable for p in others)
+        times = Counter(p.example.id for p in others)
+        assert max(times.values(), default=0) <= math.ceil(ratio)
+        assert len(times) == min(expected, 8)
+        seen.append(frozenset(others))
+    assert len(set(seen)) == (3 if expected else 1)
+
+
+def test_unanswerable_questions_alone_need_no_negatives():
+    assert GroupedBatches([UNKNOWN], 4, "random").num_pairings == 1
 
 
 def test_an_epoch_changes_negatives_and_order():
@@ -138,7 +152,7 @@ def test_all_come_even_where_no_context_is_fit():
     everywhere = replace(EXAMPLES[0], id="everywhere", answers=("number",))  # in all contexts
     for examples, negatives, expected in (
         (EXAMPLES, None, 9),
-        (EXAMPLES, "random", 9 + 8),
+        (EXAMPLES, "random", 9 + 7),
         ([*EXAMPLES, everywhere], "random", 10 + 8),
         ([CAT], "random", 1),
     ):

@@ -13,14 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from errors import UserError
 from mamba_lm.checkpoint import load_model
-from mamba_lm.training import (
-    IGNORED,
-    Continuation,
-    PrefixSuffixLM,
-    PrefixSuffixTrainer,
-    collate,
-    training_arguments,
-)
+from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.training import PrefixSuffixTrainer, training_arguments
 
 CPU = torch.device("cpu")
 TOKENIZER = Path(__file__).parents[2] / "data/demo/tokenizer"
@@ -250,7 +244,7 @@ def test_a_loss_that_is_no_number_stops_training(value, make_trainer, make_model
     model = make_model()
     with torch.no_grad():
         model.backbone.norm_f.weight[0] = value
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 1: .*--learning_rate"):
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 1, .*--learning_rate"):
         make_trainer(model, EXAMPLES, max_steps=3).train()
 
 
@@ -270,7 +264,7 @@ def test_training_learns_a_copy_task(make_trainer, make_model):
     trainer = make_trainer(make_model(), copy_task(240), max_steps=60, logging_steps=10)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 6
+    assert len(losses) == 7  # the first step's too
     assert losses[0] > 1.0 and losses[-1] < 0.05  # guessing between the two words: 0.35
 
 
@@ -346,7 +340,7 @@ def test_a_spoilt_checkpoint_is_named(make_trainer, make_model, tmp_path):
     weights = tmp_path / "out/checkpoint-2/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     trainer = make_trainer(make_model(), random_examples(8), **settings)
-    with pytest.raises(UserError, match=str(weights)):
+    with pytest.raises(UserError, match=f"{weights.parent}: .*model.safetensors has"):
         trainer.train(resume_from_checkpoint=str(weights.parent))
 
 

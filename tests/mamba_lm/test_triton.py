@@ -11,7 +11,7 @@ import torch
 from errors import UserError
 from mamba_lm import device, selective_scan
 from mamba_lm.device import choose_device
-from mamba_lm.training import Continuation, PrefixSuffixLM, collate
+from mamba_lm.prefix_suffix import Continuation, PrefixSuffixLM, collate
 
 pytest.importorskip("triton")
 

@@ -1,8 +1,9 @@
-"""Writing files that are there whole or not at all."""
+"""Writing files, and folders of a model, that are there whole or not at all."""
 
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,31 @@ def is_at(descriptor: int, path: str | Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the block ends without an error.
+
+    A new folder appears whole, by one rename. In one that exists (it may hold checkpoints, or be a
+    mount of its own) the old config.json goes first and the new one comes last: without it a folder
+    is not a model.
+    """
+    folder = Path(folder).absolute()
+    name = f".{folder.name}.partial-{os.getpid()}"
+    partial = folder / name if folder.is_dir() else folder.with_name(name)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if partial.parent == folder:
+            (folder / "config.json").unlink(missing_ok=True)
+            for stale in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
+                stale.unlink()
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(folder / path.name)
+        else:
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""Several processes at one work, as torchrun starts them; a single one passes through."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from errors import UserError
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def _others_may_stop() -> Iterator[None]:
+    """A connection to another process that breaks is told in a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError("another process has stopped; look for what it says") from error
+
+
+def from_first(value: T) -> T:
+    """The value that the first process has."""
+    with _others_may_stop():
+        return broadcast_object_list([value])[0]
+
+
+def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
+    """The next batch of every process, until none has one more."""
+    while True:
+        batch = next(batches, None)
+        with _others_may_stop():
+            step = gather_object([batch])
+        if not any(step):
+            return
+        yield [batch for batch in step if batch]

@@ -1,0 +1,119 @@
+"""The folder of a training run: what it was asked to do, whether it has, and what goes with it."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import TrainerState
+
+from context_qa.model_card import model_card
+from context_qa.provenance import differences, hash_or_name, run_record
+from context_qa.training_data import DataReport
+from errors import UserError
+from files import locked, named_errors, write_whole
+from mamba_lm.checkpoint import NOTE
+from mamba_lm.training_checkpoints import newest_checkpoint
+from mamba_lm.training_progress import LOG, PLOT
+
+RECORD = "training_args.json"
+CARD = "README.md"
+_OURS = (  # the first to be removed comes first, what tells that they are ours last
+    *("config.json", "model*.safetensors*", "pytorch_model*.bin*", "checkpoint-*", ".*.partial*"),
+    *("tokenizer*.json", "special_tokens_map.json", NOTE, CARD, LOG, PLOT, RECORD),
+)
+
+
+class TrainingRun:
+    """A run at an output folder, which goes on where it was cut off.
+
+    args: those of the training script. The folder of a run with others is refused by a UserError
+    that says what differs, as are a folder of other things, one that cannot be written and one that
+    another run is writing. With args.overwrite, what a run or a model has left there is removed
+    first.
+    """
+
+    def __init__(self, args: argparse.Namespace, num_processes: int = 1):
+        self.args, self.folder = args, Path(args.output)
+        self.record = {"settings": settings(args, num_processes)}
+        self.record |= run_record(args, args.model, args.data_path)
+        with named_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)  # held as long as this process lives
+            if not locked(self._lock):
+                raise UserError(f"{self.folder}: another run is writing it; give another folder")
+            before = self._before()
+            if args.overwrite:
+                self._remove()
+            elif before:
+                self._compare(before)
+            self.is_complete = bool(before.get("complete")) and not args.overwrite
+            if not self.is_complete:
+                self._write(complete=False)
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, which the run goes on from."""
+        return newest_checkpoint(self.folder)
+
+    def finish(self, report: DataReport, state: TrainerState) -> None:
+        """Write what goes with the model: card, note, and the record with what was found."""
+        steps = {"steps": state.global_step, "epochs": state.epoch}
+        scores = best_scores(state)
+        write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))
+        note = Path(self.args.model) / NOTE
+        if note.is_file():
+            shutil.copy(note, self.folder)
+        found = {"data": dataclasses.asdict(report), "scores": scores}
+        self._write(complete=True, **steps, **found)
+
+    def _write(self, **more: object) -> None:
+        write_whole(self.folder / RECORD, json.dumps(self.record | more, indent=2) + "\n")
+
+    def _before(self) -> dict:
+        """The record of the run that is there; that of a model without one says nothing."""
+        names = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+        if RECORD in names:
+            try:
+                record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            except ValueError:
+                record = None
+            return record if isinstance(record, dict) else {"settings": None}
+        if names and "config.json" not in names:
+            raise UserError(f"{self.folder}: holds other things ({names[0]}); give another folder")
+        return {"settings": None} if names else {}
+
+    def _compare(self, before: Mapping) -> None:
+        if not isinstance(before.get("settings"), dict):
+            what = "a model already, of which it is not known how it was made"
+        elif different := differences(before["settings"], self.record["settings"]):
+            what = f"another run ({'; '.join(different)})"
+        else:
+            return
+        raise UserError(f"{self.folder}: holds {what}; give another folder or --overwrite")
+
+    def _remove(self) -> None:
+        for pattern in _OURS:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def settings(args: argparse.Namespace, num_processes: int) -> dict:
+    """What decides the weights, in words: the arguments, files by their hashes."""
+    named = ("model", "tokenizer", "data_path", "eval_data")
+    others = {n: v for n, v in vars(args).items() if n not in (*named, "output", "overwrite")}
+    hashes = {name: hash_or_name(getattr(args, name)) for name in named}
+    return hashes | others | {"processes": num_processes}
+
+
+def best_scores(state: TrainerState) -> dict[str, float]:
+    """The scores of the model that is kept; empty if it was not scored."""
+    rows = [row for row in state.log_history if row["step"] == state.best_global_step]
+    return {
+        name.removeprefix("eval_"): value
+        for row in rows
+        for name, value in row.items()
+        if name.startswith("eval_")
+    }

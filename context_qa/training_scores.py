@@ -1,0 +1,65 @@
+"""Scores of a model while it is trained, by the answering loop of evaluation."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from context_qa.answering import Answerer
+from context_qa.copies import unanswerable_copies
+from context_qa.metrics import abstention
+from context_qa.processes import in_step
+from context_qa.results import result_row
+from mamba_lm.model import MambaLM
+from squad_utils import Example, prompt_parts
+
+
+def examples_to_score(examples: Sequence[Example], negatives: str | None) -> list[Example]:
+    """The examples; with unanswerable copies of this kind where none is unanswerable, for else the
+    best model would be one that never abstains."""
+    if negatives is None or not all(example.is_answerable for example in examples):
+        return list(examples)
+    return [*examples, *unanswerable_copies(examples, negatives)]
+
+
+def scorer(
+    examples: Sequence[Example], tokenizer, prompt_order: str
+) -> Callable[[MambaLM], dict[str, float]]:
+    """A function that answers the examples with a model, greedily, and returns their scores in
+    percent: `training_scores`. All processes take part, and all get them."""
+    prompts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
+    state = PartialState()
+
+    def score(model: MambaLM) -> dict[str, float]:
+        answers = Answerer(model, tokenizer).answer(
+            prompts, part=state.process_index, parts=state.num_processes
+        )
+        rows = []
+        with tqdm(
+            total=len(examples), unit="question", desc="scoring", leave=False,
+            disable=not state.is_main_process,
+        ) as progress:  # fmt: skip
+            for step in in_step(answers):
+                for batch in step:
+                    rows += [result_row(idx, examples[idx], a) for idx, a in batch.items()]
+                progress.update(len(rows) - progress.n)
+        return training_scores(sorted(rows, key=lambda row: row["idx"]))
+
+    return score
+
+
+def training_scores(rows: Sequence[Mapping]) -> dict[str, float]:
+    """Exact match and F1 of all questions; exact match of those with and without an answer; F1 of
+    abstention. What there is no question for is left out."""
+    answerable = [row for row in rows if row["answers"]]
+    unanswerable = [row for row in rows if not row["answers"]]
+
+    def mean(metric: str, of: Sequence[Mapping]) -> float:
+        return 100 * sum(row[metric] for row in of) / len(of)
+
+    found = {"exact_match": mean("exact_match", rows), "f1": mean("f1", rows)}
+    if answerable and unanswerable:
+        found["answerable_exact_match"] = mean("exact_match", answerable)
+        found["unanswerable_exact_match"] = mean("exact_match", unanswerable)
+        found["abstention_f1"] = abstention(rows)["f1"]
+    return found

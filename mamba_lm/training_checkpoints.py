@@ -1,0 +1,97 @@
+"""Checkpoints of a training run: each is whole, and is known to be, or it is not taken.
+
+A checkpoint is written under another name and renamed when all of it is on the disk, with a
+manifest of its files' sizes and hashes. What a crash, a full disk or a copy that broke off has left
+is thus never taken for a state to go on from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from errors import UserError
+from files import named_errors
+
+MANIFEST = "manifest.json"
+_NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def partial_folder(output: str | Path) -> Path:
+    """Where a checkpoint is written before it is one."""
+    return Path(output) / ".checkpoint.partial"
+
+
+def seal(folder: Path, checkpoint: Path) -> None:
+    """Make the files of a folder the checkpoint of this name, in one step. Raises UserError."""
+    with named_errors(checkpoint):
+        files = {}
+        for path in sorted(folder.iterdir()):
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            _to_disk(path)
+        manifest = folder / MANIFEST
+        manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
+        _to_disk(manifest)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # one that was not whole
+        folder.rename(checkpoint)
+        _to_disk(checkpoint.parent)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if a run can go on from it."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(checkpoint / name) != expected["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    missing = [name for name in _NEEDED if name not in files]
+    return f"it holds no {missing[0]}" if missing else None
+
+
+def checkpoints(output: str | Path) -> list[Path]:
+    """The checkpoints of an output folder, whole or not, the newest first."""
+    found = {}
+    for path in Path(output).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return [path for _, path in sorted(found.items(), reverse=True)]
+
+
+def newest_checkpoint(output: str | Path) -> Path | None:
+    """The newest whole one; a line on stderr tells of each that is not and is skipped."""
+    for checkpoint in checkpoints(output):
+        complaint = fault(checkpoint)
+        if complaint is None:
+            return checkpoint
+        print(f"warning: {checkpoint} is skipped: {complaint}", file=sys.stderr)
+    return None
+
+
+def require_whole(checkpoint: str | Path) -> None:
+    """UserError unless a run can go on from it."""
+    complaint = fault(Path(checkpoint))
+    if complaint is not None:
+        raise UserError(f"{checkpoint}: cannot be gone on from: {complaint}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

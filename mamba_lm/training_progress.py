@@ -1,0 +1,185 @@
+"""What is seen of a training run, and how it ends early: bar, log, plot, signals."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from files import named_errors, write_whole
+
+LOG = "training_log.jsonl"
+PLOT = "training_log.png"
+SAVE_SECONDS = 600  # between two checkpoints, at most
+SAVE_SHARE = 0.05  # of the time, at most, goes to checkpoints that this asks for
+_ANEW_SECONDS = 2.0  # torchrun and a terminal both send what one Ctrl-C is: within this, once
+
+
+class SafeStop(TrainerCallback):
+    """Checkpoints by the clock and at the end that a signal asks for.
+
+    While it is in force (`with`), SIGINT and SIGTERM wait for the step to end and for a checkpoint;
+    then the signal is delivered as ever. A second one does not wait. All processes of a run stop at
+    the same step, whichever of them got the signal.
+    """
+
+    def __init__(self):
+        self._caught: int | None = None
+        self._caught_at = 0.0
+        self._stops = self._waits = False
+        self._before: dict[int, object] = {}
+        self._interval, self._saved_at = SAVE_SECONDS, time.monotonic()
+
+    def __enter__(self) -> "SafeStop":
+        self._saved_at = time.monotonic()
+        self._waits = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None and self._caught is not None:
+            signal.raise_signal(self._caught)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals do not wait in this block: what it does can be done again."""
+        waited, self._waits = self._waits, False
+        if self._caught is not None:
+            self._deliver()
+        try:
+            yield
+        finally:
+            self._waits = waited
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint has been saved, in so many seconds."""
+        self._interval = max(SAVE_SECONDS, seconds / SAVE_SHARE)
+        self._saved_at = time.monotonic()
+
+    def _note(self, number: int, frame) -> None:
+        again = self._caught is not None and time.monotonic() - self._caught_at > _ANEW_SECONDS
+        if self._caught is None:
+            self._caught, self._caught_at = number, time.monotonic()
+        if again or not self._waits:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.raise_signal(self._caught)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        is_time = time.monotonic() - self._saved_at > self._interval
+        wanted = torch.tensor([self._caught is not None, is_time], dtype=torch.int32)
+        if args.world_size > 1:
+            wanted = wanted.to(args.device)
+            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
+        self._stops, is_time = map(bool, wanted.tolist())
+        if self._stops or is_time:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        # Now and not before: a checkpoint tells whether the run had come to its own end.
+        if self._stops:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if self._stops:
+            control.should_evaluate = control.should_save = False
+
+
+class Progress(TrainerCallback):
+    """A bar with the time that is left and the figures of the last log; scores as lines above."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            disable=not state.is_world_process_zero,
+            dynamic_ncols=True,
+            # To a file, a line now and then is enough.
+            mininterval=0.1 if sys.stderr.isatty() else 20.0,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs: Mapping, **kwargs) -> None:
+        if "loss" in logs:
+            self._bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, "
+                f"{logs['examples_per_second']:,.0f} examples/s, "
+                f"{logs['tokens_per_second']:,.0f} tokens/s"
+            )
+        scores = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        if scores:
+            listed = ", ".join(f"{name.replace('_', ' ')} {v:.1f}" for name, v in scores.items())
+            self._bar.write(f"step {state.global_step}: {listed}", file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._bar.close()
+
+
+class TrainingLog(TrainerCallback):
+    """training_log.jsonl beside the model, a line a log as it comes, and its plot.
+
+    A resumed run goes on from the lines of its checkpoint: the file tells of one run.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self._path = Path(args.output_dir) / LOG
+            write_whole(self._path, "".join(map(_line, state.log_history)))
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            with named_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(state.log_history[-1]))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            plot(state.log_history, self._path.with_name(PLOT))
+
+
+def _line(row: Mapping) -> str:
+    return json.dumps(row) + "\n"
+
+
+def plot(rows: Sequence[Mapping], path: Path) -> None:
+    """Draw the loss and, where there are any, the scores of a log along its steps."""
+    from matplotlib.figure import Figure
+
+    curves = {"loss": [(row["step"], row["loss"]) for row in rows if "loss" in row]}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("eval_"):
+                curves.setdefault(name.removeprefix("eval_"), []).append((row["step"], value))
+    scores = curves.keys() - {"loss"}
+    figure = Figure(figsize=(8, 6 if scores else 3.5), layout="constrained")
+    axes = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
+    for name, points in curves.items():
+        at = axes[0] if name == "loss" else axes[1]
+        at.plot(*zip(*points, strict=True), label=name.replace("_", " "),
+                marker=None if name == "loss" else "o")  # fmt: skip
+    axes[0].set_ylabel("loss (nats a token)")
+    if scores:
+        axes[1].set_ylabel("per cent")
+        axes[1].legend()
+    axes[-1].set_xlabel("optimiser steps")
+    for at in axes:
+        at.grid(alpha=0.3)
+    with named_errors(path):
+        partial = path.with_name(f".{path.name}.partial")
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, path)
