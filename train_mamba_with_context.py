@@ -11,10 +11,10 @@ The same command goes on where it was cut off. Several processes: torchrun --npr
 import argparse
 import functools
 
+from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from context_qa.dataset import GroupedBatches, continuation
-from context_qa.processes import from_first
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import examples_to_score, scorer
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     keep_inputs(args.output, args.model, args.tokenizer)
     arguments = trainer_arguments(args)
-    is_main = arguments.process_index == 0
+    say = functools.partial(PartialState().print, flush=True)  # once, of several processes
     examples = read_examples(args.data_path)
     scored = read_examples(args.eval_data) if args.eval_data else None
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
@@ -97,22 +97,19 @@ def main(args: argparse.Namespace) -> None:
         model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
     )
 
-    run = TrainingRun(args, arguments.world_size) if is_main else None
-    checkpoint, is_complete = from_first(run and (run.checkpoint(), run.is_complete))
-    if is_complete:
-        if is_main:
-            print(f"{args.output}: this run is complete; --overwrite begins anew")
-        return
-    if is_main:
+    with TrainingRun(args) as run:
+        if run.is_complete:
+            say(f"{args.output}: this run is complete; --overwrite begins anew")
+            return
         report = data_report(data, batches, **prompt, max_length=args.max_length)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}", flush=True)
-    if is_main and checkpoint:
-        print(f"going on from {checkpoint}", flush=True)
-    trainer.train(checkpoint)
-    trainer.save_model()
-    if is_main:
-        run.finish(report, trainer.state)
-        print(f"model written to {args.output}")
+        say(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}")
+        if run.checkpoint:
+            say(f"going on from {run.checkpoint}")
+        trainer.train(run.checkpoint)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            run.finish(report, trainer.state)
+        say(f"model written to {args.output}")
 
 
 def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:

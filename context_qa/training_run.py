@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import TrainerState
 
 from context_qa.model_card import model_card
+from context_qa.processes import from_first
 from context_qa.provenance import differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from errors import UserError
@@ -36,30 +38,49 @@ class TrainingRun:
     first.
     """
 
-    def __init__(self, args: argparse.Namespace, num_processes: int = 1):
+    def __init__(self, args: argparse.Namespace):
+        """In every process of the run; the first one alone reads and writes."""
         self.args, self.folder = args, Path(args.output)
-        self.record = {"settings": settings(args, num_processes)}
-        self.record |= run_record(args, args.model, args.data_path)
+        self.processes = PartialState()
+        self.lock: int | None = None
+        self.is_complete = False
+        self.checkpoint: Path | None = None  # what it goes on from
+
+    def __enter__(self) -> "TrainingRun":
+        try:
+            found = self._open() if self.processes.is_main_process else None
+            self.is_complete, self.checkpoint = from_first(found)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def _open(self) -> tuple[bool, Path | None]:
+        self.record = {"settings": settings(self.args, self.processes.num_processes)}
+        self.record |= run_record(self.args, self.args.model, self.args.data_path)
         with named_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY)  # held as long as this process lives
-            if not locked(self._lock):
+            self.lock = os.open(self.folder, os.O_RDONLY)
+            if not locked(self.lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._before()
-            if args.overwrite:
+            if self.args.overwrite:
                 self._remove()
+                before = {}
             elif before:
                 self._compare(before)
-            self.is_complete = bool(before.get("complete")) and not args.overwrite
-            if not self.is_complete:
-                self._write(complete=False)
-
-    def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, which the run goes on from."""
-        return newest_checkpoint(self.folder)
+            if before.get("complete"):
+                return True, None
+            self._write(complete=False)
+            return False, newest_checkpoint(self.folder)
 
     def finish(self, report: DataReport, state: TrainerState) -> None:
-        """Write what goes with the model: card, note, and the record with what was found."""
+        """Write what goes with the model: card, note, and the record with what was found. In the
+        first process."""
         steps = {"steps": state.global_step, "epochs": state.epoch}
         scores = best_scores(state)
         write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))

@@ -175,13 +175,15 @@ class PrefixSuffixTrainer(Trainer):
         spoilt = [(ids, loss) for ids, loss in batches if not math.isfinite(loss)]
         what, value = ("loss", spoilt[0][1]) if spoilt else ("norm of the gradients", grad_norm)
         ids = [each for of_batch, _ in spoilt or batches for each in of_batch]
-        good = f"the last good checkpoint is {self._checkpoint}" if self._checkpoint else (
-            "no checkpoint has been written"
-        )  # fmt: skip
         return (
             f"the {what} became {value} at step {self.state.global_step + 1}, on the examples "
-            f"{_listed(ids)}; look at these or lower --learning_rate; {good}"
+            f"{_listed(ids)}; look at these or lower --learning_rate; {self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        if self._checkpoint is None:
+            return "no checkpoint has been written"
+        return f"the last good checkpoint is {self._checkpoint}"
 
     # Scores and what is seen
 
@@ -241,7 +243,7 @@ class PrefixSuffixTrainer(Trainer):
         if not all(torch.isfinite(weight).all() for weight in model.parameters()):
             raise UserError(
                 f"weights are no finite numbers after step {self.state.global_step}: lower "
-                f"--learning_rate; the last good checkpoint is {self._checkpoint}"
+                f"--learning_rate; {self._last_good()}"
             )
         started = time.monotonic()
         self._run_dir = partial_folder(output)
@@ -266,8 +268,8 @@ class PrefixSuffixTrainer(Trainer):
                 )
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
             raise UserError(
-                f"{checkpoint}: cannot be written ({str(error).splitlines()[0]}); the last good "
-                f"checkpoint is {self._checkpoint}"
+                f"{checkpoint}: cannot be written ({str(error).splitlines()[0]}); "
+                f"{self._last_good()}"
             ) from error
         finally:
             if self.args.should_save:

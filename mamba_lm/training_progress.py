@@ -175,7 +175,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     axes[0].set_ylabel("loss (nats a token)")
     if scores:
         axes[1].set_ylabel("per cent")
-        axes[1].legend()
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes[-1].set_xlabel("optimiser steps")
     for at in axes:
         at.grid(alpha=0.3)

@@ -1,0 +1,286 @@
+"""Whatever cuts a training run off, the same command goes on, and ends in the weights of a run that
+nothing disturbed."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_mamba_with_context
+from errors import UserError
+from files import locked
+from mamba_lm.checkpoint import load_model, load_tokenizer, save_model
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_checkpoints import checkpoints, fault
+
+ROOT = Path(__file__).parents[1]
+KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13))]
+STEPS = 30  # of two epochs and a half
+TINY = {"d_model": 64, "n_layer": 2, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a tiny model's config, and demo data to train on and to score."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    for name, count in (("train", 150), ("validation", 12)):
+        lines = (ROOT / f"data/demo/{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are killed: the same sums in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def command(inputs: Path, output: Path, *more: str) -> list[str]:
+    settings = {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 1}
+    return [
+        *("train_mamba_with_context.py", "--model", str(inputs / "tiny.json")),
+        *("--data_path", str(inputs / "train.jsonl"), "--tokenizer", "data/demo/tokenizer"),
+        *("--eval_data", str(inputs / "validation.jsonl"), "--output", str(output)),
+        *("--max_steps", str(STEPS), "--learning_rate", "1e-2", "--batch_size", "8"),
+        *("--gradient_accumulation_steps", "2", "--patience", "99"),
+        *(word for pair in settings.items() for word in ("--trainer", "{}={}".format(*pair))),
+        *more,
+    ]
+
+
+def start(*words: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes)
+
+
+def finish(inputs: Path, output: Path, *more: str) -> None:
+    """Run the command in this process, to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", command(inputs, output, *more))
+        train_mamba_with_context.main(train_mamba_with_context.parse_args())
+
+
+def outcome(output: Path) -> tuple[bytes, list[dict], dict]:
+    """All that must not depend on what happened on the way."""
+    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    timed = ("examples_per_second", "tokens_per_second")
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in log]
+    rows = [row for row in rows if "train_runtime" not in row]
+    record = json.loads((output / "training_args.json").read_text())
+    kept = {name: record[name] for name in ("settings", "complete", "steps", "data", "scores")}
+    return (output / "model.safetensors").read_bytes(), rows, kept
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, one_thread) -> Path:
+    output = inputs / "undisturbed"
+    finish(inputs, output)
+    _, rows, record = outcome(output)
+    assert record["complete"] and record["steps"] == STEPS
+    assert [row["step"] for row in rows if "loss" in row] == [*range(1, STEPS + 1)]
+    assert len([row for row in rows if "eval_f1" in row]) == 8  # the last step's too
+    return output
+
+
+def wait_for(process: subprocess.Popen, output: Path, num_lines: int) -> None:
+    """Until the log has so many lines."""
+    log = output / "training_log.jsonl"
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text().splitlines()) < num_lines
+    ):
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", KILLS)
+def test_a_killed_run_goes_on(inputs, undisturbed, tmp_path, seed):
+    rng = random.Random(seed)
+    output = tmp_path / "run"
+    lines = 0
+    for _ in range(rng.choice([1, 1, 2])):
+        process = start(*command(inputs, output))
+        lines = rng.randint(lines + 1, 36)
+        wait_for(process, output, lines)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert json.loads((output / "training_args.json").read_text())["complete"] is False
+        assert all(fault(checkpoint) is None for checkpoint in checkpoints(output))
+    finish(inputs, output)
+    assert outcome(output) == outcome(undisturbed)
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint(inputs, undisturbed, tmp_path, sent, code):
+    output = tmp_path / "run"
+    process = start(*command(inputs, output))
+    wait_for(process, output, 6)  # between two checkpoints
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    newest = checkpoints(output)[0]
+    last = json.loads((output / "training_log.jsonl").read_text().splitlines()[-2])
+    assert newest.name == f"checkpoint-{last['step']}" and last["step"] < STEPS
+    assert fault(newest) is None
+    finish(inputs, output)
+    assert outcome(output) == outcome(undisturbed)
+
+
+def test_a_complete_run_is_left_alone(inputs, undisturbed, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    finish(inputs, undisturbed)
+    assert "this run is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_a_run_killed_before_its_model_was_written_needs_no_further_step(
+    inputs, undisturbed, tmp_path, monkeypatch
+):
+    output = tmp_path / "run"
+    save_model = PrefixSuffixTrainer.save_model
+
+    def interrupted(self, output_dir=None, _internal_call=False):
+        if not _internal_call:
+            raise KeyboardInterrupt
+        save_model(self, output_dir, _internal_call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixSuffixTrainer, "save_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(inputs, output)
+    assert not (output / "model.safetensors").exists()
+    monkeypatch.setattr(PrefixSuffixTrainer, "training_step", None)
+    finish(inputs, output)
+    assert outcome(output) == outcome(undisturbed)
+
+
+def test_a_damaged_checkpoint_is_skipped(inputs, undisturbed, tmp_path, capsys):
+    """Truncated weights in the newest: the run goes on from the one before."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    record = json.loads((output / "training_args.json").read_text())
+    (output / "training_args.json").write_text(json.dumps(record | {"complete": False}))
+    newest, before = checkpoints(output)
+    weights = newest / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    finish(inputs, output)
+    said = capsys.readouterr()
+    assert f"warning: {newest} is skipped: model.safetensors has" in said.err
+    assert f"going on from {before}" in said.out
+    assert fault(newest) is None, "written again"
+    assert outcome(output) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("--learning_rate", "2e-2", "learning rate: 0.01 there, 0.02 now"),
+        ("--seed", "1", "seed: 0 there, 1 now"),
+        ("--eval_data", "data/demo/handwritten.jsonl", "eval data: "),
+        ("--trainer", "weight_decay=0", "trainer: "),
+    ],
+)
+def test_another_run_is_refused(flag, value, said, inputs, undisturbed):
+    with pytest.raises(UserError, match=f"holds another run .*{said}.*--overwrite") as caught:
+        finish(inputs, undisturbed, flag, value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overwrite_begins_anew_and_leaves_what_is_not_a_runs(inputs, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    (output / "notes.txt").write_text("mine")
+    finish(inputs, output, "--overwrite", "--seed", "1", "--max_steps", "8")
+    weights, rows, record = outcome(output)
+    assert record["settings"]["seed"] == 1 and record["steps"] == 8
+    assert weights != outcome(undisturbed)[0] and rows[0]["step"] == 1
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_of_other_things_is_refused(inputs, tmp_path):
+    (tmp_path / "README.md").write_text("a project")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"holds other things \(README.md\)"):
+            finish(inputs, tmp_path, *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_two_runs_do_not_share_a_folder(inputs, undisturbed):
+    lock = os.open(undisturbed, os.O_RDONLY)
+    assert locked(lock)
+    try:
+        with pytest.raises(UserError, match="another run is writing it"):
+            finish(inputs, undisturbed)
+    finally:
+        os.close(lock)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(inputs, undisturbed, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    save = torch.save
+    left = [7]  # two checkpoints of three such files, and one more file
+
+    def full(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"cannot be written .*No space left") as caught:
+            finish(inputs, output)
+    [newest, _] = checkpoints(output)
+    assert f"the last good checkpoint is {newest}" in str(caught.value)
+    assert fault(newest) is None and not list(output.glob(".*"))
+    finish(inputs, output)
+    assert outcome(output) == outcome(undisturbed)
+
+
+def test_a_poisoned_example_stops_the_run(inputs, tmp_path):
+    """The embedding of one token is no number, and one question alone holds it."""
+    torch.manual_seed(0)
+    model = load_model(str(inputs / "tiny.json"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    model.config = dataclasses.replace(model.config, tie_embeddings=False)
+    tokenizer = load_tokenizer("data/demo/tokenizer")
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text("utf-8").splitlines()]
+    rows = [row | {"id": f"row-{number}"} for number, row in enumerate(rows)]
+    rows[77]["prompt"] = "Wh#?"
+    with torch.no_grad():
+        model.backbone.embeddings.weight[tokenizer.convert_tokens_to_ids("#")] = math.nan
+    save_model(model, tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "run"
+    words = ["--model", str(tmp_path / "model"), "--data_path", str(tmp_path / "data.jsonl")]
+    with pytest.raises(UserError, match="the loss became nan at step ") as caught:
+        finish(inputs, output, *words)
+    step = int(re.search(r"at step (\d+)", str(caught.value))[1])
+    named = re.search(r"on the examples (.*?);", str(caught.value))[1].split(", ")
+    assert "row-77" in named and len(named) <= 8, "of that batch alone"
+    saved = checkpoints(output)
+    assert all(int(path.name.split("-")[1]) < step for path in saved)
+    good = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint has been written"
+    assert str(caught.value).endswith(good)
+    assert not (output / "model.safetensors").exists()
