@@ -103,9 +103,10 @@ def main(args: argparse.Namespace) -> None:
             return
         report = data_report(data, batches, **prompt, max_length=args.max_length)
         say(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}")
-        if run.checkpoint:
-            say(f"going on from {run.checkpoint}")
-        trainer.train(run.checkpoint)
+        checkpoint = run.checkpoint or arguments.resume_from_checkpoint
+        if checkpoint:
+            say(f"going on from {checkpoint}")
+        trainer.train(checkpoint)
         trainer.save_model()
         if trainer.is_world_process_zero():
             run.finish(report, trainer.state)

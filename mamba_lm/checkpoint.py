@@ -7,13 +7,13 @@ A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or
 (models/configs/*.json, in the state_spaces layout), which gives random weights.
 """
 
-import functools
+import contextlib
 import json
 import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -214,13 +214,14 @@ def save_model(
                 raise UserError("the state_spaces format cannot hold a norm epsilon but 1e-5")
             config = _to_state_spaces(model.config)
             renamed = {k.replace(".embeddings.", ".embedding."): v for k, v in weights.items()}
-            _write(torch.save, renamed, partial / "pytorch_model.bin")
+            with writing_tensors():
+                torch.save(renamed, partial / "pytorch_model.bin")
         else:
             config = _to_transformers(model.config, weights["lm_head.weight"].dtype, tokenizer)
             if model.config.tie_embeddings:
                 del weights["lm_head.weight"]
-            save = functools.partial(save_file, metadata={"format": "pt"})
-            _write(save, weights, partial / "model.safetensors")
+            with writing_tensors():
+                save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             (partial / "model.safetensors").chmod(0o644)  # safetensors makes files private
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
@@ -240,10 +241,12 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def _write(save: Callable, weights: dict[str, Tensor], path: Path) -> None:
+@contextlib.contextmanager
+def writing_tensors() -> Iterator[None]:
+    """What torch and safetensors make of a full disk becomes an OSError."""
     try:
-        save(weights, path)
-    except (SafetensorError, RuntimeError) as error:  # what both libraries make of a full disk
+        yield
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(str(error).splitlines()[0]) from error
 
 

@@ -14,6 +14,7 @@ Parameter names are those of `transformers`' MambaForCausalLM. Falcon-Mamba ("Fa
 First Competitive Attention-free 7B Language Model", 2024) adds an RMS norm on B, C and dt.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba_lm.selective_scan import (
     LayerWeights,
@@ -277,6 +279,7 @@ class MambaLM(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.config = config
+        self.recompute_every = 0  # each nth layer keeps for its gradients what it reads, no more
         self.backbone = MambaBackbone(config)
         self.lm_head = Linear(config.d_model, config.vocab_rows, bias=False)
         initialize(self)
@@ -309,8 +312,13 @@ class MambaLM(nn.Module):
         hidden = self._embed(input_ids)  # (b, l, m), or (tokens, m)
         convs, ssms = state if state is not None else [(None,) * len(self.backbone.layers)] * 2
         new_convs, new_ssms = [], []
-        for layer, conv, ssm in zip(self.backbone.layers, convs, ssms, strict=True):
-            hidden, conv, ssm = layer(hidden, conv, ssm, lengths, keep_state)
+        recompute_every = self.recompute_every if torch.is_grad_enabled() else 0
+        for index, layer in enumerate(self.backbone.layers):
+            if recompute_every and index % recompute_every == 0:
+                layer = functools.partial(
+                    checkpoint, layer, use_reentrant=False, preserve_rng_state=False
+                )
+            hidden, conv, ssm = layer(hidden, convs[index], ssms[index], lengths, keep_state)
             new_convs.append(conv)
             new_ssms.append(ssm)
         hidden = self.backbone.norm_f(hidden)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from mamba_lm.model import MambaLM, at_least_float32, right_pad
 
 IGNORED = -100
@@ -65,6 +66,14 @@ class PrefixSuffixLM(nn.Module):
     def __init__(self, model: MambaLM):
         super().__init__()
         self.model = model
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """For the Trainer's activation_checkpointing: layers are computed again in the backward."""
+        if activation_checkpointing_kwargs or offload:
+            raise UserError("activation_checkpointing_kwargs: every_n_layers is all there is here")
+        self.model.recompute_every = every_n_layers
 
     def forward(
         self, labels: Tensor, num_items_in_batch: Tensor | None = None, **batch: Tensor

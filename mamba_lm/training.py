@@ -1,12 +1,13 @@
 """The one training engine: examples that share prefixes, by transformers' `Trainer`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
 from errors import UserError
-from mamba_lm.checkpoint import load_weights, read_weights, save_model
+from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
 from mamba_lm.model import MambaLM
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 from mamba_lm.sharding import like, load_optimizer_state, shard, whole
@@ -27,6 +28,10 @@ from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
 from mamba_lm.training_progress import Progress, SafeStop, TrainingLog
 
 MAX_IDS = 64  # of examples that one message names
+_NOT_OURS = (
+    "the Trainer's own FSDP and DeepSpeed are not used here (on a CPU they would be plain data "
+    "parallelism, silently); --fully_shard shards, on CPUs and GPUs"
+)
 
 
 class _Tokenized(Dataset[Continuation]):
@@ -87,7 +92,6 @@ class PrefixSuffixTrainer(Trainer):
         module = PrefixSuffixLM(model)
         if sharded:
             shard(module.to(arguments.device), list(model.backbone.layers), arguments.device.type)
-            module.is_distributed_loading_by_transformers = True  # leave it as it is, that means
         try:
             super().__init__(
                 module,
@@ -98,13 +102,11 @@ class PrefixSuffixTrainer(Trainer):
                 data_collator=_named_batch,
                 processing_class=tokenizer,
             )
-        except (ImportError, RuntimeError) as error:  # of report_to, mostly: what to install
+        except (ImportError, RuntimeError, ValueError) as error:  # what to install, mostly
             raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "the Trainer's own FSDP and DeepSpeed are not used here: on a CPU they would be "
-                "plain data parallelism, silently; --fully_shard shards, on CPUs and GPUs"
-            )
+        self.is_distributed_loading_by_transformers = sharded  # it is not to wrap the module
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by `accelerate launch`, that is
+            raise UserError(_NOT_OURS)
         self.safe_stop = SafeStop()
         self.add_callback(self.safe_stop)
         self.add_callback(TrainingLog())
@@ -144,6 +146,15 @@ class PrefixSuffixTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.dim() >= 2 and not name.endswith("A_log")
         ]
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Sharded, before the last batch of a step: gradients stay where they are."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         ids = inputs.pop("ids")
@@ -247,9 +258,11 @@ class PrefixSuffixTrainer(Trainer):
             )
         started = time.monotonic()
         self._run_dir = partial_folder(output)
+        written = self._run_dir / checkpoint.name
         try:
             if self.args.should_save:
                 shutil.rmtree(self._run_dir, ignore_errors=True)
+                written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -257,19 +270,16 @@ class PrefixSuffixTrainer(Trainer):
                 best = output / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
-                written = self._run_dir / checkpoint.name
                 self.state.save_to_json(str(written / "trainer_state.json"))
                 seal(written, checkpoint)
                 rotate_checkpoints(
                     self.args.output_dir,
                     self.args.save_total_limit,
                     self.state.best_model_checkpoint,
-                    use_mtime=True,
                 )
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
+        except OSError as error:
             raise UserError(
-                f"{checkpoint}: cannot be written ({str(error).splitlines()[0]}); "
-                f"{self._last_good()}"
+                f"{checkpoint}: cannot be written ({error}); {self._last_good()}"
             ) from error
         finally:
             if self.args.should_save:
@@ -288,8 +298,13 @@ class PrefixSuffixTrainer(Trainer):
         """The same files, sharded or not: a run goes on in either way from them."""
         state = whole(self.optimizer.state_dict())
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            with writing_tensors():
+                torch.save(state, Path(output_dir) / "optimizer.pt")
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with writing_tensors():
+            super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -354,6 +369,8 @@ def training_arguments(
         "bf16": device.type == "cuda",  # autocast; the weights stay in float32
     }
     chosen = defaults | settings
+    if chosen.get("fsdp") or chosen.get("deepspeed"):
+        raise UserError(_NOT_OURS)
     if chosen.get("eval_strategy", "no") != "no":
         # The best checkpoint can be kept only where one is written with each evaluation.
         saves = {"save_strategy": chosen["eval_strategy"], "load_best_model_at_end": True}
