@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--negatives", choices=(*NEGATIVE_KINDS, "none"), default="random", metavar="KIND",
-        help="contexts without the answer: random, same_article, hard, none (default: random)")
+        help="other contexts: random, same_article, hard, none (default: random)")
     add("--negative_ratio", type=positive_float, default=1.0, metavar="R",
         help="unanswerable examples for an answerable one, the data's own first (default: 1)")
     add("--prompt_order", choices=PROMPT_ORDERS[:3], default=PROMPT_ORDERS[0], metavar="ORDER",
@@ -73,7 +73,15 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     keep_inputs(args.output, args.model, args.tokenizer)
     arguments = trainer_arguments(args)
-    say = functools.partial(PartialState().print, flush=True)  # once, of several processes
+    with TrainingRun(args) as run:
+        if run.is_complete:
+            say(f"{args.output}: this run is complete; --overwrite begins anew")
+        else:
+            train(args, arguments, run)
+            say(f"model written to {args.output}")
+
+
+def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingRun) -> None:
     examples = read_examples(args.data_path)
     scored = read_examples(args.eval_data) if args.eval_data else None
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
@@ -97,20 +105,20 @@ def main(args: argparse.Namespace) -> None:
         model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
     )
 
-    with TrainingRun(args) as run:
-        if run.is_complete:
-            say(f"{args.output}: this run is complete; --overwrite begins anew")
-            return
-        report = data_report(data, batches, **prompt, max_length=args.max_length)
-        say(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}")
-        checkpoint = run.checkpoint or arguments.resume_from_checkpoint
-        if checkpoint:
-            say(f"going on from {checkpoint}")
-        trainer.train(checkpoint)
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            run.finish(report, trainer.state)
-        say(f"model written to {args.output}")
+    report = data_report(data, batches, **prompt, max_length=args.max_length)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}")
+    checkpoint = run.checkpoint or arguments.resume_from_checkpoint
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    run.begin()
+    trainer.train(checkpoint)
+    trainer.save_model()
+    run.finish(report, trainer.state)
+
+
+def say(text: str) -> None:
+    """Print once, of several processes."""
+    PartialState().print(text, flush=True)
 
 
 def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:

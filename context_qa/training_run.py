@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,15 +35,14 @@ class TrainingRun:
 
     args: those of the training script. The folder of a run with others is refused by a UserError
     that says what differs, as are a folder of other things, one that cannot be written and one that
-    another run is writing. With args.overwrite, what a run or a model has left there is removed
-    first.
+    another run is writing.
     """
 
     def __init__(self, args: argparse.Namespace):
         """In every process of the run; the first one alone reads and writes."""
         self.args, self.folder = args, Path(args.output)
         self.processes = PartialState()
-        self.lock: int | None = None
+        self._lock: int | None = None
         self.is_complete = False
         self.checkpoint: Path | None = None  # what it goes on from
 
@@ -56,31 +56,44 @@ class TrainingRun:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            if self._is_new and not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _open(self) -> tuple[bool, Path | None]:
         self.record = {"settings": settings(self.args, self.processes.num_processes)}
         self.record |= run_record(self.args, self.args.model, self.args.data_path)
         with named_errors(self.folder):
+            self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.folder, os.O_RDONLY)
-            if not locked(self.lock):
+            tempfile.TemporaryFile(
+                dir=self.folder
+            ).close()  # a run must not fail by that at its end
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            if not locked(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._before()
-            if self.args.overwrite:
-                self._remove()
-                before = {}
-            elif before:
-                self._compare(before)
-            if before.get("complete"):
-                return True, None
-            self._write(complete=False)
-            return False, newest_checkpoint(self.folder)
+        if self.args.overwrite or not before:
+            return False, None
+        self._compare(before)
+        if before.get("complete"):
+            return True, None
+        return False, newest_checkpoint(self.folder)
+
+    def begin(self) -> None:
+        """Write down what is to be done, now that nothing more can be wrong with it. With
+        args.overwrite, what a run or a model has left there goes now."""
+        if self.processes.is_main_process:
+            with named_errors(self.folder):
+                if self.args.overwrite:
+                    self._remove()
+                self._write(complete=False)
 
     def finish(self, report: DataReport, state: TrainerState) -> None:
-        """Write what goes with the model: card, note, and the record with what was found. In the
-        first process."""
+        """Write what goes with the model: card, note, and the record with what was found."""
+        if not self.processes.is_main_process:
+            return
         steps = {"steps": state.global_step, "epochs": state.epoch}
         scores = best_scores(state)
         write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))

@@ -358,8 +358,7 @@ def training_arguments(
         "logging_steps": 20,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "epoch",  # and every ten minutes: `SafeStop`
-        "save_total_limit": 2,
+        "save_total_limit": 2,  # one every 500 steps, and ten minutes: `SafeStop`
         "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": False,

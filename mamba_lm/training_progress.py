@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from files import named_errors, write_whole
 
@@ -85,7 +86,9 @@ class SafeStop(TrainerCallback):
             wanted = wanted.to(args.device)
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
         self._stops, is_time = map(bool, wanted.tolist())
-        if self._stops or is_time:
+        if args.save_strategy == SaveStrategy.NO:
+            control.should_training_stop |= self._stops
+        elif self._stops or is_time:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:

@@ -157,7 +157,7 @@ def test_a_short_training_leaves_a_whole_model(tmp_path):
     demo.main(arguments)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training_args.json", "NOTE.txt",
+        "training_args.json", "NOTE.txt", "training_log.jsonl", "training_log.png",
     }  # fmt: skip
     assert load_model(str(tmp_path / "model")).config == load_model(CONFIG).config
     with pytest.raises(UserError, match="holds a model already"):

@@ -80,17 +80,16 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 
 
 def test_train_writes_a_model_with_its_arguments(trained):
-    assert "5 questions on 1 contexts, 5 examples an epoch" in trained.out
+    assert "data: 5 questions, 4 of them answerable, on 1 contexts\n" in trained.out
+    assert "an epoch: 5 examples, 0 of them negatives; " in trained.out
     assert trained.out.rstrip().endswith(f"model written to {trained.model}")
     record = json.loads((trained.model / "training_args.json").read_text())
     assert record["arguments"]["learning_rate"] == 0.01
     names = {path.name for path in trained.model.iterdir()}
     assert names == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "training_args.json",
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "training_args.json", "training_log.jsonl", "training_log.png"),
+        "checkpoint-120",
     }
 
 
@@ -262,7 +261,7 @@ def test_an_unknown_model_is_named(fail, trained, script, model):
 def test_a_truncated_model_is_named(fail, trained, tmp_path, script):
     model = tmp_path / "model"
     model.mkdir()
-    for path in trained.model.iterdir():
+    for path in filter(Path.is_file, trained.model.iterdir()):
         (model / path.name).write_bytes(path.read_bytes())
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -296,7 +295,10 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
 
 def test_a_trained_model_is_not_overwritten(fail, trained):
     arguments = reading(TRAIN, trained.model, trained.data, trained.model)
-    assert f"{trained.model}: holds a model already" in fail(TRAIN, *arguments)
+    for more in ([], ["--overwrite"]):
+        assert f"{trained.model}: is read too and would be lost" in fail(TRAIN, *arguments, *more)
+    arguments = reading(TRAIN, "models/demo", trained.data, trained.model)
+    assert f"{trained.model}: holds another run (model: " in fail(TRAIN, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +424,7 @@ def test_help_fits_a_screen_and_says_each_default(script, required, monkeypatch,
     assert module.__doc__ in f"{text}\n" and f"    python {script}.py " in text
 
     about = dict(re.findall(r"^  --(\w+)(.*?)(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL))
-    assert len(about) <= 12
+    assert len(about) <= (20 if script == TRAIN else 12)
     for name in about.keys() - {argument.strip("-") for argument in required}:
         value = values[name]
         if value is None or value is False or value == []:

@@ -134,7 +134,9 @@ class Passage:
         return sentence(template, e=self.domain.mention.format(entity))
 
     def _row(self, prompt: str, response: str, num_distractors: int) -> dict:
-        return {
+        # Only for training: with titles, evaluation would resample ten articles, which are too few.
+        title = {"title": self.domain.kind} if self.split == "train" else {}
+        return title | {
             "context": self.context,
             "prompt": prompt,
             "response": response,

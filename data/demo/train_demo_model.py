@@ -265,6 +265,7 @@ def main(args: argparse.Namespace) -> None:
         warmup_steps=100,
         weight_decay=0.05,
         logging_steps=250,
+        save_strategy="no",  # a curriculum cannot be gone on with
         seed=args.seed,
     )
     training = PrefixSuffixTrainer(model, arguments, curriculum, lambda example: example, tokenizer)
