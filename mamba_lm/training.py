@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainingArguments
@@ -28,10 +28,6 @@ from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
 from mamba_lm.training_progress import Progress, SafeStop, TrainingLog
 
 MAX_IDS = 64  # of examples that one message names
-_NOT_OURS = (
-    "the Trainer's own FSDP and DeepSpeed are not used here (on a CPU they would be plain data "
-    "parallelism, silently); --fully_shard shards, on CPUs and GPUs"
-)
 
 
 class _Tokenized(Dataset[Continuation]):
@@ -105,8 +101,6 @@ class PrefixSuffixTrainer(Trainer):
         except (ImportError, RuntimeError, ValueError) as error:  # what to install, mostly
             raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
         self.is_distributed_loading_by_transformers = sharded  # it is not to wrap the module
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by `accelerate launch`, that is
-            raise UserError(_NOT_OURS)
         self.safe_stop = SafeStop()
         self.add_callback(self.safe_stop)
         self.add_callback(TrainingLog())
@@ -116,6 +110,7 @@ class PrefixSuffixTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
         self._checkpoint: Path | None = None  # the newest, read or written
+        self._saved: tuple[Path, int] | None = None  # and the lines of the log when it was written
         self._run_dir = Path(arguments.output_dir)
         self._of_step: list[tuple[list[str], Tensor]] = []  # ids and loss of its batches
         self._num_examples = self._num_tokens = 0  # since the last line of the log
@@ -199,12 +194,18 @@ class PrefixSuffixTrainer(Trainer):
     # Scores and what is seen
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self.safe_stop.at_once():
-            model = self.language_model
-            if self.sharded:
-                model = MambaLM(model.config).to(self.args.device)
-                load_weights(model, whole(self.language_model.state_dict()), Path("the shards"))
-            scores = self.score(model.eval())
+        try:
+            with self.safe_stop.at_once():
+                model = self.language_model
+                if self.sharded:
+                    weights = whole(model.state_dict())
+                    model = MambaLM(model.config).to(self.args.device)
+                    load_weights(model, weights, Path("the shards"))
+                scores = self.score(model.eval())
+        except BaseException:
+            if self.safe_stop.is_asked:
+                self._save_checkpoint(self.model)  # as of before: `_catch_up` evaluates it
+            raise
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -233,7 +234,8 @@ class PrefixSuffixTrainer(Trainer):
             require_whole(resume_from_checkpoint)
             self._checkpoint = Path(resume_from_checkpoint)
             state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
-            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            if ended and not self._evaluation_is_due(state):
                 self.state = state
                 at_end = self.args.load_best_model_at_end and state.best_model_checkpoint
                 self._load_from_checkpoint(at_end or resume_from_checkpoint)
@@ -242,6 +244,35 @@ class PrefixSuffixTrainer(Trainer):
         with self.safe_stop:
             super().train(resume_from_checkpoint)
 
+    def _evaluation_is_due(self, state: TrainerState) -> bool:
+        """Whether the run was cut off in the evaluation of the step it had come to, or before."""
+        if self.args.eval_strategy == IntervalStrategy.STEPS:
+            on_time = state.global_step % state.eval_steps == 0
+        else:
+            on_time = self.args.eval_strategy == IntervalStrategy.EPOCH and state.epoch % 1 == 0
+        is_last = state.global_step >= state.max_steps
+        rows = [row for row in state.log_history if row["step"] == state.global_step]
+        is_done = any(name.startswith("eval_") for row in rows for name in row)
+        return self.score is not None and (on_time or is_last) and not is_done
+
+    def _catch_up(self, start_time: float) -> None:
+        if self._checkpoint is not None and self._evaluation_is_due(self.state):
+            self.control.should_evaluate = self.control.should_save = True
+            self._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, start_time
+            )
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+
+    def _run_epoch(self, *, start_time: float, **kwargs) -> None:
+        self._catch_up(start_time)
+        if not self.control.should_training_stop:
+            super()._run_epoch(start_time=start_time, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples: float, start_time: float):
+        self._catch_up(start_time)  # where no epoch was left
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
     def _get_output_dir(self, trial) -> str:
         return str(self._run_dir)
 
@@ -249,7 +280,8 @@ class PrefixSuffixTrainer(Trainer):
         """As the Trainer does it, in another folder, which is then made the checkpoint."""
         output = Path(self.args.output_dir)
         checkpoint = output / f"checkpoint-{self.state.global_step}"
-        if checkpoint == self._checkpoint:  # written a moment ago, for another reason
+        known = (checkpoint, len(self.state.log_history))
+        if known == self._saved:  # a moment ago, for another reason
             return
         if not all(torch.isfinite(weight).all() for weight in model.parameters()):
             raise UserError(
@@ -285,7 +317,7 @@ class PrefixSuffixTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(self._run_dir, ignore_errors=True)
             self._run_dir = output
-        self._checkpoint = checkpoint
+        self._checkpoint, self._saved = checkpoint, known
         self.safe_stop.saved(time.monotonic() - started)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -368,8 +400,12 @@ def training_arguments(
         "bf16": device.type == "cuda",  # autocast; the weights stay in float32
     }
     chosen = defaults | settings
-    if chosen.get("fsdp") or chosen.get("deepspeed"):
-        raise UserError(_NOT_OURS)
+    launched = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    if chosen.get("fsdp") or chosen.get("deepspeed") or any(launched):
+        raise UserError(
+            "the Trainer's own FSDP and DeepSpeed are not used here (on a CPU they would be plain "
+            "data parallelism, silently); --fully_shard shards, on CPUs and GPUs"
+        )
     if chosen.get("eval_strategy", "no") != "no":
         # The best checkpoint can be kept only where one is written with each evaluation.
         saves = {"save_strategy": chosen["eval_strategy"], "load_best_model_at_end": True}

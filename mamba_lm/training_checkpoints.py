@@ -34,9 +34,12 @@ def seal(folder: Path, checkpoint: Path) -> None:
         manifest = folder / MANIFEST
         manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
         _to_disk(manifest)
-        shutil.rmtree(checkpoint, ignore_errors=True)  # one that was not whole
+        old = folder.with_name("old")  # of the same step, should there be one
+        if checkpoint.exists():
+            checkpoint.rename(old)
         folder.rename(checkpoint)
         _to_disk(checkpoint.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def fault(checkpoint: Path) -> str | None:

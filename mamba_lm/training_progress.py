@@ -38,6 +38,10 @@ class SafeStop(TrainerCallback):
         self._before: dict[int, object] = {}
         self._interval, self._saved_at = SAVE_SECONDS, time.monotonic()
 
+    @property
+    def is_asked(self) -> bool:
+        return self._caught is not None
+
     def __enter__(self) -> "SafeStop":
         self._saved_at = time.monotonic()
         self._waits = True
@@ -48,14 +52,14 @@ class SafeStop(TrainerCallback):
     def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if kind is None and self._caught is not None:
+        if kind is None and self.is_asked:
             signal.raise_signal(self._caught)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Signals do not wait in this block: what it does can be done again."""
         waited, self._waits = self._waits, False
-        if self._caught is not None:
+        if self.is_asked:
             self._deliver()
         try:
             yield
@@ -68,8 +72,8 @@ class SafeStop(TrainerCallback):
         self._saved_at = time.monotonic()
 
     def _note(self, number: int, frame) -> None:
-        again = self._caught is not None and time.monotonic() - self._caught_at > _ANEW_SECONDS
-        if self._caught is None:
+        again = self.is_asked and time.monotonic() - self._caught_at > _ANEW_SECONDS
+        if not self.is_asked:
             self._caught, self._caught_at = number, time.monotonic()
         if again or not self._waits:
             self._deliver()
@@ -81,7 +85,7 @@ class SafeStop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         is_time = time.monotonic() - self._saved_at > self._interval
-        wanted = torch.tensor([self._caught is not None, is_time], dtype=torch.int32)
+        wanted = torch.tensor([self.is_asked, is_time], dtype=torch.int32)
         if args.world_size > 1:
             wanted = wanted.to(args.device)
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
@@ -95,6 +99,9 @@ class SafeStop(TrainerCallback):
         # Now and not before: a checkpoint tells whether the run had come to its own end.
         if self._stops:
             control.should_training_stop = True
+            if state.is_world_process_zero:
+                saved = f"checkpoint-{state.global_step} is saved; the same command goes on from it"
+                tqdm.write(saved, file=sys.stderr)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         if self._stops:

@@ -288,3 +288,30 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path):
     good = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint has been written"
     assert str(caught.value).endswith(good)
     assert not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("at", [4, 16, STEPS])
+def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
+    at, inputs, undisturbed, tmp_path, monkeypatch
+):
+    """What is scored then, the run scores when it goes on; also if that was its end."""
+    output = tmp_path / "run"
+    score = train_mamba_with_context.scorer
+    steps = iter(range(4, 99, 4))
+
+    def stopping_scorer(*args, **kwargs):
+        def stopping(model):
+            if next(steps) >= at:
+                signal.raise_signal(signal.SIGINT)
+            return score(*args, **kwargs)(model)
+
+        return stopping
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mamba_with_context, "scorer", stopping_scorer)
+        with pytest.raises(KeyboardInterrupt):
+            finish(inputs, output)
+    assert checkpoints(output)[0].name == f"checkpoint-{at}"
+    assert not (output / "model.safetensors").exists()
+    finish(inputs, output)
+    assert outcome(output) == outcome(undisturbed)

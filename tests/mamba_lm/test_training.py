@@ -399,5 +399,18 @@ def test_values_that_training_arguments_refuses_are_user_errors(override, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["fsdp=true", "fsdp=full_shard", "deepspeed=zero.json"])
+def test_the_trainers_own_sharding_is_refused(override, tmp_path):
+    """On a CPU it would be data parallelism, and nobody would know."""
+    with pytest.raises(UserError, match="--fully_shard shards"):
+        training_arguments(str(tmp_path), CPU, [override])
+
+
+def test_sharding_asked_for_by_accelerate_launch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="--fully_shard shards"):
+        training_arguments(str(tmp_path), CPU)
+
+
 def test_arguments_can_be_kept_as_json(tmp_path):
     json.dumps(training_arguments(str(tmp_path), CPU).to_dict())
