@@ -11,6 +11,7 @@ nothing; --prompt_order question_only is another: a model that does not see the 
 import argparse
 
 from context_qa.evaluation import evaluate, parse_evaluation_args
+from context_qa.provenance import trained_prompt_order
 from errors import probability, run_script
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, prompt_parts
 
@@ -20,8 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--prompt_order",
         choices=PROMPT_ORDERS,
-        default=PROMPT_ORDERS[0],
-        help="default: context_first",
+        help="default: the one that MODEL was trained with",
     )
     parser.add_argument(
         "--negatives",
@@ -49,6 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    args.prompt_order = args.prompt_order or trained_prompt_order(args.model)
     evaluate(args, lambda e: prompt_parts(e.context, e.question, args.prompt_order))
 
 

@@ -23,8 +23,7 @@ the context does not hold the answer. It was trained with Mamba Dive, from `{mod
 With Mamba Dive, from its folder:
 
 ```
-python prompt_mamba_with_context.py {output}
-python eval_mamba_with_context.py {output} DATA results/{name}.jsonl{order_flag}
+{commands}
 ```
 
 It loads in `transformers.AutoModelForCausalLM`. The prompt ({prompt_order}) has two parts that are
@@ -74,11 +73,14 @@ def model_card(
     else:
         lines = ["None: it was trained without `--eval_data`."]
     prefix, suffix = prompt_parts("{context}", "{question}", args.prompt_order)
-    flag = "" if args.prompt_order == PROMPT_ORDERS[0] else f" --prompt_order {args.prompt_order}"
+    name = Path(args.output).name
+    commands = [f"python eval_mamba_with_context.py {args.output} DATA results/{name}.jsonl"]
+    if args.prompt_order == PROMPT_ORDERS[0]:  # the one that the console speaks
+        commands.insert(0, f"python prompt_mamba_with_context.py {args.output}")
     return _CARD.format(
         **vars(args) | steps,
-        name=Path(args.output).name,
-        order_flag=flag,
+        name=name,
+        commands="\n".join(commands),
         prefix=prefix,
         suffix=suffix,
         data="\n".join(f"- {line}" for line in str(report).splitlines()),

@@ -2,12 +2,16 @@
 
 import argparse
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from squad_utils import PROMPT_ORDERS
+
+RECORD = "training_args.json"  # in a trained model's folder
 _MODEL_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json", "vocab.json"),
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
@@ -39,6 +43,15 @@ def differences(before: Mapping, now: Mapping) -> list[str]:
         for name in {**now, **before}
         if before.get(name) != now.get(name)
     ]
+
+
+def trained_prompt_order(model: str) -> str:
+    """The order of prompts that a local model was trained with here; else the default one."""
+    try:
+        order = json.loads((Path(model) / RECORD).read_bytes())["arguments"]["prompt_order"]
+    except (OSError, ValueError, KeyError, TypeError):
+        order = None
+    return order if order in PROMPT_ORDERS else PROMPT_ORDERS[0]
 
 
 def sha256(name: str) -> str | None:

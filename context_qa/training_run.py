@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from context_qa.model_card import model_card
 from context_qa.processes import from_first
-from context_qa.provenance import differences, hash_or_name, run_record
+from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from errors import UserError
 from files import locked, named_errors, write_whole
@@ -22,7 +22,6 @@ from mamba_lm.checkpoint import NOTE
 from mamba_lm.training_checkpoints import newest_checkpoint
 from mamba_lm.training_progress import LOG, PLOT
 
-RECORD = "training_args.json"
 CARD = "README.md"
 _OURS = (  # the first to be removed comes first, what tells that they are ours last
     *("config.json", "model*.safetensors*", "pytorch_model*.bin*", "checkpoint-*", ".*.partial*"),
