@@ -1,0 +1,199 @@
+"""What is seen of a run, and how it is asked to end."""
+
+import json
+import signal
+import time
+from types import SimpleNamespace
+
+import matplotlib.image
+import pytest
+import torch
+from transformers import TrainerControl
+
+from errors import UserError
+from mamba_lm import training_progress
+from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.prefix_suffix import Continuation
+from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training_checkpoints import checkpoints
+from mamba_lm.training_progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
+
+BATCHES = [[Continuation([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
+
+
+class Batches(list):
+    """A sampler of batches."""
+
+
+def trainer(output, score=None, batches=BATCHES, **settings) -> PrefixSuffixTrainer:
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=31, d_model=16, n_layer=1, d_state=4))
+    if score is not None:
+        settings = {
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "metric_for_best_model": "f1",
+        } | settings
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+    } | settings
+    arguments = training_arguments(str(output), torch.device("cpu"), **settings)
+    return PrefixSuffixTrainer(model, arguments, Batches(batches), lambda e: e, None, score,
+                               patience=2)  # fmt: skip
+
+
+def read_log(output) -> list[dict]:
+    return [json.loads(line) for line in (output / LOG).read_text().splitlines()]
+
+
+def test_the_log_has_loss_speed_and_scores(tmp_path):
+    scores = iter([10.0, 30.0, 20.0])
+    run = trainer(tmp_path, lambda model: {"f1": next(scores)}, logging_steps=3)
+    run.train()
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 6, 9, 12]
+    assert [(row["step"], row["eval_f1"]) for row in rows if "eval_f1" in row] == [
+        (4, 10.0), (8, 30.0), (12, 20.0)
+    ]  # fmt: skip
+    for row in rows:
+        if "loss" in row:
+            assert row["loss"] > 0 and row["grad_norm"] > 0 and row["learning_rate"] >= 0
+            # Four examples a step, that read one prefix of three tokens and two tokens each.
+            assert row["tokens_per_second"] / row["examples_per_second"] == pytest.approx(11 / 4)
+    picture = matplotlib.image.imread(tmp_path / PLOT)
+    assert picture.shape[1] > 500 and picture.std() > 0.05
+
+
+def test_the_best_model_is_kept_and_patience_ends(tmp_path):
+    """The scores fall from the second on: after two more of them it is enough."""
+    weights, scores = [], iter([10.0, 30.0, 20.0, 30.0, 99.0])
+
+    def score(model):
+        weights.append(model.lm_head.weight.detach().clone())
+        return {"f1": next(scores)}
+
+    run = trainer(tmp_path, score, batches=BATCHES * 4)
+    run.train()
+    assert run.state.global_step == 16 and run.state.best_global_step == 8
+    assert torch.equal(run.language_model.lm_head.weight, weights[1])
+    assert not torch.equal(weights[1], weights[3])
+    assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
+
+
+def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
+    run = trainer(tmp_path, lambda model: {"exact_match": 12.5, "f1": 50.0}, logging_steps=4)
+    run.train()
+    err = capsys.readouterr().err
+    assert "12/12" in err and "loss " in err and "lr " in err
+    assert " examples/s, " in err and " tokens/s" in err
+    assert "step 4: exact match 12.5, f1 50.0" in err
+
+
+def test_without_a_bar_logs_are_printed(tmp_path, capsys):
+    trainer(tmp_path, disable_tqdm=True, logging_steps=4).train()
+    said = capsys.readouterr()
+    assert "12/12" not in said.err and "'loss'" in said.out
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / LOG).mkdir()
+    with pytest.raises(UserError, match=LOG):
+        trainer(tmp_path).train()
+
+
+def test_a_plot_of_nothing_and_of_a_point(tmp_path):
+    for name, rows in (("none.png", []), ("one.png", [{"step": 1, "loss": 2.0}])):
+        plot(rows, tmp_path / name)
+        assert matplotlib.image.imread(tmp_path / name).shape[1] > 500
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# Checkpoints by the clock
+
+
+def step_end(stop: SafeStop, **changes) -> TrainerControl:
+    control = TrainerControl()
+    args = SimpleNamespace(world_size=1, save_strategy="steps", **changes)
+    stop.on_step_end(args, None, control)
+    return control
+
+
+def test_a_checkpoint_is_saved_when_it_is_time(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(training_progress.time, "monotonic", lambda: now[0])
+    stop = SafeStop()
+    now[0] += SAVE_SECONDS
+    assert not step_end(stop).should_save
+    now[0] += 1
+    assert step_end(stop).should_save
+    stop.saved(seconds=1.0)
+    assert not step_end(stop).should_save
+    # One that takes long is not saved as often.
+    stop.saved(seconds=100.0)
+    now[0] += SAVE_SECONDS + 1
+    assert not step_end(stop).should_save
+    now[0] += 100.0 / SAVE_SHARE
+    assert step_end(stop).should_save
+
+
+def test_the_clock_saves_whole_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_progress, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(training_progress, "SAVE_SHARE", 1e9)
+    trainer(tmp_path).train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-11"]
+
+
+# Signals
+
+
+def test_no_signal_waits_outside_training():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with SafeStop():
+        assert signal.getsignal(signal.SIGINT) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_waits_for_the_end_and_comes_again():
+    stop, reached = SafeStop(), []
+    with pytest.raises(KeyboardInterrupt):
+        with stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # as torchrun repeats a terminal's
+            reached.append(step_end(stop).should_save)
+        reached.append("never")
+    assert reached == [True]
+
+
+def test_a_second_signal_does_not_wait(monkeypatch):
+    stop, reached = SafeStop(), []
+    with pytest.raises(KeyboardInterrupt), stop:
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(training_progress, "_ANEW_SECONDS", 0.0)
+        time.sleep(0.001)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
+
+
+def test_an_error_is_not_hidden_by_a_signal():
+    with pytest.raises(ZeroDivisionError), SafeStop():
+        signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+
+
+def test_a_run_that_saves_nothing_ends_without(tmp_path):
+    run = trainer(tmp_path, save_strategy="no")
+    step = run.training_step
+
+    def interrupted(*args, **kwargs):
+        if run.state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    run.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.state.global_step == 6 and checkpoints(tmp_path) == []
