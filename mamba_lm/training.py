@@ -186,6 +186,12 @@ class PrefixSuffixTrainer(Trainer):
             f"{_listed(ids)}; look at these or lower --learning_rate; {self._last_good()}"
         )
 
+    def _require_finite_weights(self) -> None:
+        if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
+            step = self.state.global_step
+            when = f"after step {step}: lower --learning_rate; {self._last_good()}"
+            raise UserError(f"weights are no finite numbers {when if step else 'to begin with'}")
+
     def _last_good(self) -> str:
         if self._checkpoint is None:
             return "no checkpoint has been written"
@@ -241,6 +247,7 @@ class PrefixSuffixTrainer(Trainer):
                 self._load_from_checkpoint(at_end or resume_from_checkpoint)
                 return
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self._require_finite_weights()
         with self.safe_stop:
             super().train(resume_from_checkpoint)
 
@@ -283,11 +290,7 @@ class PrefixSuffixTrainer(Trainer):
         known = (checkpoint, len(self.state.log_history))
         if known == self._saved:  # a moment ago, for another reason
             return
-        if not all(torch.isfinite(weight).all() for weight in model.parameters()):
-            raise UserError(
-                f"weights are no finite numbers after step {self.state.global_step}: lower "
-                f"--learning_rate; {self._last_good()}"
-            )
+        self._require_finite_weights()
         started = time.monotonic()
         self._run_dir = partial_folder(output)
         written = self._run_dir / checkpoint.name

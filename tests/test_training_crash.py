@@ -1,9 +1,7 @@
 """Whatever cuts a training run off, the same command goes on, and ends in the weights of a run that
 nothing disturbed."""
 
-import dataclasses
 import json
-import math
 import os
 import random
 import re
@@ -21,7 +19,8 @@ import torch
 import train_mamba_with_context
 from errors import UserError
 from files import locked
-from mamba_lm.checkpoint import load_model, load_tokenizer, save_model
+from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.prefix_suffix import PrefixSuffixLM
 from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_checkpoints import checkpoints, fault
 
@@ -262,31 +261,29 @@ def test_a_full_disk_keeps_the_checkpoint_before(inputs, undisturbed, tmp_path, 
     assert outcome(output) == outcome(undisturbed)
 
 
-def test_a_poisoned_example_stops_the_run(inputs, tmp_path):
-    """The embedding of one token is no number, and one question alone holds it."""
-    torch.manual_seed(0)
-    model = load_model(str(inputs / "tiny.json"))
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    model.config = dataclasses.replace(model.config, tie_embeddings=False)
-    tokenizer = load_tokenizer("data/demo/tokenizer")
+def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch):
+    """One question alone holds a token, and where that is read the loss is no number."""
     rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text("utf-8").splitlines()]
     rows = [row | {"id": f"row-{number}"} for number, row in enumerate(rows)]
     rows[77]["prompt"] = "Wh#?"
-    with torch.no_grad():
-        model.backbone.embeddings.weight[tokenizer.convert_tokens_to_ids("#")] = math.nan
-    save_model(model, tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = tmp_path / "run"
-    words = ["--model", str(tmp_path / "model"), "--data_path", str(tmp_path / "data.jsonl")]
-    with pytest.raises(UserError, match="the loss became nan at step ") as caught:
-        finish(inputs, output, *words)
+    data, output = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    token = load_tokenizer("data/demo/tokenizer").convert_tokens_to_ids("#")
+    token_losses = PrefixSuffixLM.token_losses
+
+    def poisoned(self, suffixes, **batch):
+        losses, rows = token_losses(self, suffixes=suffixes, **batch)
+        return losses / (suffixes != token).all(), rows
+
+    monkeypatch.setattr(PrefixSuffixLM, "token_losses", poisoned)
+    with pytest.raises(UserError, match="the loss became inf at step ") as caught:
+        finish(inputs, output, "--data_path", str(data), "--seed", "5")
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
     named = re.search(r"on the examples (.*?);", str(caught.value))[1].split(", ")
     assert "row-77" in named and len(named) <= 8, "of that batch alone"
-    saved = checkpoints(output)
-    assert all(int(path.name.split("-")[1]) < step for path in saved)
-    good = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint has been written"
-    assert str(caught.value).endswith(good)
+    newest = checkpoints(output)[0]
+    assert step - 4 <= int(newest.name.split("-")[1]) < step
+    assert str(caught.value).endswith(f"the last good checkpoint is {newest}")
     assert not (output / "model.safetensors").exists()
 
 

@@ -1,8 +1,10 @@
 """Training on forked prefixes is training on independent examples, step by step and bit by bit."""
 
+import dataclasses
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from errors import UserError
+from mamba_lm import training
 from mamba_lm.checkpoint import load_model
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
@@ -240,12 +243,70 @@ def test_weight_decay_spares_the_ssms_own_norms_and_biases(make_trainer, make_mo
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_training(value, make_trainer, make_model):
+def test_weights_that_are_no_numbers_are_told_at_once(value, make_trainer, make_model):
     model = make_model()
     with torch.no_grad():
         model.backbone.norm_f.weight[0] = value
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 1, .*--learning_rate"):
+    with pytest.raises(UserError, match="weights are no finite numbers to begin with"):
         make_trainer(model, EXAMPLES, max_steps=3).train()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss", "norm of the gradients"])
+def test_what_is_no_number_stops_training_and_its_batch_is_named(
+    what, value, make_trainer, make_model
+):
+    """Of two batches a step the second one of the third step; its loss, or its gradients alone."""
+    examples = [dataclasses.replace(e, id=f"id{i}") for i, e in enumerate(random_examples(40))]
+    settings = SGD | {"gradient_accumulation_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+    trainer = make_trainer(make_model(), examples, max_steps=10, **settings)
+    batches = iter(range(100))
+
+    def spoil(module, inputs, output):
+        if next(batches) == 5:
+            output["loss"] = Spoilt.apply(output["loss"], value, what == "loss")
+        return output
+
+    trainer.model.register_forward_hook(spoil)
+    before = trainer.language_model.lm_head.weight.detach().clone()
+    with pytest.raises(UserError, match=rf"the {what} became .* at step 3, ") as caught:
+        trainer.train()
+    named = re.search("on the examples (.*?);", str(caught.value))[1].split(", ")
+    first = 20 if what == "loss" else 16  # gradients are those of the whole step
+    assert named == [f"id{number}" for number in range(first, 24)]
+    assert str(caught.value).endswith("out/checkpoint-2")
+    weight = trainer.language_model.lm_head.weight
+    assert torch.isfinite(weight).all() and not torch.equal(weight, before)
+
+
+class Spoilt(torch.autograd.Function):
+    """Adds `value` to what goes forward, or multiplies what goes backward by it."""
+
+    @staticmethod
+    def forward(ctx, loss, value, is_forward):
+        ctx.value = 1.0 if is_forward else value
+        return loss + value if is_forward else loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.value, None, None
+
+
+def test_many_examples_are_not_all_named():
+    listed = training._listed([f"id{number}" for number in range(100)])
+    assert listed.endswith("id63 and 36 more") and listed.count(",") == 63
+
+
+def test_a_batch_without_anything_to_learn_is_an_error(make_trainer, make_model, monkeypatch):
+    def without_labels(examples):
+        batch = named_batch(examples)
+        return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+    named_batch = training._named_batch
+    monkeypatch.setattr(training, "_named_batch", without_labels)
+    examples = [dataclasses.replace(e, id=f"id{i}") for i, e in enumerate(random_examples(4))]
+    with pytest.raises(UserError, match=r"without any token to learn, .* id0, id1, id2, id3$"):
+        make_trainer(make_model(), examples).train()
 
 
 def test_a_loss_that_turns_nan_later_stops_there(make_trainer, make_model):
@@ -256,7 +317,7 @@ def test_a_loss_that_turns_nan_later_stops_there(make_trainer, make_model):
         return {"loss": output["loss"] * (math.nan if next(steps) == 4 else 1.0)}
 
     trainer.model.register_forward_hook(spoil)
-    with pytest.raises(UserError, match="nan at step 5"):
+    with pytest.raises(UserError, match="nan at step 5, "):
         trainer.train()
 
 
