@@ -19,6 +19,7 @@ from benchmarks import (
     bench_decode,
     bench_eval,
     bench_growth,
+    bench_memory,
     bench_model,
     bench_train,
     gpu,
@@ -386,3 +387,14 @@ def test_ratio_pairs_the_rounds():
     """Where the machine slowed down for both, the ratio does not show it."""
     assert timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
     assert timing.ratio([30.0], [10.0, 5.0, 20.0]) == 3.0
+
+
+def test_memory_on_paper_is_what_is_kept(tmp_path, monkeypatch):
+    shape = {"d_model": 64, "n_layer": 3, "vocab_size": 500, "ssm_cfg": {"d_state": 8}}
+    (tmp_path / "small.json").write_text(json.dumps(shape))
+    monkeypatch.setattr(bench_memory, "CONFIGS", tmp_path)
+    path = tmp_path / "rows.json"
+    run(bench_memory, monkeypatch, "--json", path)
+    kept, recomputed = json.loads(path.read_text())
+    assert 0.97 < kept["ratio"] < 1.03 and 0.97 < recomputed["ratio"] < 1.03
+    assert recomputed["MB measured"] < 0.2 * kept["MB measured"]
