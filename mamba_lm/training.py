@@ -1,13 +1,10 @@
 """The one training engine: examples that share prefixes, by transformers' `Trainer`."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,16 @@ import torch
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from errors import UserError
-from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
+from mamba_lm.checkpoint import load_weights
 from mamba_lm.model import MambaLM
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
-from mamba_lm.sharding import like, load_optimizer_state, shard, whole
-from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
-from mamba_lm.training_progress import Progress, SafeStop, TrainingLog
+from mamba_lm.resumable_trainer import ResumableTrainer
+from mamba_lm.sharding import shard, whole
+from mamba_lm.training_progress import Progress, TrainingLog
 
 MAX_IDS = 64  # of examples that one message names
 
@@ -55,13 +51,9 @@ def _named_batch(examples: Sequence[Continuation]) -> dict[str, Tensor | list[st
     return collate(examples) | {"ids": [example.id for example in examples]}
 
 
-class PrefixSuffixTrainer(Trainer):
-    """Trainer for `PrefixSuffixLM`: our batches, our checkpoints, no decay of the SSM's own.
-
-    It stops where the loss or a gradient is no finite number, writes checkpoints that are whole or
-    not there, and saves one when it is asked to end, by Ctrl-C or SIGTERM. A resumed run gives the
-    bits of one that was never stopped, on a CPU.
-    """
+class PrefixSuffixTrainer(ResumableTrainer):
+    """Trainer for `PrefixSuffixLM`: our batches and scores, no decay of the SSM's own, and a stop
+    where the loss or a gradient is no finite number."""
 
     def __init__(
         self,
@@ -79,8 +71,7 @@ class PrefixSuffixTrainer(Trainer):
         before each epoch. score gives the figures of an evaluation, the same in every process;
         after `patience` of them without a better one, training ends. Sharded, each of several
         processes keeps its part of the weights and of what the optimiser knows."""
-        self.language_model, self.batches, self.score = model, batches, score
-        self.sharded = sharded
+        self.batches, self.score = batches, score
         if arguments.eval_strategy != IntervalStrategy.NO and score is None:
             raise UserError("training arguments: eval_strategy needs --eval_data")
         if sharded and arguments.world_size < 2:
@@ -90,6 +81,7 @@ class PrefixSuffixTrainer(Trainer):
             shard(module.to(arguments.device), list(model.backbone.layers), arguments.device.type)
         try:
             super().__init__(
+                model,
                 module,
                 arguments,
                 # Its length is for the Trainer's count of examples a second.
@@ -101,17 +93,12 @@ class PrefixSuffixTrainer(Trainer):
         except (ImportError, RuntimeError, ValueError) as error:  # what to install, mostly
             raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
         self.is_distributed_loading_by_transformers = sharded  # it is not to wrap the module
-        self.safe_stop = SafeStop()
-        self.add_callback(self.safe_stop)
         self.add_callback(TrainingLog())
         if arguments.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(patience))
         if not arguments.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
-        self._checkpoint: Path | None = None  # the newest, read or written
-        self._saved: tuple[Path, int] | None = None  # and the lines of the log when it was written
-        self._run_dir = Path(arguments.output_dir)
         self._of_step: list[tuple[list[str], Tensor]] = []  # ids and loss of its batches
         self._num_examples = self._num_tokens = 0  # since the last line of the log
         self._logged_at = time.monotonic()
@@ -141,15 +128,6 @@ class PrefixSuffixTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.dim() >= 2 and not name.endswith("A_log")
         ]
-
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Sharded, before the last batch of a step: gradients stay where they are."""
-        self.model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.model.set_requires_gradient_sync(True)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         ids = inputs.pop("ids")
@@ -186,24 +164,13 @@ class PrefixSuffixTrainer(Trainer):
             f"{_listed(ids)}; look at these or lower --learning_rate; {self._last_good()}"
         )
 
-    def _require_finite_weights(self) -> None:
-        if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
-            step = self.state.global_step
-            when = f"after step {step}: lower --learning_rate; {self._last_good()}"
-            raise UserError(f"weights are no finite numbers {when if step else 'to begin with'}")
-
-    def _last_good(self) -> str:
-        if self._checkpoint is None:
-            return "no checkpoint has been written"
-        return f"the last good checkpoint is {self._checkpoint}"
-
     # Scores and what is seen
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         try:
             with self.safe_stop.at_once():
                 model = self.language_model
-                if self.sharded:
+                if self.is_distributed_loading_by_transformers:
                     weights = whole(model.state_dict())
                     model = MambaLM(model.config).to(self.args.device)
                     load_weights(model, weights, Path("the shards"))
@@ -230,134 +197,6 @@ class PrefixSuffixTrainer(Trainer):
             self._num_examples = self._num_tokens = 0
             self._logged_at = time.monotonic()
         super().log(logs, start_time)
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
-        """Train to the end, from a checkpoint if one is given. A checkpoint of the end is only
-        read. Ctrl-C and SIGTERM end it as ever, once a checkpoint is saved."""
-        if resume_from_checkpoint is not None:
-            require_whole(resume_from_checkpoint)
-            self._checkpoint = Path(resume_from_checkpoint)
-            state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
-            ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-            if ended and not self._evaluation_is_due(state):
-                self.state = state
-                at_end = self.args.load_best_model_at_end and state.best_model_checkpoint
-                self._load_from_checkpoint(at_end or resume_from_checkpoint)
-                return
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self._require_finite_weights()
-        with self.safe_stop:
-            super().train(resume_from_checkpoint)
-
-    def _evaluation_is_due(self, state: TrainerState) -> bool:
-        """Whether the run was cut off in the evaluation of the step it had come to, or before."""
-        if self.args.eval_strategy == IntervalStrategy.STEPS:
-            on_time = state.global_step % state.eval_steps == 0
-        else:
-            on_time = self.args.eval_strategy == IntervalStrategy.EPOCH and state.epoch % 1 == 0
-        is_last = state.global_step >= state.max_steps
-        rows = [row for row in state.log_history if row["step"] == state.global_step]
-        is_done = any(name.startswith("eval_") for row in rows for name in row)
-        return self.score is not None and (on_time or is_last) and not is_done
-
-    def _catch_up(self, start_time: float) -> None:
-        if self._checkpoint is not None and self._evaluation_is_due(self.state):
-            self.control.should_evaluate = self.control.should_save = True
-            self._maybe_log_save_evaluate(
-                self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, start_time
-            )
-            if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True
-
-    def _run_epoch(self, *, start_time: float, **kwargs) -> None:
-        self._catch_up(start_time)
-        if not self.control.should_training_stop:
-            super()._run_epoch(start_time=start_time, **kwargs)
-
-    def _finalize_training(self, trial, num_train_samples: float, start_time: float):
-        self._catch_up(start_time)  # where no epoch was left
-        return super()._finalize_training(trial, num_train_samples, start_time)
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._run_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
-        """As the Trainer does it, in another folder, which is then made the checkpoint."""
-        output = Path(self.args.output_dir)
-        checkpoint = output / f"checkpoint-{self.state.global_step}"
-        known = (checkpoint, len(self.state.log_history))
-        if known == self._saved:  # a moment ago, for another reason
-            return
-        self._require_finite_weights()
-        started = time.monotonic()
-        self._run_dir = partial_folder(output)
-        written = self._run_dir / checkpoint.name
-        try:
-            if self.args.should_save:
-                shutil.rmtree(self._run_dir, ignore_errors=True)
-                written.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:
-                best = output / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / "trainer_state.json"))
-                seal(written, checkpoint)
-                rotate_checkpoints(
-                    self.args.output_dir,
-                    self.args.save_total_limit,
-                    self.state.best_model_checkpoint,
-                )
-        except OSError as error:
-            raise UserError(
-                f"{checkpoint}: cannot be written ({error}); {self._last_good()}"
-            ) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self._run_dir, ignore_errors=True)
-            self._run_dir = output
-        self._checkpoint, self._saved = checkpoint, known
-        self.safe_stop.saved(time.monotonic() - started)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        weights = whole(self.language_model.state_dict())
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_model(self.language_model, folder, self.processing_class, weights=weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The same files, sharded or not: a run goes on in either way from them."""
-        state = whole(self.optimizer.state_dict())
-        if self.args.should_save:
-            with writing_tensors():
-                torch.save(state, Path(output_dir) / "optimizer.pt")
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with writing_tensors():
-            super()._save_rng_state(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        own = self.language_model.state_dict()
-        weights = {
-            name: like(own[name], weight) if name in own else weight
-            for name, weight in read_weights(folder).items()
-        }
-        load_weights(self.language_model, weights, folder)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-            load_optimizer_state(self.optimizer, read(Path(checkpoint) / "optimizer.pt"))
-            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / "scheduler.pt"))
 
 
 def _listed(ids: Sequence[str]) -> str:
@@ -411,11 +250,11 @@ def training_arguments(
         )
     if chosen.get("eval_strategy", "no") != "no":
         # The best checkpoint can be kept only where one is written with each evaluation.
-        saves = {"save_strategy": chosen["eval_strategy"], "load_best_model_at_end": True}
+        best = {"load_best_model_at_end": True, "greater_is_better": True}
+        best["save_strategy"] = chosen["eval_strategy"]
         if "eval_steps" in chosen:
-            saves["save_steps"] = chosen["eval_steps"]
-        chosen = saves | {"greater_is_better": True} | settings
-        chosen = defaults | chosen
+            best["save_steps"] = chosen["eval_steps"]
+        chosen = best | chosen
     try:
         arguments = TrainingArguments(output_dir=output, **chosen)
     except (ValueError, TypeError) as error:

@@ -1,0 +1,182 @@
+"""A Trainer whose runs go on where they were cut off, with whole copies of the weights or shards."""
+
+import contextlib
+import functools
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+
+from errors import UserError
+from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
+from mamba_lm.model import MambaLM
+from mamba_lm.sharding import like, load_optimizer_state, whole
+from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
+from mamba_lm.training_progress import SafeStop
+
+
+class ResumableTrainer(Trainer):
+    """Writes checkpoints that are whole or not there, one of them when it is asked to end, by
+    Ctrl-C or SIGTERM. A resumed run gives the bits of one that was never stopped, on a CPU."""
+
+    def __init__(self, model: MambaLM, module: nn.Module, arguments: TrainingArguments, **kwargs):
+        """module is what is trained, model what is saved of it; kwargs are the Trainer's."""
+        self.language_model = model
+        self._run_dir = Path(arguments.output_dir)
+        self._checkpoint: Path | None = None  # the newest, read or written
+        self._saved: tuple[Path, int] | None = None  # and the lines of the log when it was written
+        super().__init__(module, arguments, **kwargs)
+        self.safe_stop = SafeStop()
+        self.add_callback(self.safe_stop)
+
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
+        """Train to the end, from a checkpoint if one is given. A checkpoint of the end is only
+        read. Ctrl-C and SIGTERM end it as ever, once a checkpoint is saved."""
+        if resume_from_checkpoint is not None:
+            require_whole(resume_from_checkpoint)
+            self._checkpoint = Path(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
+            ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            if ended and not self._evaluation_is_due(state):
+                self.state = state
+                at_end = self.args.load_best_model_at_end and state.best_model_checkpoint
+                self._load_from_checkpoint(at_end or resume_from_checkpoint)
+                return
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        self._require_finite_weights()
+        with self.safe_stop:
+            super().train(resume_from_checkpoint)
+
+    def _evaluation_is_due(self, state: TrainerState) -> bool:
+        """Whether the run was cut off in the evaluation of the step it had come to, or before."""
+        if self.args.eval_strategy == IntervalStrategy.NO:
+            return False
+        in_steps = self.args.eval_strategy == IntervalStrategy.STEPS
+        on_time = (state.global_step % state.eval_steps if in_steps else state.epoch % 1) == 0
+        is_last = state.global_step >= state.max_steps
+        rows = [row for row in state.log_history if row["step"] == state.global_step]
+        is_done = any(name.startswith("eval_") for row in rows for name in row)
+        return (on_time or is_last) and not is_done
+
+    def _catch_up(self, start_time: float) -> None:
+        if self._checkpoint is not None and self._evaluation_is_due(self.state):
+            self.control.should_evaluate = self.control.should_save = True
+            self._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, start_time
+            )
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+
+    def _run_epoch(self, *, start_time: float, **kwargs) -> None:
+        self._catch_up(start_time)
+        if not self.control.should_training_stop:
+            super()._run_epoch(start_time=start_time, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples: float, start_time: float):
+        self._catch_up(start_time)  # where no epoch was left
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """As the Trainer does it, in another folder, which is then made the checkpoint."""
+        output = Path(self.args.output_dir)
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        known = (checkpoint, len(self.state.log_history))
+        if known == self._saved:  # a moment ago, for another reason
+            return
+        self._require_finite_weights()
+        started = time.monotonic()
+        self._run_dir = partial_folder(output)
+        written = self._run_dir / checkpoint.name
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+                written.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                best = output / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                seal(written, checkpoint)
+                rotate_checkpoints(
+                    self.args.output_dir,
+                    self.args.save_total_limit,
+                    self.state.best_model_checkpoint,
+                )
+        except OSError as error:
+            raise UserError(
+                f"{checkpoint}: cannot be written ({error}); {self._last_good()}"
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = output
+        self._checkpoint, self._saved = checkpoint, known
+        self.safe_stop.saved(time.monotonic() - started)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        weights = whole(self.language_model.state_dict())
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_model(self.language_model, folder, self.processing_class, weights=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The same files, sharded or not: a run goes on in either way from them."""
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            with writing_tensors():
+                torch.save(state, Path(output_dir) / "optimizer.pt")
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with writing_tensors():
+            super()._save_rng_state(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        own = self.language_model.state_dict()
+        weights = {
+            name: like(own[name], weight) if name in own else weight
+            for name, weight in read_weights(folder).items()
+        }
+        load_weights(self.language_model, weights, folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+            load_optimizer_state(self.optimizer, read(Path(checkpoint) / "optimizer.pt"))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / "scheduler.pt"))
+
+    def _require_finite_weights(self) -> None:
+        if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
+            step = self.state.global_step
+            when = f"after step {step}: lower --learning_rate; {self._last_good()}"
+            raise UserError(f"weights are no finite numbers {when if step else 'to begin with'}")
+
+    def _last_good(self) -> str:
+        if self._checkpoint is None:
+            return "no checkpoint has been written"
+        return f"the last good checkpoint is {self._checkpoint}"
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Sharded, before the last batch of a step: gradients stay where they are."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
