@@ -1,4 +1,4 @@
-"""A Trainer whose runs go on where they were cut off, with whole copies of the weights or shards."""
+"""A Trainer whose runs go on where they were cut off, sharded or not."""
 
 import contextlib
 import functools
