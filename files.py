@@ -9,6 +9,12 @@ from pathlib import Path
 
 from errors import UserError
 
+MODEL_FILES = (  # a model's configuration and weights, in one file or in several
+    *("config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "pytorch_model-*-of-*.bin",
+)
+
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
@@ -94,8 +100,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
         if partial.parent == folder:
             (folder / "config.json").unlink(missing_ok=True)
-            for stale in [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]:
-                stale.unlink()
+            for pattern in MODEL_FILES:
+                for stale in folder.glob(pattern):
+                    stale.unlink()
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(folder / path.name)
         else:

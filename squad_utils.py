@@ -234,8 +234,10 @@ class NegativeSampler:
     def _nearest(self) -> list[list[str]]:
         import bm25s
 
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(self.pool, show_progress=False), show_progress=False)
+        index, words = bm25s.BM25(), bm25s.tokenize(self.pool, show_progress=False)
+        if not words.vocab:
+            return self.preferred
+        index.index(words, show_progress=False)
         questions = [example.question for example in self.examples]
         queries = bm25s.tokenize(questions, return_ids=False, show_progress=False)
         ranking = index.retrieve(queries, k=min(50, len(self.pool))).documents  # shows an ETA

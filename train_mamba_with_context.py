@@ -110,10 +110,9 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     checkpoint = run.checkpoint or arguments.resume_from_checkpoint
     if checkpoint:
         say(f"going on from {checkpoint}")
-    run.begin()
-    trainer.train(checkpoint)
+    trainer.train(checkpoint, run.begin)
     trainer.save_model()
-    run.finish(report, trainer.state)
+    run.finish(report, trainer.state, trainer.kept_step or trainer.state.global_step)
 
 
 def say(text: str) -> None:

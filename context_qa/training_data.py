@@ -75,11 +75,12 @@ def _cut(
     windows = [_Window(example) for example in examples]
     fitting = [window.least - 1 for window in windows]
     too_many = [max(len(window.words), window.least) for window in windows]
-    while any(high - low > 1 for low, high in zip(fitting, too_many, strict=True)):
-        middle = [(low + high + 1) // 2 for low, high in zip(fitting, too_many, strict=True)]
-        tried = [w.with_words(min(m, len(w.words))) for w, m in zip(windows, middle, strict=True)]
-        for place, length in enumerate(_lengths(tried, tokenizer, prompt_order)):
-            (fitting if length <= max_length else too_many)[place] = middle[place]
+    while open_ := [i for i in range(len(windows)) if too_many[i] - fitting[i] > 1]:
+        middle = [(fitting[i] + too_many[i]) // 2 for i in open_]
+        tried = [windows[i].with_words(count) for i, count in zip(open_, middle, strict=True)]
+        lengths = _lengths(tried, tokenizer, prompt_order)
+        for i, count, length in zip(open_, middle, lengths, strict=True):
+            (fitting if length <= max_length else too_many)[i] = count
     return [
         window.with_words(count) if count >= window.least else None
         for window, count in zip(windows, fitting, strict=True)

@@ -16,16 +16,19 @@ from context_qa.model_card import model_card
 from context_qa.processes import from_first
 from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
+from context_qa.training_scores import SCORES
 from errors import UserError
-from files import locked, named_errors, write_whole
-from mamba_lm.checkpoint import NOTE
-from mamba_lm.training_checkpoints import newest_checkpoint
+from files import MODEL_FILES, locked, named_errors, write_whole
+from mamba_lm.checkpoint import NOTE, read_config
+from mamba_lm.training_checkpoints import checkpoints, newest_checkpoint
 from mamba_lm.training_progress import LOG, PLOT
 
 CARD = "README.md"
-_OURS = (  # the first to be removed comes first, what tells that they are ours last
-    *("config.json", "model*.safetensors*", "pytorch_model*.bin*", "checkpoint-*", ".*.partial*"),
-    *("tokenizer*.json", "special_tokens_map.json", NOTE, CARD, LOG, PLOT, RECORD),
+NAMED = ("model", "tokenizer", "data_path", "eval_data")  # arguments that name what is read
+_OURS = (  # what a run leaves; what tells that it is a run's comes last
+    *MODEL_FILES,
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(".*.partial*", "*.partial", NOTE, CARD, LOG, PLOT, RECORD),
 )
 
 
@@ -74,11 +77,21 @@ class TrainingRun:
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._before()
         if self.args.overwrite or not before:
+            self._keep_inputs()
             return False, None
         self._compare(before)
-        if before.get("complete"):
+        if before.get("complete") and (self.folder / "model.safetensors").exists():
             return True, None
         return False, newest_checkpoint(self.folder)
+
+    def _keep_inputs(self) -> None:
+        """UserError where something that is read stands in the folder that is written anew."""
+        folder = self.folder.resolve()
+        given = [override.partition("resume_from_checkpoint=")[2] for override in self.args.trainer]
+        read = (getattr(self.args, name) for name in NAMED)
+        for name in filter(None, (*read, *given)):
+            if os.path.exists(name) and Path(name).resolve().is_relative_to(folder):
+                raise UserError(f"{name}: is read too and would be lost; give another --output")
 
     def begin(self) -> None:
         """Write down what is to be done, now that nothing more can be wrong with it. With
@@ -89,12 +102,13 @@ class TrainingRun:
                     self._remove()
                 self._write(complete=False)
 
-    def finish(self, report: DataReport, state: TrainerState) -> None:
-        """Write what goes with the model: card, note, and the record with what was found."""
+    def finish(self, report: DataReport, state: TrainerState, step: int) -> None:
+        """Write what goes with the model, that of this step: card, note, and the record with what
+        was found."""
         if not self.processes.is_main_process:
             return
-        steps = {"steps": state.global_step, "epochs": state.epoch}
-        scores = best_scores(state)
+        steps = {"steps": state.global_step, "epochs": state.epoch, "step_of_model": step}
+        scores = scores_at(state, step)
         write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))
         note = Path(self.args.model) / NOTE
         if note.is_file():
@@ -107,15 +121,17 @@ class TrainingRun:
 
     def _before(self) -> dict:
         """The record of the run that is there; that of a model without one says nothing."""
-        names = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+        names = {path.name for path in self.folder.iterdir()}
+        names = {n for n in names if not n.startswith(".") and not n.endswith(".partial")}
         if RECORD in names:
             try:
                 record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             except ValueError:
                 record = None
             return record if isinstance(record, dict) else {"settings": None}
-        if names and "config.json" not in names:
-            raise UserError(f"{self.folder}: holds other things ({names[0]}); give another folder")
+        if names and not _is_model(self.folder):
+            first = min(names)
+            raise UserError(f"{self.folder}: holds other things ({first}); give another folder")
         return {"settings": None} if names else {}
 
     def _compare(self, before: Mapping) -> None:
@@ -128,25 +144,36 @@ class TrainingRun:
         raise UserError(f"{self.folder}: holds {what}; give another folder or --overwrite")
 
     def _remove(self) -> None:
-        for pattern in _OURS:
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        is_run = (self.folder / RECORD).exists()
+        ours = [path for pattern in _OURS for path in self.folder.glob(pattern)]
+        for path in [*checkpoints(self.folder), *ours]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif is_run or path.name != CARD:  # a model's own, which a run did not write
+                path.unlink()
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        read_config(folder / "config.json")
+    except UserError:
+        return False
+    return True
 
 
 def settings(args: argparse.Namespace, num_processes: int) -> dict:
     """What decides the weights, in words: the arguments, files by their hashes."""
-    named = ("model", "tokenizer", "data_path", "eval_data")
-    others = {n: v for n, v in vars(args).items() if n not in (*named, "output", "overwrite")}
-    hashes = {name: hash_or_name(getattr(args, name)) for name in named}
+    others = {n: v for n, v in vars(args).items() if n not in (*NAMED, "output", "overwrite")}
+    hashes = {name: hash_or_name(getattr(args, name)) for name in NAMED}
     return hashes | others | {"processes": num_processes}
 
 
-def best_scores(state: TrainerState) -> dict[str, float]:
-    """The scores of the model that is kept; empty if it was not scored."""
-    rows = [row for row in state.log_history if row["step"] == state.best_global_step]
+def scores_at(state: TrainerState, step: int) -> dict[str, float]:
+    """The scores of the model as it was after a step; empty if it was not scored then."""
+    rows = [row for row in state.log_history if row["step"] == step]
     return {
         name.removeprefix("eval_"): value
         for row in rows
         for name, value in row.items()
-        if name.startswith("eval_")
+        if name.startswith("eval_") and name.removeprefix("eval_") in SCORES
     }

@@ -13,6 +13,14 @@ from context_qa.results import result_row
 from mamba_lm.model import MambaLM
 from squad_utils import Example, prompt_parts
 
+SCORES = (
+    "exact_match",
+    "f1",
+    "answerable_exact_match",
+    "unanswerable_exact_match",
+    "abstention_f1",
+)
+
 
 def examples_to_score(examples: Sequence[Example], negatives: str | None) -> list[Example]:
     """The examples; with unanswerable copies of this kind where none is unanswerable, for else the
@@ -24,13 +32,14 @@ def examples_to_score(examples: Sequence[Example], negatives: str | None) -> lis
 
 def scorer(
     examples: Sequence[Example], tokenizer, prompt_order: str
-) -> Callable[[MambaLM], dict[str, float]]:
-    """A function that answers the examples with a model, greedily, and returns their scores in
-    percent: `training_scores`. All processes take part, and all get them."""
+) -> Callable[[MambaLM, Callable[[], None]], dict[str, float]]:
+    """A function (model, poll) that answers the examples, greedily, and returns their scores in
+    percent: `training_scores`. All processes take part, and all get them; poll is called after each
+    batch."""
     prompts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
     state = PartialState()
 
-    def score(model: MambaLM) -> dict[str, float]:
+    def score(model: MambaLM, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         answers = Answerer(model, tokenizer).answer(
             prompts, part=state.process_index, parts=state.num_processes
         )
@@ -43,6 +52,7 @@ def scorer(
                 for batch in step:
                     rows += [result_row(idx, examples[idx], a) for idx, a in batch.items()]
                 progress.update(len(rows) - progress.n)
+                poll()
         return training_scores(sorted(rows, key=lambda row: row["idx"]))
 
     return score

@@ -2,22 +2,24 @@
 
 import contextlib
 import functools
+import json
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from errors import UserError
 from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
 from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
-from mamba_lm.training_checkpoints import partial_folder, require_whole, seal
+from mamba_lm.training_checkpoints import fault, partial_folder, require_whole, rotate, seal
 from mamba_lm.training_progress import SafeStop
 
 
@@ -31,47 +33,83 @@ class ResumableTrainer(Trainer):
         self._run_dir = Path(arguments.output_dir)
         self._checkpoint: Path | None = None  # the newest, read or written
         self._saved: tuple[Path, int] | None = None  # and the lines of the log when it was written
+        self._is_resumed = False
+        self.kept_step: int | None = None  # of the best model, if that is what is kept in the end
         super().__init__(module, arguments, **kwargs)
-        self.safe_stop = SafeStop()
+        self.safe_stop = SafeStop(arguments.device)
         self.add_callback(self.safe_stop)
 
-    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
-        """Train to the end, from a checkpoint if one is given. A checkpoint of the end is only
-        read. Ctrl-C and SIGTERM end it as ever, once a checkpoint is saved."""
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | None = None,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train to the end, from a checkpoint if one is given. Of one in the output folder that is
+        of the end only the weights are read. begin is called when nothing is left that could be
+        found wrong with the arguments. Ctrl-C and SIGTERM end it as ever, once a checkpoint is
+        saved."""
+        self._begin = begin
         if resume_from_checkpoint is not None:
             require_whole(resume_from_checkpoint)
             self._checkpoint = Path(resume_from_checkpoint)
+            self.args.eval_on_start = False
             state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
             ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-            if ended and not self._evaluation_is_due(state):
+            is_ours = self._checkpoint.parent.resolve() == self._run_dir.resolve()
+            if ended and is_ours and not self._evaluation_is_due(state):
+                begin()
                 self.state = state
-                at_end = self.args.load_best_model_at_end and state.best_model_checkpoint
-                self._load_from_checkpoint(at_end or resume_from_checkpoint)
+                if not (self.args.load_best_model_at_end and self._load_best_model()):
+                    self._load_from_checkpoint(self._checkpoint)
                 return
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self._is_resumed = self._checkpoint is not None
         self._require_finite_weights()
         with self.safe_stop:
             super().train(resume_from_checkpoint)
 
+    def _prepare_for_training(self, *args, **kwargs):
+        try:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
+        self._begin()
+        return prepared
+
     def _evaluation_is_due(self, state: TrainerState) -> bool:
         """Whether the run was cut off in the evaluation of the step it had come to, or before."""
-        if self.args.eval_strategy == IntervalStrategy.NO:
+        args, in_steps = self.args, self.args.eval_strategy == IntervalStrategy.STEPS
+        if args.eval_strategy == IntervalStrategy.NO:
             return False
-        in_steps = self.args.eval_strategy == IntervalStrategy.STEPS
         on_time = (state.global_step % state.eval_steps if in_steps else state.epoch % 1) == 0
         is_last = state.global_step >= state.max_steps
+        is_delayed = args.eval_delay > (state.global_step if in_steps else state.epoch)
         rows = [row for row in state.log_history if row["step"] == state.global_step]
         is_done = any(name.startswith("eval_") for row in rows for name in row)
-        return (on_time or is_last) and not is_done
+        return (on_time or is_last) and not is_delayed and not is_done
 
     def _catch_up(self, start_time: float) -> None:
-        if self._checkpoint is not None and self._evaluation_is_due(self.state):
+        """What is left to do of the step that a resumed run had come to."""
+        if not self._is_resumed:
+            return
+        self._is_resumed = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(
+                callback, ExportableState
+            ):  # of a run without it there is nothing to load
+                name = type(callback).__name__
+                self.state.stateful_callbacks.setdefault(name, callback.state())
+        path = self._checkpoint / f"loss_{self.args.process_index}.json"
+        if path.exists():  # what has not been logged yet
+            loss, self._globalstep_last_logged = json.loads(path.read_text())
+            self._tr_loss += loss
+        if self._evaluation_is_due(self.state):
             self.control.should_evaluate = self.control.should_save = True
             self._maybe_log_save_evaluate(
                 self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, start_time
             )
-            if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
 
     def _run_epoch(self, *, start_time: float, **kwargs) -> None:
         self._catch_up(start_time)
@@ -80,7 +118,19 @@ class ResumableTrainer(Trainer):
 
     def _finalize_training(self, trial, num_train_samples: float, start_time: float):
         self._catch_up(start_time)  # where no epoch was left
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            self._load_best_model()  # which says why it cannot
         return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        try:
+            is_new_best = super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise UserError(f"metric_for_best_model: choose from {known}") from error
+        if is_new_best and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True  # or there would be no best checkpoint
+        return is_new_best
 
     def _get_output_dir(self, trial) -> str:
         return str(self._run_dir)
@@ -92,7 +142,6 @@ class ResumableTrainer(Trainer):
         known = (checkpoint, len(self.state.log_history))
         if known == self._saved:  # a moment ago, for another reason
             return
-        self._require_finite_weights()
         started = time.monotonic()
         self._run_dir = partial_folder(output)
         written = self._run_dir / checkpoint.name
@@ -102,18 +151,15 @@ class ResumableTrainer(Trainer):
                 written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            best = self._best_checkpoint()
+            self.state.best_model_checkpoint = best and str(best)
+            unlogged = json.dumps([self._tr_loss.item(), self._globalstep_last_logged])
+            (written / f"loss_{self.args.process_index}.json").write_text(unlogged)
             self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:
-                best = output / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
                 seal(written, checkpoint)
-                rotate_checkpoints(
-                    self.args.output_dir,
-                    self.args.save_total_limit,
-                    self.state.best_model_checkpoint,
-                )
+                rotate(checkpoint, self.args.save_total_limit, best)
         except OSError as error:
             raise UserError(
                 f"{checkpoint}: cannot be written ({error}); {self._last_good()}"
@@ -125,7 +171,17 @@ class ResumableTrainer(Trainer):
         self._checkpoint, self._saved = checkpoint, known
         self.safe_stop.saved(time.monotonic() - started)
 
+    def _best_checkpoint(self) -> Path | None:
+        """That of the best evaluation in the output folder, which a move or a hand may have taken
+        away; or the one that is being written."""
+        step = self.state.best_global_step
+        if not step:
+            return None
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        return best if best.is_dir() or step == self.state.global_step else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._require_finite_weights()
         weights = whole(self.language_model.state_dict())
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
@@ -152,8 +208,18 @@ class ResumableTrainer(Trainer):
         }
         load_weights(self.language_model, weights, folder)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def _load_best_model(self) -> bool:
+        """Whether there is a whole best checkpoint, whose weights are then the model's."""
+        best, step = self._best_checkpoint(), self.state.best_global_step
+        complaint = "it is gone" if best is None else fault(best)
+        if complaint is not None:
+            if step:
+                said = f"checkpoint-{step} was best, but {complaint}: the last model is kept"
+                print(f"warning: {said}", file=sys.stderr)
+            return False
+        self._load_from_checkpoint(best)
+        self.kept_step = self.state.best_global_step
+        return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -43,7 +43,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     of_parameters = {
         index: {
-            key: like(parameters[index], value) if value.dim() else value  # steps are scalars
+            # Steps are numbers, and some optimisers' moments have shapes of their own.
+            key: like(parameters[index], value)
+            if getattr(value, "shape", None) == parameters[index].shape
+            else value
             for key, value in moments.items()
         }
         for index, moments in state["state"].items()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,21 @@ from mamba_lm.sharding import shard, whole
 from mamba_lm.training_progress import Progress, TrainingLog
 
 MAX_IDS = 64  # of examples that one message names
+_SHARD = (
+    "the Trainer's own is not used (on a CPU it would be plain data parallelism, silently); "
+    "--fully_shard shards, on CPUs and GPUs"
+)
+_NOT_USED = {  # fields of TrainingArguments that would have no effect here, or a wrong one
+    "fsdp": _SHARD,
+    "deepspeed": _SHARD,
+    "fp16": "its first steps overflow, which ends a run here; bf16=true",
+    "save_only_model": "a run could not go on from such a checkpoint",
+    "push_to_hub": "upload the folder once the run is complete",
+    **dict.fromkeys(
+        ("auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha",
+         "parallelism_config", "use_liger_kernel"), "not made for this model"
+    ),
+}  # fmt: skip
 
 
 class _Tokenized(Dataset[Continuation]):
@@ -47,6 +63,12 @@ class _Batches(DataLoader):
             self.batch_sampler.set_epoch(epoch)
 
 
+def _ignore_signals(worker: int) -> None:
+    """What is sent to all of a run's processes is for the one that saves a checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _named_batch(examples: Sequence[Continuation]) -> dict[str, Tensor | list[str]]:
     return collate(examples) | {"ids": [example.id for example in examples]}
 
@@ -62,18 +84,20 @@ class PrefixSuffixTrainer(ResumableTrainer):
         batches: Sampler[list],
         tokenize: Callable[[Any], Continuation],
         tokenizer,
-        score: Callable[[MambaLM], Mapping[str, float]] | None = None,
+        score: Callable[[MambaLM, Callable[[], None]], Mapping[str, float]] | None = None,
         patience: int = 5,
         sharded: bool = False,
     ):
         """batches yields lists of the examples themselves, in any form that `tokenize` understands:
         this process's, as many as every other process gets. Its optional set_epoch(epoch) is called
-        before each epoch. score gives the figures of an evaluation, the same in every process;
-        after `patience` of them without a better one, training ends. Sharded, each of several
-        processes keeps its part of the weights and of what the optimiser knows."""
+        before each epoch. score(model, poll) gives the figures of an evaluation, the same in every
+        process, each of which calls poll() now and then, as often as the others; after `patience`
+        evaluations without a better one, training ends. Sharded, each of several processes keeps
+        its part of the weights and of what the optimiser knows."""
         self.batches, self.score = batches, score
-        if arguments.eval_strategy != IntervalStrategy.NO and score is None:
-            raise UserError("training arguments: eval_strategy needs --eval_data")
+        evaluates = arguments.eval_strategy != IntervalStrategy.NO or arguments.eval_on_start
+        if evaluates and score is None:
+            raise UserError("training arguments: evaluation needs --eval_data")
         if sharded and arguments.world_size < 2:
             raise UserError("--fully_shard: needs two processes or more, by torchrun")
         module = PrefixSuffixLM(model)
@@ -108,13 +132,17 @@ class PrefixSuffixTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Our batches as they are: the Trainer would cut its own, and repeat examples to give every
         process as many."""
-        return _Batches(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
+        try:
+            return _Batches(
+                self.train_dataset,
+                batch_sampler=self.batches,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+                worker_init_fn=_ignore_signals,
+            )
+        except ValueError as error:
+            raise UserError(f"training arguments: {error}") from error
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the GPU, but for the lengths: `MambaLM.encode` then need not wait for them."""
@@ -147,8 +175,10 @@ class PrefixSuffixTrainer(ResumableTrainer):
         of_step, self._of_step = self._of_step, []
         if isinstance(grad_norm, Tensor):
             grad_norm = whole(grad_norm).item()
-        # With several processes the norm is that of all, and so are what is raised and when.
-        if not math.isfinite(grad_norm) or not all(torch.isfinite(loss) for _, loss in of_step):
+        is_finite = math.isfinite(grad_norm) and all(torch.isfinite(loss) for _, loss in of_step)
+        if self.args.world_size > 1:  # all go on or none does
+            is_finite = all(gather_object([is_finite]))
+        if not is_finite:
             raise UserError(self._what_became_of(of_step, grad_norm))
         return grad_norm
 
@@ -174,7 +204,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
                     weights = whole(model.state_dict())
                     model = MambaLM(model.config).to(self.args.device)
                     load_weights(model, weights, Path("the shards"))
-                scores = self.score(model.eval())
+                scores = self.score(model.eval(), self.safe_stop.poll)
         except BaseException:
             if self.safe_stop.is_asked:
                 self._save_checkpoint(self.model)  # as of before: `_catch_up` evaluates it
@@ -204,6 +234,15 @@ def _listed(ids: Sequence[str]) -> str:
     return named if len(ids) <= MAX_IDS else f"{named} and {len(ids) - MAX_IDS} more"
 
 
+def _fits(value: object, default: object) -> bool:
+    """Whether a field with this default takes the value, as far as the default tells."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return type(value) is int
+    return type(value) in (int, float) if isinstance(default, float) else True
+
+
 def training_arguments(
     output: str, device: torch.device, overrides: Sequence[str] = (), **settings
 ) -> TrainingArguments:
@@ -221,8 +260,10 @@ def training_arguments(
             settings[key] = json.loads(value)
         except ValueError:
             settings[key] = value
-        if isinstance(fields[key], int | float) and isinstance(settings[key], str):
+        if not _fits(settings[key], fields[key]):
             raise UserError(f"training arguments: {override}: give a number, true or false")
+        if key in _NOT_USED and settings[key]:
+            raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     defaults = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # a share of all steps
@@ -242,23 +283,21 @@ def training_arguments(
         "bf16": device.type == "cuda",  # autocast; the weights stay in float32
     }
     chosen = defaults | settings
-    launched = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-    if chosen.get("fsdp") or chosen.get("deepspeed") or any(launched):
-        raise UserError(
-            "the Trainer's own FSDP and DeepSpeed are not used here (on a CPU they would be plain "
-            "data parallelism, silently); --fully_shard shards, on CPUs and GPUs"
-        )
+    for name in ("fsdp", "deepspeed"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise UserError(f"accelerate launch with {name}: {_NOT_USED[name]}")
     if chosen.get("eval_strategy", "no") != "no":
-        # The best checkpoint can be kept only where one is written with each evaluation.
+        # The best checkpoint is kept, which the Trainer wants written with each evaluation.
         best = {"load_best_model_at_end": True, "greater_is_better": True}
         best["save_strategy"] = chosen["eval_strategy"]
-        if "eval_steps" in chosen:
-            best["save_steps"] = chosen["eval_steps"]
+        best["save_steps"] = chosen.get("eval_steps", chosen["logging_steps"])
         chosen = best | chosen
     try:
         arguments = TrainingArguments(output_dir=output, **chosen)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training arguments: {error}") from error
+    except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
+        raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
+    if arguments.gradient_accumulation_steps < 1:
+        raise UserError("training arguments: gradient_accumulation_steps must be 1 or more")
     if arguments.train_batch_size < 1:
         raise UserError("training arguments: per_device_train_batch_size must be 1 or more")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,

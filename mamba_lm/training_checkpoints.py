@@ -65,9 +65,19 @@ def checkpoints(output: str | Path) -> list[Path]:
     found = {}
     for path in Path(output).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal():
+        if step.isdecimal() and path.is_dir():
             found[int(step)] = path
     return [path for _, path in sorted(found.items(), reverse=True)]
+
+
+def rotate(written: Path, limit: int | None, best: Path | None) -> None:
+    """Remove checkpoints until `limit` are left: first those after the one just written, which a
+    run did not go on from, then the oldest; never that one or the best."""
+    found = checkpoints(written.parent)
+    step = found.index(written)
+    candidates = [path for path in found[:step] + found[:step:-1] if path != best]
+    for path in candidates[: max(len(found) - limit, 0) if limit else 0]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_checkpoint(output: str | Path) -> Path | None:

@@ -31,7 +31,9 @@ class SafeStop(TrainerCallback):
     the same step, whichever of them got the signal.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
+        """device: where processes exchange what they know."""
+        self._device = device
         self._caught: int | None = None
         self._caught_at = 0.0
         self._stops = self._waits = False
@@ -57,14 +59,31 @@ class SafeStop(TrainerCallback):
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Signals do not wait in this block: what it does can be done again."""
-        waited, self._waits = self._waits, False
-        if self.is_asked:
-            self._deliver()
+        """Signals do not wait in this block: what it does can be done again. Of several processes
+        it has to call `poll`."""
+        if not _is_distributed():
+            self._waits = False
+        self.poll()
         try:
             yield
         finally:
-            self._waits = waited
+            self._waits = True
+
+    def poll(self) -> None:
+        """End by the signal that any of the processes got, in all of them at once."""
+        self._agree()
+        if self.is_asked:
+            self._deliver()
+
+    def _agree(self, wanted: bool = False) -> bool:
+        """What any process wants, all do; so with a signal."""
+        if not _is_distributed():
+            return wanted
+        shared = torch.tensor([self._caught or 0, wanted], dtype=torch.int32, device=self._device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        caught, wanted = shared.tolist()
+        self._caught = caught or None
+        return bool(wanted)
 
     def saved(self, seconds: float) -> None:
         """A checkpoint has been saved, in so many seconds."""
@@ -79,17 +98,17 @@ class SafeStop(TrainerCallback):
             self._deliver()
 
     def _deliver(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.raise_signal(self._caught)
+        """As the handler would that was there before."""
+        handler = self._before.get(self._caught)
+        if callable(handler):
+            handler(self._caught, None)
+        else:
+            signal.signal(self._caught, handler or signal.SIG_DFL)
+            signal.raise_signal(self._caught)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        is_time = time.monotonic() - self._saved_at > self._interval
-        wanted = torch.tensor([self.is_asked, is_time], dtype=torch.int32)
-        if args.world_size > 1:
-            wanted = wanted.to(args.device)
-            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-        self._stops, is_time = map(bool, wanted.tolist())
+        is_time = self._agree(time.monotonic() - self._saved_at > self._interval)
+        self._stops = self.is_asked
         if args.save_strategy == SaveStrategy.NO:
             control.should_training_stop |= self._stops
         elif self._stops or is_time:
@@ -160,6 +179,10 @@ class TrainingLog(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             plot(state.log_history, self._path.with_name(PLOT))
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _line(row: Mapping) -> str:

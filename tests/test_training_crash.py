@@ -297,7 +297,7 @@ def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
     steps = iter(range(4, 99, 4))
 
     def stopping_scorer(*args, **kwargs):
-        def stopping(model):
+        def stopping(model, poll):
             if next(steps) >= at:
                 signal.raise_signal(signal.SIGINT)
             return score(*args, **kwargs)(model)

@@ -50,7 +50,7 @@ def read_log(output) -> list[dict]:
 
 def test_the_log_has_loss_speed_and_scores(tmp_path):
     scores = iter([10.0, 30.0, 20.0])
-    run = trainer(tmp_path, lambda model: {"f1": next(scores)}, logging_steps=3)
+    run = trainer(tmp_path, lambda model, poll: {"f1": next(scores)}, logging_steps=3)
     run.train()
     rows = read_log(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 3, 6, 9, 12]
@@ -70,7 +70,7 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     """The scores fall from the second on: after two more of them it is enough."""
     weights, scores = [], iter([10.0, 30.0, 20.0, 30.0, 99.0])
 
-    def score(model):
+    def score(model, poll):
         weights.append(model.lm_head.weight.detach().clone())
         return {"f1": next(scores)}
 
@@ -83,7 +83,7 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
 
 
 def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
-    run = trainer(tmp_path, lambda model: {"exact_match": 12.5, "f1": 50.0}, logging_steps=4)
+    run = trainer(tmp_path, lambda model, poll: {"exact_match": 12.5, "f1": 50.0}, logging_steps=4)
     run.train()
     err = capsys.readouterr().err
     assert "12/12" in err and "loss " in err and "lr " in err
