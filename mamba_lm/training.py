@@ -29,6 +29,7 @@ _SHARD = (
     "the Trainer's own is not used (on a CPU it would be plain data parallelism, silently); "
     "--fully_shard shards, on CPUs and GPUs"
 )
+_KINDS = {"save_total_limit": int, "resume_from_checkpoint": str}  # defaults do not tell
 _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or a wrong one
     "fsdp": _SHARD,
     "deepspeed": _SHARD,
@@ -260,8 +261,10 @@ def training_arguments(
             settings[key] = json.loads(value)
         except ValueError:
             settings[key] = value
-        if not _fits(settings[key], fields[key]):
-            raise UserError(f"training arguments: {override}: give a number, true or false")
+        kind = _KINDS.get(key, object)
+        if not _fits(settings[key], fields[key]) or not isinstance(settings[key], kind):
+            said = "a text" if kind is str else "a number, true or false"
+            raise UserError(f"training arguments: {override}: give {said}")
         if key in _NOT_USED and settings[key]:
             raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     defaults = {

@@ -251,6 +251,16 @@ def test_weights_that_are_no_numbers_are_told_at_once(value, make_trainer, make_
         make_trainer(model, EXAMPLES, max_steps=3).train()
 
 
+def test_weights_that_became_no_numbers_are_not_saved(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(make_model(), EXAMPLES, max_steps=1, save_strategy="no")
+    trainer.train()
+    with torch.no_grad():
+        trainer.language_model.lm_head.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match="no finite numbers after step 1: lower --learning_rate"):
+        trainer.save_model()
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["loss", "norm of the gradients"])
 def test_what_is_no_number_stops_training_and_its_batch_is_named(

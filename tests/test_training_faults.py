@@ -1,0 +1,279 @@
+"""What can go wrong around a training run, each once: nothing of the user's is lost, and nothing is
+said that is not so."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_mamba_with_context
+from context_qa.training_data import within_length
+from errors import UserError
+from files import atomic_folder
+from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.training_checkpoints import checkpoints, fault
+from squad_utils import Example, NegativeSampler
+
+ROOT = Path(__file__).parents[1]
+TINY = {"d_model": 32, "n_layer": 1, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}
+SCORED = ("--eval_data", "data/demo/handwritten.jsonl")
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Runs the script on thirty questions; its output folder."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+
+    def run(*more: str, output: Path = tmp_path / "run", steps: int = 8, **settings) -> Path:
+        defaults = {"disable_tqdm": "true", "save_steps": 2, "logging_steps": 1}
+        if "--eval_data" in more:
+            defaults |= {"eval_strategy": "steps", "eval_steps": 2}
+        command = [
+            *("train", "--model", str(tmp_path / "tiny.json"), "--batch_size", "8"),
+            *("--tokenizer", "data/demo/tokenizer", "--learning_rate", "1e-2"),
+            *("--data_path", "data/demo/handwritten.jsonl", "--max_steps", str(steps)),
+            *("--output", str(output), *more),
+        ]
+        for key, value in {**defaults, **settings}.items():
+            command += ["--trainer", f"{key}={value}"]
+        monkeypatch.setattr(sys, "argv", command)
+        train_mamba_with_context.main(train_mamba_with_context.parse_args())
+        return output
+
+    return run
+
+
+def cut_off(output: Path, step: int) -> None:
+    """As a kill after this step would have left it."""
+    record = json.loads((output / "training_args.json").read_text())
+    (output / "training_args.json").write_text(json.dumps(record | {"complete": False}))
+    (output / "model.safetensors").unlink()
+    for checkpoint in checkpoints(output):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def scored_as(monkeypatch, *scores: float) -> None:
+    """Evaluations that give these figures, one after the other."""
+    found = iter(scores)
+    monkeypatch.setattr(
+        train_mamba_with_context, "scorer",
+        lambda *args, **kwargs: lambda model, poll: {"exact_match": next(found), "f1": 1.0},
+    )  # fmt: skip
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "training_args.json").read_text())
+
+
+# The best model
+
+
+@pytest.mark.parametrize("settings", [{"save_steps": 8}, {"eval_steps": 3, "save_steps": 6}])
+def test_a_best_model_between_two_checkpoints_is_kept(settings, train, monkeypatch):
+    scored_as(monkeypatch, 10.0, 50.0, 20.0, 30.0)
+    output = train(*SCORED, **settings)
+    step = 2 * settings.get("eval_steps", 2)
+    assert record(output)["step_of_model"] == step
+    assert record(output)["scores"]["exact_match"] == 50.0
+    weights = (output / f"checkpoint-{step}/model.safetensors").read_bytes()
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_without_its_best_checkpoint_a_run_keeps_the_last_and_says_so(
+    damage, train, monkeypatch, capsys
+):
+    scored_as(monkeypatch, 10.0, 50.0, 20.0, 30.0, 30.0)
+    output = train(*SCORED)
+    cut_off(output, step=8)
+    best = output / "checkpoint-4"
+    if damage == "gone":
+        shutil.rmtree(best)
+    else:
+        data = bytearray((best / "model.safetensors").read_bytes())
+        data[-9] ^= 1
+        (best / "model.safetensors").write_bytes(data)
+    train(*SCORED)
+    assert "checkpoint-4 was best, but" in capsys.readouterr().err
+    assert record(output)["step_of_model"] == 8
+    assert record(output)["scores"]["exact_match"] == 30.0
+    last = (output / "checkpoint-8/model.safetensors").read_bytes()
+    assert (output / "model.safetensors").read_bytes() == last
+
+
+def test_scores_are_those_of_the_model_that_is_kept(train, monkeypatch):
+    scored_as(monkeypatch, 10.0, 50.0, 20.0, 30.0)
+    output = train(*SCORED, load_best_model_at_end="false")
+    assert record(output)["scores"]["exact_match"] == 30.0
+    assert "| exact match | 30.0 |" in (output / "README.md").read_text()
+
+
+def test_no_evaluation_comes_before_its_delay(train, monkeypatch):
+    scored_as(monkeypatch, 10.0, 20.0)
+    output = train(*SCORED, eval_delay=5)
+    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "eval_f1" in row] == [6, 8]
+
+
+# Going on
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 4}, {"logging_strategy": "epoch"}])
+def test_the_log_too_is_that_of_one_run(settings, train, tmp_path):
+    """From a checkpoint between two of its lines."""
+
+    def losses(output):
+        lines = (output / "training_log.jsonl").read_text().splitlines()
+        return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+
+    wanted = losses(train(output=tmp_path / "whole", save_total_limit=9, **settings))
+    output = train(save_total_limit=9, **settings)
+    cut_off(output, step=2)
+    assert losses(train(save_total_limit=9, **settings)) == wanted and len(wanted) > 2
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_fused"])
+def test_other_optimisers_go_on_too(optim, train, tmp_path):
+    wanted = train("--optim", optim, output=tmp_path / "whole")
+    output = train("--optim", optim)
+    cut_off(output, step=6)
+    train("--optim", optim)
+    for name in ("model.safetensors", "checkpoint-8/optimizer.pt"):
+        assert (output / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(train):
+    output = train(save_total_limit=9)
+    cut_off(output, step=8)
+    for step in (6, 8):
+        os.truncate(output / f"checkpoint-{step}/optimizer.pt", 9)
+    shutil.copytree(output / "checkpoint-2", output / "checkpoint-2-mine")
+    record_ = record(output)
+    record_["settings"]["trainer"] = [
+        s.replace("limit=9", "limit=1") for s in record_["settings"]["trainer"]
+    ]
+    (output / "training_args.json").write_text(json.dumps(record_))
+    train(save_total_limit=1)
+    assert [fault(checkpoint) for checkpoint in checkpoints(output)] == [None]
+    assert (output / "checkpoint-2-mine").is_dir()
+
+
+def test_a_finished_run_can_be_gone_on_from_in_another_folder(train, tmp_path):
+    first = train(steps=4)
+    last = first / "checkpoint-4"
+    output = train(output=tmp_path / "more", steps=8, resume_from_checkpoint=last)
+    assert record(output)["steps"] == 8
+    assert (output / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+    scored = train(*SCORED, output=tmp_path / "scored", steps=6, resume_from_checkpoint=last)
+    assert "exact_match" in record(scored)["scores"]
+
+
+def test_a_complete_run_whose_weights_are_gone_writes_them_again(train):
+    output = train()
+    before = (output / "model.safetensors").read_bytes()
+    (output / "model.safetensors").unlink()
+    assert (train() / "model.safetensors").read_bytes() == before
+
+
+# What is there already
+
+
+def test_a_folder_with_a_config_of_something_else_is_no_model(train, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "config.json").write_text('{"port": 80}')
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"holds other things \(config.json\)"):
+            train(*more)
+    assert (output / "config.json").read_text() == '{"port": 80}'
+
+
+def test_overwrite_leaves_what_only_looks_like_a_runs(train):
+    output = train()
+    theirs = ["checkpoint-notes.md", "tokenizer_mine.json", "model_backup.safetensors"]
+    for name in theirs:
+        (output / name).write_text("mine")
+    (output / "checkpoint-keep").mkdir()
+    (output / "checkpoint-1").symlink_to(output / "checkpoint-keep")
+    train("--overwrite", steps=2)
+    assert all((output / name).read_text() == "mine" for name in theirs)
+    assert (output / "checkpoint-keep").is_dir() and not (output / "checkpoint-1").exists()
+
+
+def test_saving_a_model_leaves_other_weights_alone(tmp_path):
+    for name in ("model-before.safetensors", "pytorch_model_old.bin", "pytorch_model.bin"):
+        (tmp_path / name).write_text("x")
+    with atomic_folder(tmp_path) as partial:
+        (partial / "config.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model-before.safetensors", "pytorch_model_old.bin"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more, settings",
+    [
+        (["--optim", "adamw_bnb_8bit"], {}),
+        ([], {"adam_beta2": 2}),
+        ([], {"resume_from_checkpoint": "/nowhere"}),
+        ([], {"dataloader_num_workers": -1}),
+        (["--model", "RUN"], {}),
+        (["--model", "RUN/checkpoint-8"], {}),
+        ([], {"resume_from_checkpoint": "RUN/checkpoint-8"}),
+        ([], {"lr_scheduler_kwargs": '{"a":1}'}),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
+    output = train()
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    more = [word.replace("RUN", str(output)) for word in more]
+    settings = {k: str(v).replace("RUN", str(output)) for k, v in settings.items()}
+    with pytest.raises(UserError) as caught:
+        train("--overwrite", *more, **settings)
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("fp16", "true"), ("save_only_model", "true"), ("push_to_hub", "true"),
+        ("neftune_noise_alpha", "5"), ("label_smoothing_factor", "0.1"),
+        ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_steps", "2.5"),
+        ("max_grad_norm", "null"), ("gradient_accumulation_steps", "0"), ("eval_on_start", "true"),
+        ("resume_from_checkpoint", "true"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, tmp_path):
+    with pytest.raises(UserError, match="training arguments: ") as caught:
+        train(**{key: value})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_metric_is_named_with_those_there_are(train):
+    with pytest.raises(UserError, match="metric_for_best_model: choose from exact_match, f1"):
+        train(*SCORED, metric_for_best_model="nonsense")
+
+
+# Data
+
+
+def test_a_context_without_the_answer_is_dropped_however_short(tmp_path):
+    tokenizer = load_tokenizer(str(ROOT / "data/demo/tokenizer"))
+    blanks = Example("1", "alpha beta gamma" + " " * 600, "Which one?", ("zeta",))
+    words = " ".join(["word"] * 200)
+    paris = Example("2", f"{words} Paris {words}", "Where?", ("Paris",))
+    found = within_length([blanks, paris], tokenizer, "context_first", 60)
+    assert [example.id for example in found.examples] == ["2"] and found.num_dropped == 1
+
+
+def test_hard_negatives_of_contexts_without_a_word():
+    examples = [Example("1", "b", "Which?", ("b",)), Example("2", "c", "Who?", ("c",))]
+    assert NegativeSampler(examples, "hard").contexts(0) == ["c", "b"]
