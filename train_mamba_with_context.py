@@ -97,6 +97,7 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
         arguments.process_index,
         arguments.world_size,
         negative_ratio=args.negative_ratio,
+        accumulation=args.gradient_accumulation_steps,
     )
     prompt = {"tokenizer": tokenizer, "prompt_order": args.prompt_order}
     tokenize = functools.partial(continuation, **prompt, max_length=args.max_length)

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch.utils.data import Sampler
@@ -45,9 +45,12 @@ class GroupedBatches(Sampler[list[Pairing]]):
     Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, answerable
     questions are also asked on contexts that do not answer them, others each epoch, until there are
     `negative_ratio` unanswerable pairings for an answerable one, the examples' own unanswerable
-    ones included. Of several processes each gets as many batches, none of them twice. Batches
-    differ by one pairing at most; they hold batch_size at most, or one more where a process would
-    have to get an empty one. Without `grouped`, pairings are drawn one by one.
+    ones included.
+
+    What an optimiser step reads depends on the product of batch_size, world_size and accumulation
+    alone: first pairings are packed into steps, then a step's into its batches, as many for each
+    process. Batches differ by one pairing at most; they hold batch_size at most, or one more where
+    one would have to be empty. Without `grouped`, pairings are drawn one by one.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class GroupedBatches(Sampler[list[Pairing]]):
         world_size: int = 1,
         grouped: bool = True,
         negative_ratio: float = 1.0,
+        accumulation: int = 1,
     ):
         self.examples, self.seed, self.epoch, self.grouped = examples, seed, 0, grouped
         self.answerable = [example for example in examples if example.is_answerable]
@@ -77,15 +81,16 @@ class GroupedBatches(Sampler[list[Pairing]]):
         self.num_pairings = len(examples) + self.num_negatives
         if self.num_pairings < world_size:
             raise UserError(f"{self.num_pairings} examples are too few for {world_size} processes")
-        wanted = math.ceil(self.num_pairings / (batch_size * world_size))
-        self.steps = min(wanted, self.num_pairings // world_size)  # no batch is empty
+        self.batches_a_step = world_size * min(accumulation, self.num_pairings // world_size)
+        wanted = math.ceil(self.num_pairings / (batch_size * self.batches_a_step))
+        self.steps = min(wanted, self.num_pairings // self.batches_a_step)  # no batch is empty
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return self.steps
+        return self.steps * self.batches_a_step // self.world_size
 
     def __iter__(self) -> Iterator[list[Pairing]]:
         yield from self.of_all_processes()[self.rank :: self.world_size]
@@ -93,15 +98,23 @@ class GroupedBatches(Sampler[list[Pairing]]):
     def of_all_processes(self) -> list[list[Pairing]]:
         """The epoch's batches, in the order in which processes take turns."""
         rng = random.Random(f"{self.seed}/{self.epoch}")
+        groups = self._groups(self._pairings())
+        shuffled = [rng.sample(groups[key], len(groups[key])) for key in
+                    rng.sample(list(groups), len(groups))]  # fmt: skip
+        steps = pack(shuffled, even_sizes(self.num_pairings, self.steps))
+        return [
+            batch
+            for step in rng.sample(steps, len(steps))
+            for batch in pack(
+                list(self._groups(step).values()), even_sizes(len(step), self.batches_a_step)
+            )
+        ]
+
+    def _groups(self, pairings: Iterable[Pairing]) -> dict[object, list[Pairing]]:
         groups: dict[object, list[Pairing]] = {}
-        for pairing in self._pairings():
+        for pairing in pairings:
             groups.setdefault(pairing.context if self.grouped else pairing, []).append(pairing)
-        number = self.steps * self.world_size
-        smaller, larger = divmod(self.num_pairings, number)
-        sizes = [smaller + (place < larger) for place in range(number)]
-        batches = pack([rng.sample(groups[key], len(groups[key])) for key in
-                        rng.sample(list(groups), len(groups))], sizes)  # fmt: skip
-        return rng.sample(batches, number)
+        return groups
 
     def _pairings(self) -> Iterator[Pairing]:
         yield from (Pairing(example, example.context) for example in self.examples)
@@ -120,6 +133,12 @@ class GroupedBatches(Sampler[list[Pairing]]):
         if count < len(drawn):
             drawn = random.Random(f"{self.seed}/{epoch}/part").sample(drawn, count)
         return drawn
+
+
+def even_sizes(total: int, number: int) -> list[int]:
+    """So many whole numbers that differ by one at most and sum to the total."""
+    smaller, larger = divmod(total, number)
+    return [smaller + (place < larger) for place in range(number)]
 
 
 def pack(groups: Sequence[list], sizes: Sequence[int]) -> list[list]:

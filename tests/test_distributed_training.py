@@ -40,7 +40,7 @@ def train(folder: Path, output: str, *more: str) -> None:
         settings += ("eval_strategy=steps", "eval_steps=10")
     sys.argv = [
         *("train_mamba_with_context.py", "--model", str(folder / "tiny.json")),
-        *("--data_path", "data/demo/train.jsonl", "--tokenizer", "data/demo/tokenizer"),
+        *("--data_path", str(folder / "data.jsonl"), "--tokenizer", "data/demo/tokenizer"),
         *("--output", str(folder / output), "--max_steps", str(STEPS), "--batch_size", "8"),
         *("--learning_rate", "1e-3", *more),
         *(word for setting in settings for word in ("--trainer", setting)),
@@ -72,6 +72,8 @@ def folder(tmp_path_factory) -> Path:
     """All runs of two processes, and that of one."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "tiny.json").write_text(json.dumps(TINY))
+    lines = (ROOT / "data/demo/train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "data.jsonl").write_text("".join(lines[:203]), "utf-8")  # no batch divides them
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", "--module", "tests.test_distributed_training", str(folder)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -95,7 +97,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_where_one_does(name, folder):
-    """The same 20 steps of 32 questions, in four batches."""
+    """The same 20 steps of some 31 questions, in four batches; over three epochs."""
     alone, start = weights(folder / "alone"), load_weights_at_start(folder)
     for key, got in weights(folder / name).items():
         assert (got - alone[key]).abs().max() < 1e-5, key

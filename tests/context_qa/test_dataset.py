@@ -187,6 +187,40 @@ def test_every_process_gets_as_many_batches_and_nothing_comes_twice(
         assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("size", [16, 24, 1000])
+def test_a_step_reads_the_same_however_it_is_split(size):
+    """In one batch, in several, by several processes; also where nothing divides evenly."""
+
+    def steps(batch_size: int, world_size: int, accumulation: int) -> list[set[Pairing]]:
+        parts = []
+        for rank in range(world_size):
+            batches = GroupedBatches(
+                MANY, batch_size, "random", 0, rank, world_size, accumulation=accumulation
+            )
+            batches.set_epoch(1)
+            parts.append(list(batches))
+            assert len(parts[-1]) == len(batches)
+        count = len(parts[0]) // accumulation
+        assert count * accumulation == len(parts[0])
+        sizes = {len(batch) for part in parts for batch in part}
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+        return [
+            {pairing for part in parts for batch in
+             part[at * accumulation : (at + 1) * accumulation] for pairing in batch}
+            for at in range(count)
+        ]  # fmt: skip
+
+    wanted = steps(size, 1, 1)
+    assert sum(map(len, wanted)) == 2 * len(MANY)
+    for world_size, accumulation in ((1, 4), (2, 1), (2, 2), (4, 2)):
+        assert steps(size // world_size // accumulation, world_size, accumulation) == wanted
+
+
+def test_fewer_examples_than_batches_a_step():
+    batches = GroupedBatches(EXAMPLES[:3], 4, accumulation=8)
+    assert sorted(map(len, batches)) == [1, 1, 1]
+
+
 def test_contexts_stay_whole_where_they_can():
     """Eleven batches of 14 or so, nine contexts with 2 to 80 pairings."""
     batches = list(GroupedBatches(MANY, 16))
