@@ -52,8 +52,8 @@ def noting_shards(folder: Path):
     """The Trainer, which writes down how much of the weights this process holds once trained."""
 
     class Noting(PrefixSuffixTrainer):
-        def train(self, checkpoint=None):
-            super().train(checkpoint)
+        def train(self, *args):
+            super().train(*args)
             own, whole, moments = 0, 0, 0
             for parameter in self.language_model.parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
