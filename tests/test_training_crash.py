@@ -77,6 +77,13 @@ def finish(inputs: Path, output: Path, *more: str) -> None:
         train_mamba_with_context.main(train_mamba_with_context.parse_args())
 
 
+def finish_apart(inputs: Path, output: Path) -> None:
+    """Run it in a process of its own, as those are that are cut off."""
+    process = start(*command(inputs, output))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
 def outcome(output: Path) -> tuple[bytes, list[dict], dict]:
     """All that must not depend on what happened on the way."""
     log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
@@ -99,6 +106,13 @@ def undisturbed(inputs, one_thread) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def undisturbed_apart(inputs) -> Path:
+    output = inputs / "undisturbed apart"
+    finish_apart(inputs, output)
+    return output
+
+
 def wait_for(process: subprocess.Popen, output: Path, num_lines: int) -> None:
     """Until the log has so many lines."""
     log = output / "training_log.jsonl"
@@ -109,7 +123,7 @@ def wait_for(process: subprocess.Popen, output: Path, num_lines: int) -> None:
 
 
 @pytest.mark.parametrize("seed", KILLS)
-def test_a_killed_run_goes_on(inputs, undisturbed, tmp_path, seed):
+def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
     rng = random.Random(seed)
     output = tmp_path / "run"
     lines = 0
@@ -123,13 +137,13 @@ def test_a_killed_run_goes_on(inputs, undisturbed, tmp_path, seed):
         assert process.returncode == -signal.SIGKILL
         assert json.loads((output / "training_args.json").read_text())["complete"] is False
         assert all(fault(checkpoint) is None for checkpoint in checkpoints(output))
-    finish(inputs, output)
-    assert outcome(output) == outcome(undisturbed)
+    finish_apart(inputs, output)
+    assert outcome(output) == outcome(undisturbed_apart)
     assert not list(output.glob(".*"))
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_a_checkpoint(inputs, undisturbed, tmp_path, sent, code):
+def test_a_signal_saves_a_checkpoint(inputs, undisturbed_apart, tmp_path, sent, code):
     output = tmp_path / "run"
     process = start(*command(inputs, output))
     wait_for(process, output, 6)  # between two checkpoints
@@ -141,8 +155,8 @@ def test_a_signal_saves_a_checkpoint(inputs, undisturbed, tmp_path, sent, code):
     last = json.loads((output / "training_log.jsonl").read_text().splitlines()[-2])
     assert newest.name == f"checkpoint-{last['step']}" and last["step"] < STEPS
     assert fault(newest) is None
-    finish(inputs, output)
-    assert outcome(output) == outcome(undisturbed)
+    finish_apart(inputs, output)
+    assert outcome(output) == outcome(undisturbed_apart)
 
 
 def test_a_complete_run_is_left_alone(inputs, undisturbed, capsys, monkeypatch):
@@ -277,7 +291,7 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PrefixSuffixLM, "token_losses", poisoned)
     with pytest.raises(UserError, match="the loss became inf at step ") as caught:
-        finish(inputs, output, "--data_path", str(data), "--seed", "5")
+        finish(inputs, output, "--data_path", str(data), "--seed", "3")
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
     named = re.search(r"on the examples (.*?);", str(caught.value))[1].split(", ")
     assert "row-77" in named and len(named) <= 8, "of that batch alone"
