@@ -25,7 +25,7 @@ demo: setup
 	@echo "== The shipped checkpoint on passages it has never seen"
 	$(RUN) eval_mamba_with_context.py models/demo data/demo/validation.jsonl \
 		results/demo.jsonl --overwrite --max_new_tokens 16
-	@echo "== A minute of further training, on the demo training file"
+	@echo "== Half a minute of further training, on the demo training file"
 	rm -rf models/demo_trained
 	$(RUN) train_mamba_with_context.py --model models/demo --data_path data/demo/train.jsonl \
 		--output models/demo_trained --num_epochs 1 --learning_rate 1e-4
