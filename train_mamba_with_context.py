@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     add("--patience", type=positive_int, default=5, metavar="N",
         help="end after so many evaluations without a better one (default: 5)")
     # fmt: on
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -69,9 +69,7 @@ class TrainingRun:
         with named_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(
-                dir=self.folder
-            ).close()  # a run must not fail by that at its end
+            tempfile.TemporaryFile(dir=self.folder).close()  # or the run would fail by that later
             self._lock = os.open(self.folder, os.O_RDONLY)
             if not locked(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")

@@ -94,9 +94,7 @@ class ResumableTrainer(Trainer):
             return
         self._is_resumed = False
         for callback in self.callback_handler.callbacks:
-            if isinstance(
-                callback, ExportableState
-            ):  # of a run without it there is nothing to load
+            if isinstance(callback, ExportableState):  # the run before may not have had it
                 name = type(callback).__name__
                 self.state.stateful_callbacks.setdefault(name, callback.state())
         path = self._checkpoint / f"loss_{self.args.process_index}.json"

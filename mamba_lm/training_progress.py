@@ -71,19 +71,20 @@ class SafeStop(TrainerCallback):
 
     def poll(self) -> None:
         """End by the signal that any of the processes got, in all of them at once."""
-        self._agree()
-        if self.is_asked:
+        if self._agree()[1]:
             self._deliver()
 
-    def _agree(self, wanted: bool = False) -> bool:
-        """What any process wants, all do; so with a signal."""
+    def _agree(self, wanted: bool = False) -> tuple[bool, bool]:
+        """Whether any process wants something, and whether any has got a signal: the same answer in
+        all of them, also if a signal comes meanwhile."""
         if not _is_distributed():
-            return wanted
+            return wanted, self.is_asked
         shared = torch.tensor([self._caught or 0, wanted], dtype=torch.int32, device=self._device)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         caught, wanted = shared.tolist()
-        self._caught = caught or None
-        return bool(wanted)
+        if caught and not self.is_asked:  # one may have come here meanwhile
+            self._caught, self._caught_at = caught, time.monotonic()
+        return bool(wanted), bool(caught)
 
     def saved(self, seconds: float) -> None:
         """A checkpoint has been saved, in so many seconds."""
@@ -107,8 +108,7 @@ class SafeStop(TrainerCallback):
             signal.raise_signal(self._caught)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        is_time = self._agree(time.monotonic() - self._saved_at > self._interval)
-        self._stops = self.is_asked
+        is_time, self._stops = self._agree(time.monotonic() - self._saved_at > self._interval)
         if args.save_strategy == SaveStrategy.NO:
             control.should_training_stop |= self._stops
         elif self._stops or is_time:

@@ -197,3 +197,31 @@ def test_a_run_that_saves_nothing_ends_without(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert run.state.global_step == 6 and checkpoints(tmp_path) == []
+
+
+def test_a_signal_is_neither_lost_nor_doubled_between_processes(monkeypatch):
+    """One comes here while processes tell each other of theirs, by a stand-in for all_reduce."""
+    stop = SafeStop()
+    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+
+    def interrupted(shared, operation):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", interrupted)
+    with pytest.raises(KeyboardInterrupt), stop:
+        assert not step_end(stop).should_save, "the others do not know of it"
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared, operation: None)
+        assert step_end(stop).should_save
+
+
+def test_what_another_process_got_counts_as_the_first_signal(monkeypatch):
+    stop, reached = SafeStop(), []
+    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda shared, operation: shared[0].fill_(signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt), stop:
+        reached.append(step_end(stop).should_save)
+        signal.raise_signal(signal.SIGINT)  # torchrun's, to this one a moment later
+        reached.append("still saving")
+    assert reached == [True, "still saving"]
