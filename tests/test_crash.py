@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import eval_mamba_with_context
 from context_qa.results import read_results, read_summary, summary_path
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("--max_new_tokens", "12", "--max_batch_tokens", "400", "--negatives", "random")
 KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 23))]
@@ -28,15 +28,6 @@ def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     path.write_text("".join([*lines[:240], *lines[200:210], *lines[:10]]), "utf-8")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are killed: the same sums in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def command(data: Path, results: Path) -> list[str]:

@@ -24,6 +24,7 @@ from mamba_lm.prefix_suffix import PrefixSuffixLM
 from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_checkpoints import checkpoints, fault
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13))]
 STEPS = 30  # of two epochs and a half
@@ -39,15 +40,6 @@ def inputs(tmp_path_factory) -> Path:
         lines = (ROOT / f"data/demo/{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]), "utf-8")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are killed: the same sums in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def command(inputs: Path, output: Path, *more: str) -> list[str]:
