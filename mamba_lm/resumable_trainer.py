@@ -22,6 +22,18 @@ from mamba_lm.sharding import like, load_optimizer_state, whole
 from mamba_lm.training_checkpoints import fault, partial_folder, require_whole, rotate, seal
 from mamba_lm.training_progress import SafeStop
 
+_BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def blaming_arguments() -> Iterator[None]:
+    """What goes wrong in this block is a UserError on the training arguments, in a line."""
+    try:
+        yield
+    except _BLAMED as error:
+        what = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"training arguments: {what}") from error
+
 
 class ResumableTrainer(Trainer):
     """Writes checkpoints that are whole or not there, one of them when it is asked to end, by
@@ -68,11 +80,16 @@ class ResumableTrainer(Trainer):
         with self.safe_stop:
             super().train(resume_from_checkpoint)
 
+    def create_optimizer(self, *args, **kwargs):
+        with blaming_arguments():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with blaming_arguments():
+            return super().create_scheduler(*args, **kwargs)
+
     def _prepare_for_training(self, *args, **kwargs):
-        try:
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
+        prepared = super()._prepare_for_training(*args, **kwargs)
         self._begin()
         return prepared
 

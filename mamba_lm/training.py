@@ -20,7 +20,7 @@ from errors import UserError
 from mamba_lm.checkpoint import load_weights
 from mamba_lm.model import MambaLM
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
-from mamba_lm.resumable_trainer import ResumableTrainer
+from mamba_lm.resumable_trainer import ResumableTrainer, blaming_arguments
 from mamba_lm.sharding import shard, whole
 from mamba_lm.training_progress import Progress, TrainingLog
 
@@ -95,7 +95,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
         process, each of which calls poll() now and then, as often as the others; after `patience`
         evaluations without a better one, training ends. Sharded, each of several processes keeps
         its part of the weights and of what the optimiser knows."""
-        self.batches, self.score = batches, score
+        self.batches, self.score, self.patience = batches, score, patience
         evaluates = arguments.eval_strategy != IntervalStrategy.NO or arguments.eval_on_start
         if evaluates and score is None:
             raise UserError("training arguments: evaluation needs --eval_data")
@@ -104,7 +104,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
         module = PrefixSuffixLM(model)
         if sharded:
             shard(module.to(arguments.device), list(model.backbone.layers), arguments.device.type)
-        try:
+        with blaming_arguments():  # an integration that is not installed, mostly
             super().__init__(
                 model,
                 module,
@@ -115,8 +115,6 @@ class PrefixSuffixTrainer(ResumableTrainer):
                 data_collator=_named_batch,
                 processing_class=tokenizer,
             )
-        except (ImportError, RuntimeError, ValueError) as error:  # what to install, mostly
-            raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
         self.is_distributed_loading_by_transformers = sharded  # it is not to wrap the module
         self.add_callback(TrainingLog())
         if arguments.load_best_model_at_end:
@@ -128,12 +126,19 @@ class PrefixSuffixTrainer(ResumableTrainer):
         self._num_examples = self._num_tokens = 0  # since the last line of the log
         self._logged_at = time.monotonic()
 
+    def _load_callback_state(self) -> None:
+        """A run that goes on from another folder's keeps its own patience."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.patience
+
     # Batches and loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Our batches as they are: the Trainer would cut its own, and repeat examples to give every
         process as many."""
-        try:
+        with blaming_arguments():
             return _Batches(
                 self.train_dataset,
                 batch_sampler=self.batches,
@@ -142,8 +147,6 @@ class PrefixSuffixTrainer(ResumableTrainer):
                 pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
                 worker_init_fn=_ignore_signals,
             )
-        except ValueError as error:
-            raise UserError(f"training arguments: {error}") from error
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the GPU, but for the lengths: `MambaLM.encode` then need not wait for them."""
@@ -295,10 +298,8 @@ def training_arguments(
         best["save_strategy"] = chosen["eval_strategy"]
         best["save_steps"] = chosen.get("eval_steps", chosen["logging_steps"])
         chosen = best | chosen
-    try:
+    with blaming_arguments():
         arguments = TrainingArguments(output_dir=output, **chosen)
-    except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
-        raise UserError(f"training arguments: {str(error).splitlines()[0]}") from error
     if arguments.gradient_accumulation_steps < 1:
         raise UserError("training arguments: gradient_accumulation_steps must be 1 or more")
     if arguments.train_batch_size < 1:

@@ -1,5 +1,6 @@
 """What is seen of a run, and how it is asked to end."""
 
+import itertools
 import json
 import signal
 import time
@@ -25,7 +26,7 @@ class Batches(list):
     """A sampler of batches."""
 
 
-def trainer(output, score=None, batches=BATCHES, **settings) -> PrefixSuffixTrainer:
+def trainer(output, score=None, batches=BATCHES, patience=2, **settings) -> PrefixSuffixTrainer:
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=31, d_model=16, n_layer=1, d_state=4))
     if score is not None:
@@ -41,7 +42,7 @@ def trainer(output, score=None, batches=BATCHES, **settings) -> PrefixSuffixTrai
     } | settings
     arguments = training_arguments(str(output), torch.device("cpu"), **settings)
     return PrefixSuffixTrainer(model, arguments, Batches(batches), lambda e: e, None, score,
-                               patience=2)  # fmt: skip
+                               patience)  # fmt: skip
 
 
 def read_log(output) -> list[dict]:
@@ -80,6 +81,18 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     assert torch.equal(run.language_model.lm_head.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
     assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
+
+
+def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
+    scores = itertools.count(99, -1)
+
+    def falling(model, poll):
+        return {"f1": next(scores)}
+
+    trainer(tmp_path / "first", falling, batches=BATCHES * 4, max_steps=4).train()
+    run = trainer(tmp_path / "second", falling, batches=BATCHES * 4, patience=1)
+    run.train(tmp_path / "first/checkpoint-4")
+    assert run.state.global_step == 8, "not after another two"
 
 
 def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
