@@ -119,12 +119,19 @@ class PrefixSuffixTrainer(ResumableTrainer):
         self.add_callback(TrainingLog())
         if arguments.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(patience))
+        self._progress = Progress()
         if not arguments.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(Progress())
+            self.add_callback(self._progress)
         self._of_step: list[tuple[list[str], Tensor]] = []  # ids and loss of its batches
         self._num_examples = self._num_tokens = 0  # since the last line of the log
         self._logged_at = time.monotonic()
+
+    def train(self, *args, **kwargs) -> None:
+        try:
+            super().train(*args, **kwargs)
+        finally:
+            self._progress.close()  # or what went wrong would stand behind the bar
 
     def _load_callback_state(self) -> None:
         """A run that goes on from another folder's keeps its own patience."""
@@ -300,6 +307,8 @@ def training_arguments(
         chosen = best | chosen
     with blaming_arguments():
         arguments = TrainingArguments(output_dir=output, **chosen)
+    if not arguments.learning_rate <= torch.finfo(torch.float32).max:
+        raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
     if arguments.gradient_accumulation_steps < 1:
         raise UserError("training arguments: gradient_accumulation_steps must be 1 or more")
     if arguments.train_batch_size < 1:

@@ -130,6 +130,8 @@ class SafeStop(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar with the time that is left and the figures of the last log; scores as lines above."""
 
+    _bar: tqdm | None = None
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._bar = tqdm(
             total=state.max_steps,
@@ -156,8 +158,10 @@ class Progress(TrainerCallback):
             listed = ", ".join(f"{name.replace('_', ' ')} {v:.1f}" for name, v in scores.items())
             self._bar.write(f"step {state.global_step}: {listed}", file=sys.stderr)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._bar.close()
+    def close(self) -> None:
+        """Leave the bar as it is, the next line below it."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 class TrainingLog(TrainerCallback):

@@ -267,7 +267,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(inputs, undisturbed, tmp_path, 
     assert outcome(output) == outcome(undisturbed)
 
 
-def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch):
+def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch, capsys):
     """One question alone holds a token, and where that is read the loss is no number."""
     rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text("utf-8").splitlines()]
     rows = [row | {"id": f"row-{number}"} for number, row in enumerate(rows)]
@@ -284,6 +284,7 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(PrefixSuffixLM, "token_losses", poisoned)
     with pytest.raises(UserError, match="the loss became inf at step ") as caught:
         finish(inputs, output, "--data_path", str(data), "--seed", "3")
+    assert capsys.readouterr().err.endswith("\n"), "what is said of it does not follow the bar"
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
     named = re.search(r"on the examples (.*?);", str(caught.value))[1].split(", ")
     assert "row-77" in named and len(named) <= 8, "of that batch alone"

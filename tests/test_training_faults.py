@@ -247,7 +247,7 @@ def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
         ("neftune_noise_alpha", "5"), ("label_smoothing_factor", "0.1"),
         ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_steps", "2.5"),
         ("max_grad_norm", "null"), ("gradient_accumulation_steps", "0"), ("eval_on_start", "true"),
-        ("resume_from_checkpoint", "true"),
+        ("resume_from_checkpoint", "true"), ("learning_rate", "1e39"),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, tmp_path):
