@@ -48,7 +48,8 @@ class SafeStop(TrainerCallback):
         self._saved_at = time.monotonic()
         self._waits = True
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's, of what it runs with "&"
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -1,11 +1,14 @@
 """Settings that must stand before anything is imported."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, by its interpreter
+# Ignored in what a shell runs in the background, and then in all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

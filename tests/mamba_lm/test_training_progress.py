@@ -191,6 +191,17 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     assert reached == [1]
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """As Ctrl-C is in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with SafeStop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not step_end(stop).should_save
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_error_is_not_hidden_by_a_signal():
     with pytest.raises(ZeroDivisionError), SafeStop():
         signal.raise_signal(signal.SIGINT)
