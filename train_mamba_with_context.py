@@ -113,7 +113,12 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
         say(f"going on from {checkpoint}")
     trainer.train(checkpoint, run.begin)
     trainer.save_model()
-    run.finish(report, trainer.state, trainer.kept_step or trainer.state.global_step)
+    state, kept_step = trainer.state, trainer.kept_step or trainer.state.global_step
+    if state.global_step < state.max_steps:
+        say(f"ended at step {state.global_step} of {state.max_steps}: no better score any more")
+    if kept_step < state.global_step:
+        say(f"the best model, that of step {kept_step}, is kept")
+    run.finish(report, state, kept_step)
 
 
 def say(text: str) -> None:

@@ -42,7 +42,8 @@ The answer ends before the first newline or end-of-text.
 - from `{data_path}`; negatives {negatives}, up to {negative_ratio:g} unanswerable examples for an
   answerable one
 - {steps:,} optimiser steps of {batch_size} x {gradient_accumulation_steps} questions a process,
-  {epochs:.2f} epochs, learning rate {learning_rate:g}
+  {epochs:.2f} epochs, learning rate {learning_rate:g}; these are the weights
+  after step {step_of_model:,}
 - every argument, versions and hashes: `training_args.json`; the course: `training_log.jsonl`,
   `training_log.png`
 
@@ -66,7 +67,7 @@ def model_card(
     scores: Mapping[str, float],
 ) -> str:
     """The card of a model trained with these arguments of the training script. steps: the number of
-    steps and of epochs; scores: those on args.eval_data, if that was given."""
+    steps, of epochs, and the step of the model; scores: on args.eval_data, if that was given."""
     if scores:
         lines = [f"On `{args.eval_data}`, greedily, in percent:", "", "| | |", "|---|---|"]
         lines += [f"| {name.replace('_', ' ')} | {value:.1f} |" for name, value in scores.items()]

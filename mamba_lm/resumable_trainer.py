@@ -143,8 +143,9 @@ class ResumableTrainer(Trainer):
         except KeyError as error:
             known = ", ".join(name.removeprefix("eval_") for name in metrics)
             raise UserError(f"metric_for_best_model: choose from {known}") from error
-        if is_new_best and self.args.save_strategy != SaveStrategy.NO:
-            self.control.should_save = True  # or there would be no best checkpoint
+        is_kept = is_new_best or self.control.should_training_stop  # the best and the last
+        if is_kept and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
         return is_new_best
 
     def _get_output_dir(self, trial) -> str:

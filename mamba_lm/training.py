@@ -109,7 +109,6 @@ class PrefixSuffixTrainer(ResumableTrainer):
                 model,
                 module,
                 arguments,
-                # Its length is for the Trainer's count of examples a second.
                 train_dataset=_Tokenized(len(batches) * arguments.train_batch_size, tokenize),
                 eval_dataset=[] if score is not None else None,  # or it would ask for one
                 data_collator=_named_batch,
@@ -125,7 +124,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
             self.add_callback(self._progress)
         self._of_step: list[tuple[list[str], Tensor]] = []  # ids and loss of its batches
         self._num_examples = self._num_tokens = 0  # since the last line of the log
-        self._logged_at = time.monotonic()
+        self._logged_at: float | None = None  # since when they count; evaluations do not
 
     def train(self, *args, **kwargs) -> None:
         try:
@@ -172,6 +171,8 @@ class PrefixSuffixTrainer(ResumableTrainer):
         ids = inputs.pop("ids")
         if not (inputs["labels"] != IGNORED).any():
             raise UserError(f"a batch without any token to learn, of the examples {_listed(ids)}")
+        if self._logged_at is None:
+            self._logged_at = time.monotonic()
         self._num_examples += len(ids)
         self._num_tokens += sum(
             int(inputs[name].sum()) for name in ("prefix_lengths", "suffix_lengths")
@@ -208,6 +209,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
     # Scores and what is seen
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        started = time.monotonic()
         try:
             with self.safe_stop.at_once():
                 model = self.language_model
@@ -225,12 +227,16 @@ class PrefixSuffixTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self._logged_at = time.monotonic()
+        if self._logged_at is not None:
+            self._logged_at += time.monotonic() - started
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the examples and tokens a second since the last time: of all processes, if their
-        batches are alike. A token is counted each time it is read."""
+        batches are alike. A token is counted each time it is read. The Trainer's summary is left
+        out: it knows nothing of our batches, nor of what was before a run went on."""
+        if "train_runtime" in logs:
+            return
         if "loss" in logs:
             seconds = time.monotonic() - self._logged_at
             logs["examples_per_second"] = self._num_examples * self.args.world_size / seconds
@@ -299,14 +305,13 @@ def training_arguments(
     for name in ("fsdp", "deepspeed"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             raise UserError(f"accelerate launch with {name}: {_NOT_USED[name]}")
-    if chosen.get("eval_strategy", "no") != "no":
-        # The best checkpoint is kept, which the Trainer wants written with each evaluation.
-        best = {"load_best_model_at_end": True, "greater_is_better": True}
-        best["save_strategy"] = chosen["eval_strategy"]
-        best["save_steps"] = chosen.get("eval_steps", chosen["logging_steps"])
-        chosen = best | chosen
+    keeps_best = chosen.pop("load_best_model_at_end", True)
     with blaming_arguments():
-        arguments = TrainingArguments(output_dir=output, **chosen)
+        arguments = TrainingArguments(output_dir=output, **{"greater_is_better": True} | chosen)
+    # Now and not before: the Trainer wants a checkpoint with each evaluation and only then, where
+    # `ResumableTrainer` writes one of the best by itself.
+    evaluates = arguments.eval_strategy != IntervalStrategy.NO
+    arguments.load_best_model_at_end = bool(keeps_best) and evaluates
     if not arguments.learning_rate <= torch.finfo(torch.float32).max:
         raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
     if arguments.gradient_accumulation_steps < 1:

@@ -176,6 +176,10 @@ class TrainingLog(TrainerCallback):
             self._path = Path(args.output_dir) / LOG
             write_whole(self._path, "".join(map(_line, state.log_history)))
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:  # the last steps too
+            control.should_log = True
+
     def on_log(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             with named_errors(self._path), self._path.open("a", encoding="utf-8") as file:

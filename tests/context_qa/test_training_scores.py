@@ -77,10 +77,11 @@ def arguments(**changes) -> SimpleNamespace:
 
 def test_a_card_says_what_was_done():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
-    steps = {"steps": 1234, "epochs": 2.5}
+    steps = {"steps": 1234, "epochs": 2.5, "step_of_model": 1000}
     card = model_card(arguments(), report, steps, {"exact_match": 61.25, "abstention_f1": 50.0})
     for text in ("# mine\n", "from `models/demo`", "`data.jsonl`", "negatives hard", "0.5 unanswer",
-                 "1,234 optimiser steps of 32 x 2", "| exact match | 61.2 |", "99 tokens",
+                 "1,234 optimiser steps of 32 x 2", "after step 1,000",
+                 "| exact match | 61.2 |", "99 tokens",
                  "prompt_mamba_with_context.py models/mine", "On `eval.jsonl`",
                  "data: 9 questions, 8 of them answerable"):  # fmt: skip
         assert text in card, text
@@ -90,7 +91,7 @@ def test_a_card_says_what_was_done():
 def test_a_card_without_scores_says_so():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
     args = arguments(eval_data=None, prompt_order="question_first")
-    card = model_card(args, report, {"steps": 1, "epochs": 0.1}, {})
+    card = model_card(args, report, {"steps": 1, "epochs": 0.1, "step_of_model": 1}, {})
     assert "None: it was trained without `--eval_data`." in card
     assert "prompt_mamba_with_context.py" not in card, "the console speaks another prompt"
 

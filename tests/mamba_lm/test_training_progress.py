@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerControl
 
 from errors import UserError
-from mamba_lm import training_progress
+from mamba_lm import training, training_progress
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
@@ -65,6 +65,31 @@ def test_the_log_has_loss_speed_and_scores(tmp_path):
             assert row["tokens_per_second"] / row["examples_per_second"] == pytest.approx(11 / 4)
     picture = matplotlib.image.imread(tmp_path / PLOT)
     assert picture.shape[1] > 500 and picture.std() > 0.05
+
+
+def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    """Four examples every two seconds, however long it takes to begin and to evaluate."""
+    now = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def score(model, poll):
+        now[0] += 100.0
+        return {"f1": now[0]}
+
+    run = trainer(tmp_path, score, logging_steps=3, max_steps=11)
+    step = run.training_step
+
+    def timed(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        now[0] += 2.0
+        return loss
+
+    run.training_step = timed
+    now[0] += 50.0
+    run.train()
+    rows = [row for row in read_log(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 3, 6, 9, 11], "the last one too"
+    assert {row["examples_per_second"] for row in rows} == {2.0}
 
 
 def test_the_best_model_is_kept_and_patience_ends(tmp_path):
