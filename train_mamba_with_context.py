@@ -18,7 +18,7 @@ from context_qa.dataset import GroupedBatches, continuation
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import examples_to_score, scorer
-from errors import keep_inputs, positive_float, positive_int, run_script
+from errors import keep_inputs, positive_float, positive_int, run_script, seed
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer, training_arguments
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="folder of the new model")
     add("--overwrite", action="store_true", help="remove the run or model that is at DIR")
     add("--tokenizer", metavar="NAME", help="folder, file or Hub name (default: the model's)")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--seed", type=seed, default=0, metavar="N", help="default: 0")
 
     add = parser.add_argument_group("data").add_argument
     add("--negatives", choices=(*NEGATIVE_KINDS, "none"), default="random", metavar="KIND",

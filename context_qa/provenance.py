@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -39,10 +40,16 @@ def hash_or_name(name: str | None) -> str | None:
 def differences(before: Mapping, now: Mapping) -> list[str]:
     """The settings that two runs do not share, each in words."""
     return [
-        f"{name.replace('_', ' ')}: {before.get(name)} there, {now.get(name)} now"
+        f"{name.replace('_', ' ')}: {_told(before.get(name))} there, {_told(now.get(name))} now"
         for name in {**now, **before}
         if before.get(name) != now.get(name)
     ]
+
+
+def _told(value: object) -> object:
+    """A value as one reads it: a hash by its first digits."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"content {value[:8]}" if is_hash else value
 
 
 def trained_prompt_order(model: str) -> str:

@@ -25,6 +25,11 @@ from mamba_lm.training_progress import LOG, PLOT
 
 CARD = "README.md"
 NAMED = ("model", "tokenizer", "data_path", "eval_data")  # arguments that name what is read
+_WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when a run goes on
+    *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "ddp_timeout"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("report_to", "run_name", "project", "log_level"),
+)
 _OURS = (  # what a run leaves; what tells that it is a run's comes last
     *MODEL_FILES,
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -163,7 +168,9 @@ def settings(args: argparse.Namespace, num_processes: int) -> dict:
     """What decides the weights, in words: the arguments, files by their hashes."""
     others = {n: v for n, v in vars(args).items() if n not in (*NAMED, "output", "overwrite")}
     hashes = {name: hash_or_name(getattr(args, name)) for name in NAMED}
-    return hashes | others | {"processes": num_processes}
+    overrides = dict(override.split("=", 1) for override in args.trainer)
+    effective = {k: v for k, v in overrides.items() if k not in _WITHOUT_EFFECT}
+    return hashes | others | {"trainer": effective, "processes": num_processes}
 
 
 def scores_at(state: TrainerState, step: int) -> dict[str, float]:

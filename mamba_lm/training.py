@@ -1,6 +1,7 @@
 """The one training engine: examples that share prefixes, by transformers' `Trainer`."""
 
 import dataclasses
+import difflib
 import json
 import math
 import signal
@@ -30,15 +31,26 @@ _SHARD = (
     "--fully_shard shards, on CPUs and GPUs"
 )
 _KINDS = {"save_total_limit": int, "resume_from_checkpoint": str}  # defaults do not tell
+_FLAGS = {  # fields that have a flag of their own, which more than the Trainer reads
+    "output_dir": "--output",
+    "seed": "--seed",
+    "num_train_epochs": "--num_epochs",
+    "per_device_train_batch_size": "--batch_size",
+    **{name: f"--{name}" for name in ("max_steps", "learning_rate", "gradient_accumulation_steps",
+                                      "optim")},
+}  # fmt: skip
 _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or a wrong one
     "fsdp": _SHARD,
     "deepspeed": _SHARD,
     "fp16": "its first steps overflow, which ends a run here; bf16=true",
     "save_only_model": "a run could not go on from such a checkpoint",
     "push_to_hub": "upload the folder once the run is complete",
+    "ignore_data_skip": "a run goes on with the batch where it was cut off",
+    "data_seed": "--seed decides the order too",
+    "include_num_input_tokens_seen": "training_log.jsonl has the tokens a second",
     **dict.fromkeys(
         ("auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha",
-         "parallelism_config", "use_liger_kernel"), "not made for this model"
+         "parallelism_config", "torch_compile", "use_liger_kernel"), "not made for this model"
     ),
 }  # fmt: skip
 
@@ -272,7 +284,12 @@ def training_arguments(
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or key not in fields:
-            raise UserError(f"--trainer {override}: give KEY=VALUE, a field of TrainingArguments")
+            near = "".join(f" ({name}?)" for name in difflib.get_close_matches(key, fields, n=1))
+            raise UserError(
+                f"--trainer {override}: give KEY=VALUE, a field of TrainingArguments{near}"
+            )
+        if key in _FLAGS:
+            raise UserError(f"--trainer {override}: use {_FLAGS[key]}")
         try:
             settings[key] = json.loads(value)
         except ValueError:
@@ -314,10 +331,6 @@ def training_arguments(
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
     if not arguments.learning_rate <= torch.finfo(torch.float32).max:
         raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
-    if arguments.gradient_accumulation_steps < 1:
-        raise UserError("training arguments: gradient_accumulation_steps must be 1 or more")
-    if arguments.train_batch_size < 1:
-        raise UserError("training arguments: per_device_train_batch_size must be 1 or more")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -308,6 +308,8 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
         (TRAIN, "--learning_rate", -1),
         (TRAIN, "--num_epochs", "nan"),
         (TRAIN, "--gradient_accumulation_steps", 0),
+        (TRAIN, "--seed", -1),
+        (TRAIN, "--seed", 2**32),
         (EVAL, "--max_batch_tokens", 0),
         (EVAL, "--max_batch_tokens", -1),
         (EVAL, "--limit", 0),

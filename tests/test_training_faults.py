@@ -153,12 +153,7 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(train):
     for step in (6, 8):
         os.truncate(output / f"checkpoint-{step}/optimizer.pt", 9)
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-2-mine")
-    record_ = record(output)
-    record_["settings"]["trainer"] = [
-        s.replace("limit=9", "limit=1") for s in record_["settings"]["trainer"]
-    ]
-    (output / "training_args.json").write_text(json.dumps(record_))
-    train(save_total_limit=1)
+    train(save_total_limit=1, disable_tqdm="true")  # not another run by that
     assert [fault(checkpoint) for checkpoint in checkpoints(output)] == [None]
     assert (output / "checkpoint-2-mine").is_dir()
 
@@ -245,9 +240,9 @@ def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
     [
         ("fp16", "true"), ("save_only_model", "true"), ("push_to_hub", "true"),
         ("neftune_noise_alpha", "5"), ("label_smoothing_factor", "0.1"),
-        ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_steps", "2.5"),
-        ("max_grad_norm", "null"), ("gradient_accumulation_steps", "0"), ("eval_on_start", "true"),
-        ("resume_from_checkpoint", "true"), ("learning_rate", "1e39"),
+        ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_grad_norm", "null"),
+        ("eval_on_start", "true"), ("resume_from_checkpoint", "true"), ("torch_compile", "true"),
+        ("ignore_data_skip", "true"), ("warmup_steps", '"many"'),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, tmp_path):
@@ -255,6 +250,26 @@ def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, 
         train(**{key: value})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("learning_rate=1", "use --learning_rate"),
+        ("per_device_train_batch_size=4", "use --batch_size"),
+        ("output_dir=x", "use --output"),
+        ("sav_steps=3", r"\(save_steps\?\)"),
+    ],
+)
+def test_what_has_a_flag_is_given_by_it(override, said, train, tmp_path):
+    with pytest.raises(UserError, match=f"--trainer {override}: .*{said}"):
+        train("--trainer", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learning_rate_beyond_float32_is_refused(train):
+    with pytest.raises(UserError, match="a learning rate of 1e"):
+        train("--learning_rate", "1e39")
 
 
 def test_an_unknown_metric_is_named_with_those_there_are(train):

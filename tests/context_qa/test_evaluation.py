@@ -91,7 +91,7 @@ def test_another_threshold_is_another_run(run, data):
     run(scored, "--no_answer_threshold", "0.5")
     with pytest.raises(UserError, match=r"no answer threshold: 0\.5 there, None now"):
         run(scored)
-    with pytest.raises(UserError, match=r"data: [0-9a-f]{64} there"):
+    with pytest.raises(UserError, match=r"data: content [0-9a-f]{8} there"):
         run(other, "--no_answer_threshold", "0.5")
 
 
