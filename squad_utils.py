@@ -20,6 +20,8 @@ ROW_KEYS = "context, prompt, response or context, question, answers"
 PROMPT_ORDERS = ("context_first", "question_first", "read_twice", "question_only")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 NEGATIVE_KINDS = ("random", "same_article", "hard")
+# Han, kana, Thai, Lao, Burmese and Khmer are written without blanks between words.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 SHOTS = (
     ("Which planet is closest to the Sun?", "Mercury"),
@@ -186,8 +188,8 @@ class NegativeSampler:
     """Draws for each example a context that does not answer it: asked there, NO_ANSWER is right.
 
     `random` draws from all (`contexts`, else the examples'), `same_article` from the article's,
-    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit: not the
-    example's own, none of its answers in it. Seed, epoch, id and the set of contexts decide alone.
+    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit: without
+    its answers, and without the same question there. Seed, epoch, id and the examples decide alone.
     """
 
     def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
@@ -195,6 +197,7 @@ class NegativeSampler:
             raise UserError(f"negatives {kind!r}: choose from {', '.join(NEGATIVE_KINDS)}")
         self.examples, self.seed = examples, seed
         self.pool = sorted(set(contexts) or {example.context for example in examples})
+        self._asked = {(example.context, example.question) for example in examples}
         self._word_forms = functools.cache(_word_forms)
         self.preferred: list[list[str]] = [[] for _ in examples]
         if kind == "same_article":
@@ -219,8 +222,8 @@ class NegativeSampler:
         answers = [self._word_forms(answer) for answer in example.answers]
         for context in contexts:
             joined, parted = self._word_forms(context)
-            holds_answer = any(one in joined or other in parted for one, other in answers)
-            if not holds_answer and context != example.context:
+            is_answer_in = any(one in joined or other in parted for one, other in answers)
+            if not is_answer_in and (context, example.question) not in self._asked:
                 yield context
 
     def _same_article(self) -> list[list[str]]:
@@ -249,6 +252,7 @@ class NegativeSampler:
 
 def _word_forms(text: str) -> tuple[str, str]:
     """Normalised words between blanks, twice ("U.S.": us, u s), since either reading may match."""
+    text = UNSPACED.sub(r" \g<0> ", text)
     parted = re.sub(r"[\W_]+", " ", text)
     return f" {normalize_answer(text)} ", f" {normalize_answer(parted)} "
 

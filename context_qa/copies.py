@@ -12,15 +12,13 @@ def unanswerable_copies(examples: Sequence[Example], kind: str, seed: int = 0) -
     the kind: of an unanswerable one nothing is known that could rule a context out.
 
     Those on one context stand together, contexts in the order of the examples', so that each is
-    read once. A question is left out for which no context is fit, or the drawn one has another
-    example of the same words with an answer. See NegativeSampler.
+    read once. A question is left out for which no context is fit. See NegativeSampler.
     """
     contexts = NegativeSampler(examples, kind, seed).contexts(epoch=0)
-    answered = {(e.context, e.question) for e in examples if e.is_answerable}
     copies = [
         Example(f"{example.id}#{kind}", context, example.question, (), example.article)
         for example, context in zip(examples, contexts, strict=True)
-        if example.is_answerable and context and (context, example.question) not in answered
+        if example.is_answerable and context
     ]
     order = {e.context: place for place, e in enumerate(examples)}
     return sorted(copies, key=lambda copy: order[copy.context])

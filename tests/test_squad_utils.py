@@ -364,9 +364,10 @@ print(json.dumps([sampler.contexts(1) for sampler in samplers]))
 def test_random_negatives_reach_every_context():
     examples = articles(3, 3)
     sampler = NegativeSampler(examples, "random", seed=0)
-    deep = [i for i, example in enumerate(examples) if not example.is_answerable]
-    drawn = {sampler.contexts(epoch)[deep[0]] for epoch in range(60)}
-    assert drawn == {example.context for example in examples} - {examples[deep[0]].context}
+    deep = next(i for i, example in enumerate(examples) if not example.is_answerable)
+    drawn = {sampler.contexts(epoch)[deep] for epoch in range(60)}
+    asked = {e.context for e in examples if e.question == examples[deep].question}
+    assert drawn == {example.context for example in examples} - asked
 
 
 def test_same_article_negatives_fall_back_where_the_article_has_none():
@@ -405,7 +406,7 @@ def test_no_fit_context_gives_none(kind):
 
 def test_the_one_fit_context_among_thousands_is_found():
     examples = [Example(str(i), f"four and {i}", "How many?", ("four",)) for i in range(3000)]
-    examples.append(Example("fit", "five and nothing", "How many?", ("five",)))
+    examples.append(Example("fit", "five and nothing", "Which?", ("five",)))
     assert set(NegativeSampler(examples[-40:] + examples[:1]).contexts(0)[:39]) == {
         "five and nothing"
     }
@@ -425,13 +426,38 @@ def test_the_one_fit_context_among_thousands_is_found():
         ("caf\u00e9", "the Caf\u00e9, closed", True),
         ("Denver Broncos", "the Denver  (Broncos)", True),
         ("cat", "concatenate", False),
+        (
+            "\u5317\u4eac",
+            "\u957f\u57ce\u5728\u5317\u4eac\u9644\u8fd1\u3002",
+            True,
+        ),  # Chinese: no blanks
+        ("\u5317\u4eac", "\u5317\u65b9\u7684\u4eac\u5267", False),
+        (
+            "\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e",
+            "\u0e2d\u0e22\u0e39\u0e48\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e\u0e2f",
+            True,
+        ),  # Thai
         ("24", "in 1924 or 240", False),
         ("Denver Broncos", "Denver and the Broncos", False),
     ],
 )
 def test_what_it_is_to_hold_an_answer(answer, context, is_held):
-    examples = [Example("1", "own context", "q?", (answer,)), Example("2", context, "q?", ())]
+    examples = [Example("1", "own context", "q?", (answer,)), Example("2", context, "other?", ())]
     assert NegativeSampler(examples).contexts(0)[0] == (None if is_held else context)
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_a_question_is_not_asked_where_another_example_asks_it(kind):
+    """Or one row would say that a context does not answer what another row answers from it."""
+    contexts = ("Ann has two cats.", "Bo has three dogs.", "Cy has none.")
+    answers = (("two",), ("three",), ())
+    examples = [
+        Example(str(i), context, "How many animals?", answer, "A")
+        for i, (context, answer) in enumerate(zip(contexts, answers, strict=True))
+    ]
+    other = Example("3", "Di has four.", "Who?", ("Di",), "A")
+    drawn = NegativeSampler([*examples, other], kind).contexts(0)
+    assert drawn[:3] == ["Di has four."] * 3 and drawn[3] in contexts
 
 
 def test_unknown_kind_is_named():

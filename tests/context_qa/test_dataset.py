@@ -21,7 +21,9 @@ UNKNOWN = Example("unknown", "Bo is a cat.", "How old is Bo?", ())
 
 # Five contexts with one to three questions each, those of a context not in a row.
 EXAMPLES = [
-    Example(f"{context}-{number}", f"Person {context} has number {context}7.", "Which?", answers)
+    Example(
+        f"{context}-{number}", f"Person {context} has number {context}7.", f"{context}?", answers
+    )
     for number, contexts in enumerate(("abcde", "bcd", "d"))
     for context in contexts
     for answers in [() if (context, number) == ("c", 1) else (f"{context}7",)]
@@ -162,7 +164,7 @@ def test_all_come_even_where_no_context_is_fit():
 
 
 MANY = [
-    Example(f"{c}.{q}", f"Number {c} of all.", f"Q{q}?", (f"{c}{q}",))
+    Example(f"{c}.{q}", f"Number {c} of all.", f"Q{q} of {c}?", (f"{c}{q}",))
     for c, count in enumerate([1, 1, 2, 3, 5, 5, 8, 13, 40])
     for q in range(count)
 ]
