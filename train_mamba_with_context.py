@@ -10,6 +10,8 @@ The same command goes on where it was cut off. Several processes: torchrun --npr
 
 import argparse
 import functools
+import sys
+from typing import TextIO
 
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
@@ -17,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 from context_qa.dataset import GroupedBatches, continuation
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
-from context_qa.training_scores import examples_to_score, scorer
+from context_qa.training_scores import doubts, examples_to_score, scorer
 from errors import keep_inputs, positive_float, positive_int, run_script, seed
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
@@ -82,12 +84,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingRun) -> None:
-    examples = read_examples(args.data_path)
-    scored = read_examples(args.eval_data) if args.eval_data else None
+    negatives = None if args.negatives == "none" else args.negatives
+    examples, scored = read_examples(args.data_path), None
+    if args.eval_data:
+        scored = examples_to_score(read_examples(args.eval_data), negatives)
+        for doubt in doubts(scored, examples):
+            say(f"warning: {doubt}", file=sys.stderr)
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
 
-    negatives = None if args.negatives == "none" else args.negatives
     data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
     batches = GroupedBatches(
         data.examples,
@@ -101,7 +106,7 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     )
     prompt = {"tokenizer": tokenizer, "prompt_order": args.prompt_order}
     tokenize = functools.partial(continuation, **prompt, max_length=args.max_length)
-    score = scorer(examples_to_score(scored, negatives), **prompt) if scored else None
+    score = scorer(scored, **prompt) if scored else None
     trainer = PrefixSuffixTrainer(
         model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
     )
@@ -121,9 +126,9 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     run.finish(report, state, kept_step)
 
 
-def say(text: str) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Print once, of several processes."""
-    PartialState().print(text, flush=True)
+    PartialState().print(text, file=file, flush=True)
 
 
 def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:

@@ -27,8 +27,9 @@ def within_length(
     """Examples of at most max_length tokens, end-of-text included; UserError if none is left.
 
     A longer one keeps as many words of its context as fit, around the place where it first holds
-    the answer; how many of them before it is a function of the example's id. It is dropped where
-    the context does not hold the answer as it is written, or question and answer leave no room.
+    the answer (as words of its own, if it does anywhere); how many of them before it is a function
+    of the example's id. It is dropped where the context does not hold the answer as it is written,
+    or question and answer leave no room.
     """
     if max_length is None:
         return WithinLength(list(examples), 0, 0)
@@ -94,7 +95,7 @@ class _Window:
         self.example, context = example, example.context
         self.words = [match.span() for match in re.finditer(r"\S+", context)]
         self.share = random.Random(example.id).random()  # of what is not the answer, before it
-        start = context.find(example.target) if example.is_answerable else 0
+        start = _place(example.target, context) if example.is_answerable else 0
         end = start + len(example.target) if example.is_answerable else 0
         held = [i for i, (a, b) in enumerate(self.words) if a < end and start < b]
         self.first, self.num_held = (held[0] if held else 0), len(held)
@@ -106,6 +107,12 @@ class _Window:
         begin = min(max(self.first - before, 0), len(self.words) - count)
         words = self.words[begin : begin + count]
         return replace(self.example, context=self.example.context[words[0][0] : words[-1][1]])
+
+
+def _place(answer: str, context: str) -> int:
+    """Where an answer begins, rather not inside of a word; -1 if nowhere."""
+    as_words = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", context)
+    return as_words.start() if as_words else context.find(answer)
 
 
 @dataclass(frozen=True)

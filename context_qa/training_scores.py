@@ -1,6 +1,6 @@
 """Scores of a model while it is trained, by the answering loop of evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -28,6 +28,18 @@ def examples_to_score(examples: Sequence[Example], negatives: str | None) -> lis
     if negatives is None or not all(example.is_answerable for example in examples):
         return list(examples)
     return [*examples, *unanswerable_copies(examples, negatives)]
+
+
+def doubts(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[str]:
+    """Why scores on these examples may choose a bad model, a line each; trained is learnt from."""
+    num_answerable = sum(example.is_answerable for example in scored)
+    if num_answerable == 0:
+        yield "no question of --eval_data has an answer: the best model will be one that abstains"
+    if num_answerable == len(scored):
+        yield "all of --eval_data have answers: the best model will be one that never abstains"
+    known = {(example.context, example.question) for example in trained}
+    if num_known := sum((example.context, example.question) in known for example in scored):
+        yield f"{num_known:,} of {len(scored):,} questions of --eval_data are also trained on"
 
 
 def scorer(

@@ -16,14 +16,16 @@ from pathlib import Path
 
 from data.prepare_squad import write_oxen_layout
 from errors import UserError, keep_inputs, run_script
-from squad_utils import Example, normalize_answer
+from squad_utils import Example
 
 BLANK = "___"
 QUESTIONS = 5  # of a passage, at most
 WORDS = range(40, 251)  # of a passage
 SPAN_WORDS = 4  # at most
 QUESTION_WORDS = 30  # at most, around the blank
-_NAME_OR_NUMBER = re.compile(r"[A-Z](?:[\w-]|'[A-Z])+(?: [A-Z](?:[\w-]|'[A-Z])+)*|\d[\d,.]*\d|\d")
+_NAME_OR_NUMBER = re.compile(
+    r"(?<!\w)(?:[A-Z](?:[\w-]|'[A-Z])+(?: [A-Z](?:[\w-]|'[A-Z])+)*|\d[\d,.]*\d|\d)(?!\w)"
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,7 +90,7 @@ def questions(passage: str, rng: random.Random) -> list[Example]:
     return [
         Example("", context, _around(passage[a:start], passage[end:b]), (passage[start:end],))
         for (a, b), (start, end) in sorted(masked.items())
-        if normalize_answer(passage[start:end]) in normalize_answer(context)
+        if re.search(rf"(?<!\w){re.escape(passage[start:end])}(?!\w)", context)
     ]
 
 

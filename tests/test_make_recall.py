@@ -33,6 +33,10 @@ def test_names_and_numbers_that_recur_are_found():
     assert not recurring_spans("The dog saw a cat. The cat saw it too. A 3 and one 4.")
 
 
+def test_nothing_inside_of_a_word_is_found():
+    assert not recurring_spans("the bfloat16 and int16 of iPhone and MyPhone, the 3rd and 3D")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_each_question_is_a_sentence_with_a_blank_whose_answer_stands_elsewhere(seed):
     asked = make(seed=seed)

@@ -74,6 +74,20 @@ def test_the_answer_stands_anywhere_in_what_is_kept(tokenizer):
     assert sum(place > 0.75 for place in places) > len(places) / 8
 
 
+def test_the_answer_is_not_looked_for_inside_of_other_words(tokenizer):
+    """If it stands by itself anywhere; in other scripts it may not."""
+    filler = "and so it went on and on for a very long time " * 10
+    examples = [
+        Example("Ann", f"Anna Bell moved in. {filler} The mayor was Ann.", "Who?", ("Ann",)),
+        Example("10", f"In 1066 it began. {filler} It has 10 rooms.", "How many?", ("10",)),
+        Example("part", f"Unbelievable. {filler}", "What?", ("believ",)),
+    ]
+    found = within_length(examples, tokenizer, ORDERS[0], 60).examples
+    wanted = ("was Ann.", "10 rooms", "Unbelievable.")
+    for example, words in zip(found, wanted, strict=True):
+        assert words in example.context and len(example.context) < 200
+
+
 def test_what_cannot_be_cut_is_dropped(tokenizer):
     context = "Some words of a passage that is too long. " * 20
     examples = [

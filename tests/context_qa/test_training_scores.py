@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from context_qa.model_card import model_card
 from context_qa.provenance import RECORD, trained_prompt_order
 from context_qa.results import read_results
 from context_qa.training_data import DataReport
-from context_qa.training_scores import examples_to_score, scorer, training_scores
+from context_qa.training_scores import doubts, examples_to_score, scorer, training_scores
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from squad_utils import PROMPT_ORDERS, Example, read_examples
 
@@ -64,6 +65,24 @@ def test_copies_are_added_only_where_nothing_is_unanswerable():
     assert examples_to_score(own, None) == own
     some = [*own, Example("u", "Context 9.", "Who?", ())]
     assert examples_to_score(some, "random") == some
+
+
+@pytest.mark.parametrize("scored, said", [
+    ("answered unanswered", []),
+    ("unanswered", ["no question of --eval_data has an answer"]),
+    ("answered", ["all of --eval_data have answers"]),
+    ("answered unanswered known", ["1 of 3 questions of --eval_data are also trained on"]),
+])  # fmt: skip
+def test_what_makes_scores_doubtful_is_said(scored, said):
+    known = Example("known", "Bo is a cat.", "Who?", ("Bo",))
+    examples = {
+        "answered": Example("1", "Bo is a cat.", "What?", ("a cat",)),
+        "unanswered": Example("2", "Di is a dog.", "Who?", ()),
+        "known": replace(known, id="3"),
+    }
+    found = list(doubts([examples[name] for name in scored.split()], [known]))
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
 def arguments(**changes) -> SimpleNamespace:
