@@ -26,6 +26,12 @@ def from_first(value: T) -> T:
         return broadcast_object_list([value])[0]
 
 
+def in_all(value: bool) -> bool:
+    """Whether it is true in every process."""
+    with _others_may_stop():
+        return all(gather_object([value]))
+
+
 def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
     """The next batch of every process, until none has one more."""
     while True:

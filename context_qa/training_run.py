@@ -1,19 +1,22 @@
 """The folder of a training run: what it was asked to do, whether it has, and what goes with it."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from context_qa.model_card import model_card
-from context_qa.processes import from_first
+from context_qa.processes import from_first, in_all
 from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
@@ -57,6 +60,7 @@ class TrainingRun:
         try:
             found = self._open() if self.processes.is_main_process else None
             self.is_complete, self.checkpoint = from_first(found)
+            self._require_shared_folder()
         except BaseException:
             self.__exit__()
             raise
@@ -83,9 +87,23 @@ class TrainingRun:
             self._keep_inputs()
             return False, None
         self._compare(before)
-        if before.get("complete") and (self.folder / "model.safetensors").exists():
+        if before.get("complete") and _is_whole(self.folder / "model.safetensors"):
             return True, None
+        self._compare_code(before)
         return False, newest_checkpoint(self.folder)
+
+    def _require_shared_folder(self) -> None:
+        """UserError where a process, on another machine, does not see what the first one writes."""
+        with contextlib.ExitStack() as stack:
+            name = None
+            if self.processes.is_main_process:
+                probe = stack.enter_context(
+                    tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".partial")
+                )
+                name = Path(probe.name).name
+            is_seen = in_all((self.folder / from_first(name)).exists())
+        if not is_seen:
+            raise UserError(f"{self.folder}: not all processes see it; give a folder they share")
 
     def _keep_inputs(self) -> None:
         """UserError where something that is read stands in the folder that is written anew."""
@@ -146,6 +164,14 @@ class TrainingRun:
             return
         raise UserError(f"{self.folder}: holds {what}; give another folder or --overwrite")
 
+    def _compare_code(self, before: Mapping) -> None:
+        """Say, and write down, if other code began the run: its bits may be others."""
+        begun_with = before.get("begun_with") or _code(before)
+        if different := differences(begun_with, _code(self.record)):
+            said = f"was begun with other code ({'; '.join(different)})"
+            print(f"warning: {self.folder}: {said}", file=sys.stderr)
+            self.record["begun_with"] = begun_with
+
     def _remove(self) -> None:
         is_run = (self.folder / RECORD).exists()
         ours = [path for pattern in _OURS for path in self.folder.glob(pattern)]
@@ -154,6 +180,19 @@ class TrainingRun:
                 shutil.rmtree(path)
             elif is_run or path.name != CARD:  # a model's own, which a run did not write
                 path.unlink()
+
+
+def _code(record: Mapping) -> dict:
+    """What ran, of a record: commit and versions."""
+    return {name: record.get(name) for name in ("git_commit", "python")} | record["packages"]
+
+
+def _is_whole(weights: Path) -> bool:
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _is_model(folder: Path) -> bool:

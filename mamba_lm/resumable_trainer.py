@@ -198,14 +198,14 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._require_finite_weights()
-        weights = whole(self.language_model.state_dict())
+        weights = whole(self.language_model.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_model(self.language_model, folder, self.processing_class, weights=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The same files, sharded or not: a run goes on in either way from them."""
-        state = whole(self.optimizer.state_dict())
+        state = whole(self.optimizer.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             with writing_tensors():
                 torch.save(state, Path(output_dir) / "optimizer.pt")
@@ -239,7 +239,8 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+            # Mapped: what several processes read of it is in memory once.
+            read = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
             load_optimizer_state(self.optimizer, read(Path(checkpoint) / "optimizer.pt"))
             self.lr_scheduler.load_state_dict(read(Path(checkpoint) / "scheduler.pt"))
 

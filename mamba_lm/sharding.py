@@ -17,17 +17,19 @@ def shard(module: nn.Module, layers: list[nn.Module], device_type: str) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def whole(value: Any) -> Any:
+def whole(value: Any, keep: bool = True) -> Any:
     """A value, or a nest of dictionaries and lists, with sharded tensors put together, on the CPU.
 
-    Every process has to call it, in the same order.
+    Every process has to call it, in the same order; one that does not keep them gets None in their
+    places, and never holds more than one.
     """
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        put_together = value.full_tensor()
+        return put_together.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item) for item in value]
+        return [whole(item, keep) for item in value]
     return value
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train_mamba_with_context
+from context_qa import training_run
 from context_qa.training_data import within_length
 from errors import UserError
 from files import atomic_folder
@@ -173,6 +174,34 @@ def test_a_complete_run_whose_weights_are_gone_writes_them_again(train):
     before = (output / "model.safetensors").read_bytes()
     (output / "model.safetensors").unlink()
     assert (train() / "model.safetensors").read_bytes() == before
+
+
+def test_a_complete_run_whose_weights_are_cut_short_writes_them_again(train):
+    output = train()
+    before = (output / "model.safetensors").read_bytes()
+    os.truncate(output / "model.safetensors", len(before) - 1)
+    assert (train() / "model.safetensors").read_bytes() == before
+
+
+def test_other_code_that_began_a_run_is_told_and_written_down(train, capsys):
+    output = train()
+    for step in (6, 4):
+        cut_off(output, step)
+        if step == 6:
+            changed = record(output) | {"git_commit": "deadbeef"}
+            (output / "training_args.json").write_text(json.dumps(changed))
+        train()
+        assert "was begun with other code (git commit: deadbeef there" in capsys.readouterr().err
+        assert record(output)["begun_with"]["git_commit"] == "deadbeef"
+        assert record(output)["git_commit"] != "deadbeef"
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(train, tmp_path, monkeypatch):
+    """As if another one's disk were its own."""
+    monkeypatch.setattr(training_run, "in_all", lambda value: value and False)
+    with pytest.raises(UserError, match="not all processes see it; give a folder they share"):
+        train()
+    assert not (tmp_path / "run").exists()
 
 
 # What is there already
