@@ -23,7 +23,8 @@ from context_qa.training_scores import doubts, examples_to_score, scorer
 from errors import keep_inputs, positive_float, positive_int, run_script, seed
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
 
 

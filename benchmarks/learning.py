@@ -30,7 +30,8 @@ from context_qa.dataset import GroupedBatches, continuation
 from errors import UserError, positive_float, positive_int, run_script
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 from squad_utils import PROMPT_ORDERS, read_examples
 
 KINDS = ("shuffled", "grouped")

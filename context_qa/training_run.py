@@ -184,7 +184,8 @@ class TrainingRun:
 
 def _code(record: Mapping) -> dict:
     """What ran, of a record: commit and versions."""
-    return {name: record.get(name) for name in ("git_commit", "python")} | record["packages"]
+    versions = record.get("packages", {})
+    return {name: record.get(name) for name in ("git_commit", "python")} | versions
 
 
 def _is_whole(weights: Path) -> bool:

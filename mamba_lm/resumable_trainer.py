@@ -19,20 +19,9 @@ from errors import UserError
 from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
 from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
+from mamba_lm.training_arguments import blaming_arguments
 from mamba_lm.training_checkpoints import fault, partial_folder, require_whole, rotate, seal
 from mamba_lm.training_progress import SafeStop
-
-_BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
-
-
-@contextlib.contextmanager
-def blaming_arguments() -> Iterator[None]:
-    """What goes wrong in this block is a UserError on the training arguments, in a line."""
-    try:
-        yield
-    except _BLAMED as error:
-        what = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"training arguments: {what}") from error
 
 
 class ResumableTrainer(Trainer):

@@ -1,8 +1,5 @@
 """The one training engine: examples that share prefixes, by transformers' `Trainer`."""
 
-import dataclasses
-import difflib
-import json
 import math
 import signal
 import time
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainingArguments
@@ -21,38 +18,12 @@ from errors import UserError
 from mamba_lm.checkpoint import load_weights
 from mamba_lm.model import MambaLM
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
-from mamba_lm.resumable_trainer import ResumableTrainer, blaming_arguments
+from mamba_lm.resumable_trainer import ResumableTrainer
 from mamba_lm.sharding import shard, whole
+from mamba_lm.training_arguments import blaming_arguments
 from mamba_lm.training_progress import Progress, TrainingLog
 
 MAX_IDS = 64  # of examples that one message names
-_SHARD = (
-    "the Trainer's own is not used (on a CPU it would be plain data parallelism, silently); "
-    "--fully_shard shards, on CPUs and GPUs"
-)
-_KINDS = {"save_total_limit": int, "resume_from_checkpoint": str}  # defaults do not tell
-_FLAGS = {  # fields that have a flag of their own, which more than the Trainer reads
-    "output_dir": "--output",
-    "seed": "--seed",
-    "num_train_epochs": "--num_epochs",
-    "per_device_train_batch_size": "--batch_size",
-    **{name: f"--{name}" for name in ("max_steps", "learning_rate", "gradient_accumulation_steps",
-                                      "optim")},
-}  # fmt: skip
-_NOT_USED = {  # fields of TrainingArguments that would have no effect here, or a wrong one
-    "fsdp": _SHARD,
-    "deepspeed": _SHARD,
-    "fp16": "its first steps overflow, which ends a run here; bf16=true",
-    "save_only_model": "a run could not go on from such a checkpoint",
-    "push_to_hub": "upload the folder once the run is complete",
-    "ignore_data_skip": "a run goes on with the batch where it was cut off",
-    "data_seed": "--seed decides the order too",
-    "include_num_input_tokens_seen": "training_log.jsonl has the tokens a second",
-    **dict.fromkeys(
-        ("auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha",
-         "parallelism_config", "torch_compile", "use_liger_kernel"), "not made for this model"
-    ),
-}  # fmt: skip
 
 
 class _Tokenized(Dataset[Continuation]):
@@ -261,77 +232,3 @@ class PrefixSuffixTrainer(ResumableTrainer):
 def _listed(ids: Sequence[str]) -> str:
     named = ", ".join(ids[:MAX_IDS])
     return named if len(ids) <= MAX_IDS else f"{named} and {len(ids) - MAX_IDS} more"
-
-
-def _fits(value: object, default: object) -> bool:
-    """Whether a field with this default takes the value, as far as the default tells."""
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, int):
-        return type(value) is int
-    return type(value) in (int, float) if isinstance(default, float) else True
-
-
-def training_arguments(
-    output: str, device: torch.device, overrides: Sequence[str] = (), **settings
-) -> TrainingArguments:
-    """TrainingArguments with this project's defaults.
-
-    settings: fields of TrainingArguments. overrides: "KEY=VALUE" strings for any other field, the
-    value as JSON or plain text. UserError on a field that TrainingArguments does not have.
-    """
-    fields = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or key not in fields:
-            near = "".join(f" ({name}?)" for name in difflib.get_close_matches(key, fields, n=1))
-            raise UserError(
-                f"--trainer {override}: give KEY=VALUE, a field of TrainingArguments{near}"
-            )
-        if key in _FLAGS:
-            raise UserError(f"--trainer {override}: use {_FLAGS[key]}")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
-        kind = _KINDS.get(key, object)
-        if not _fits(settings[key], fields[key]) or not isinstance(settings[key], kind):
-            said = "a text" if kind is str else "a number, true or false"
-            raise UserError(f"training arguments: {override}: give {said}")
-        if key in _NOT_USED and settings[key]:
-            raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
-    defaults = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,  # a share of all steps
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-        "logging_steps": 20,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "save_total_limit": 2,  # one every 500 steps, and ten minutes: `SafeStop`
-        "restore_callback_states_from_checkpoint": True,
-        "report_to": "none",
-        "disable_tqdm": False,
-        "ddp_find_unused_parameters": False,
-        "remove_unused_columns": False,
-        "use_cpu": device.type == "cpu",
-        "bf16": device.type == "cuda",  # autocast; the weights stay in float32
-    }
-    chosen = defaults | settings
-    for name in ("fsdp", "deepspeed"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
-            raise UserError(f"accelerate launch with {name}: {_NOT_USED[name]}")
-    keeps_best = chosen.pop("load_best_model_at_end", True)
-    with blaming_arguments():
-        arguments = TrainingArguments(output_dir=output, **{"greater_is_better": True} | chosen)
-    # Now and not before: the Trainer wants a checkpoint with each evaluation and only then, where
-    # `ResumableTrainer` writes one of the best by itself.
-    evaluates = arguments.eval_strategy != IntervalStrategy.NO
-    arguments.load_best_model_at_end = bool(keeps_best) and evaluates
-    if not arguments.learning_rate <= torch.finfo(torch.float32).max:
-        raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
-    # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
-    # whose prefix_index would then point into another GPU's prefixes.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

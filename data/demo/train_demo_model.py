@@ -40,7 +40,8 @@ from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
 from mamba_lm.prefix_suffix import Continuation
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_parts
 
 

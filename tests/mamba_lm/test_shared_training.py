@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.prefix_suffix import Continuation
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 
 ROOT = Path(__file__).parents[2]
 ACCUMULATION = 2

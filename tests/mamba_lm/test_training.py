@@ -17,7 +17,8 @@ from errors import UserError
 from mamba_lm import training
 from mamba_lm.checkpoint import load_model
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 
 CPU = torch.device("cpu")
 TOKENIZER = Path(__file__).parents[2] / "data/demo/tokenizer"

@@ -15,7 +15,8 @@ from errors import UserError
 from mamba_lm import training, training_progress
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.prefix_suffix import Continuation
-from mamba_lm.training import PrefixSuffixTrainer, training_arguments
+from mamba_lm.training import PrefixSuffixTrainer
+from mamba_lm.training_arguments import training_arguments
 from mamba_lm.training_checkpoints import checkpoints
 from mamba_lm.training_progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
 
