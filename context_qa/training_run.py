@@ -29,7 +29,7 @@ from mamba_lm.training_progress import LOG, PLOT
 CARD = "README.md"
 NAMED = ("model", "tokenizer", "data_path", "eval_data")  # arguments that name what is read
 _WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when a run goes on
-    *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "ddp_timeout"),
+    *("save_steps", "save_total_limit", "disable_tqdm", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("report_to", "run_name", "project", "log_level"),
 )
