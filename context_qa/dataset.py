@@ -75,8 +75,8 @@ class GroupedBatches(Sampler[list[Pairing]]):
             wanted = round(negative_ratio * len(self.answerable)) - unanswerable
             # Whether a context is fit for a question at all is the same in every epoch.
             self.num_askable = sum(c is not None for c in self.sampler.contexts(epoch=0))
-            at_most = self.num_askable * math.ceil(negative_ratio)
-            self.num_negatives = min(max(wanted, 0), at_most)
+            times = min(math.ceil(negative_ratio), len(contexts) - 1)  # that a question is asked
+            self.num_negatives = min(max(wanted, 0), self.num_askable * times)
         self.rank, self.world_size = rank, world_size
         self.num_pairings = len(examples) + self.num_negatives
         if self.num_pairings < world_size:

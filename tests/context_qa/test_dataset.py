@@ -113,6 +113,10 @@ def test_negatives_fill_up_the_ratio_that_the_datas_own_begin(ratio, expected):
     assert len(set(seen)) == (3 if expected else 1)
 
 
+def test_a_question_is_asked_on_no_more_contexts_than_there_are():
+    assert GroupedBatches(EXAMPLES, 9, "random", negative_ratio=1e9).num_negatives == 8 * 4
+
+
 def test_unanswerable_questions_alone_need_no_negatives():
     assert GroupedBatches([UNKNOWN], 4, "random").num_pairings == 1
 
