@@ -73,8 +73,9 @@ class TrainingRun:
                 self.folder.rmdir()
 
     def _open(self) -> tuple[bool, Path | None]:
-        self.record = {"settings": settings(self.args, self.processes.num_processes)}
-        self.record |= run_record(self.args, self.args.model, self.args.data_path)
+        record = run_record(self.args, self.args.model, self.args.data_path)
+        self.record = {"settings": settings(self.args, record, self.processes.num_processes)}
+        self.record |= record
         with named_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -204,10 +205,16 @@ def _is_model(folder: Path) -> bool:
     return True
 
 
-def settings(args: argparse.Namespace, num_processes: int) -> dict:
-    """What decides the weights, in words: the arguments, files by their hashes."""
+def settings(args: argparse.Namespace, record: Mapping, num_processes: int) -> dict:
+    """What decides the weights, in words: the arguments, files by their hashes; record has those of
+    the model and the data."""
     others = {n: v for n, v in vars(args).items() if n not in (*NAMED, "output", "overwrite")}
-    hashes = {name: hash_or_name(getattr(args, name)) for name in NAMED}
+    hashes = {
+        "model": record["model_sha256"] or args.model,
+        "tokenizer": hash_or_name(args.tokenizer),
+        "data_path": record["data_sha256"] or args.data_path,
+        "eval_data": hash_or_name(args.eval_data),
+    }
     overrides = dict(override.split("=", 1) for override in args.trainer)
     effective = {k: v for k, v in overrides.items() if k not in _WITHOUT_EFFECT}
     return hashes | others | {"trainer": effective, "processes": num_processes}

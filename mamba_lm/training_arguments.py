@@ -102,6 +102,7 @@ def training_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_total_limit": 2,  # one every 500 steps, and ten minutes: `SafeStop`
+        "greater_is_better": True,
         "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": False,
@@ -116,7 +117,7 @@ def training_arguments(
             raise UserError(f"accelerate launch with {name}: {_NOT_USED[name]}")
     keeps_best = chosen.pop("load_best_model_at_end", True)
     with blaming_arguments():
-        arguments = TrainingArguments(output_dir=output, **{"greater_is_better": True} | chosen)
+        arguments = TrainingArguments(output_dir=output, **chosen)
     # Now and not before: the Trainer wants a checkpoint with each evaluation and only then, where
     # `ResumableTrainer` writes one of the best by itself.
     evaluates = arguments.eval_strategy != IntervalStrategy.NO
