@@ -10,8 +10,9 @@ command again goes on where it was cut off.
 import argparse
 
 from context_qa.evaluation import evaluate, parse_evaluation_args
+from context_qa.shots import n_shot_prompt
 from errors import run_script
-from squad_utils import n_shot_parts
+from squad_utils import prompt_parts
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +23,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    evaluate(args, lambda example: n_shot_parts(example.question))
+    prefix = n_shot_prompt()
+    evaluate(args, lambda example: prompt_parts(prefix, example.question))
 
 
 if __name__ == "__main__":

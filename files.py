@@ -1,4 +1,4 @@
-"""Writing files, and folders of a model, that are there whole or not at all."""
+"""Files that are read with one complaint, and written whole or not at all; folders of a model."""
 
 import contextlib
 import fcntl
@@ -14,6 +14,19 @@ MODEL_FILES = (  # a model's configuration and weights, in one file or in severa
     *("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     "pytorch_model-*-of-*.bin",
 )
+
+
+def read_text(path: str | Path, wanted: str) -> str:
+    """A file's text; UserError where it cannot be read, naming what is `wanted`, or is not UTF-8,
+    naming the line."""
+    try:
+        data = Path(path).read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give {wanted}") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from error
 
 
 @contextlib.contextmanager

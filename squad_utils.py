@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from files import read_text
 
 NO_ANSWER = "I don't know."
 NORMALIZED_NO_ANSWER = "i dont know"
@@ -22,18 +23,6 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 NEGATIVE_KINDS = ("random", "same_article", "hard")
 # Han, kana, Thai, Lao, Burmese and Khmer are written without blanks between words.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-
-SHOTS = (
-    ("Which planet is closest to the Sun?", "Mercury"),
-    ('Who wrote the novel "Pride and Prejudice"?', "Jane Austen"),
-    ("What did my neighbour have for breakfast this morning?", NO_ANSWER),
-    ("In which year did the Berlin Wall fall?", "1989"),
-    ("What gas do plants take in from the air to make sugar?", "carbon dioxide"),
-    ("Which river flows through Cairo?", "the Nile"),
-    ("How many strings does a violin have?", "four"),
-    ("Which number am I thinking of right now?", NO_ANSWER),
-)
-N_SHOT_PROMPT = "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in SHOTS)
 
 
 @dataclass(frozen=True)
@@ -89,21 +78,20 @@ def _hub_rows(source: str) -> Iterator[tuple[str, object]]:
 
 def _file_rows(source: str) -> Iterator[tuple[str, object]]:
     """Yield (place, row): the place is for error messages, the row is still to be checked."""
-    try:
-        data = Path(source).read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); give {ACCEPTED}") from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source} line {line}: not UTF-8; convert the file to UTF-8") from error
+    text = read_text(source, ACCEPTED)
     document = _parsed(text)
     if isinstance(document, dict) and "data" in document:
         yield from _squad_rows(document, source)
-    else:  # not splitlines(), since a JSON string may hold U+2028 as it is
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{source} line {number}", _parsed(line)
+    else:
+        yield from json_lines(text, source)
+
+
+def json_lines(text: str, source: str) -> Iterator[tuple[str, object]]:
+    """(place, value) of each line that is not blank: the place is for error messages, the value
+    None where a line is not JSON."""
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold U+2028
+        if line.strip():
+            yield f"{source} line {number}", _parsed(line)
 
 
 def _parsed(text: str) -> object:
@@ -131,31 +119,31 @@ def _squad_rows(document: dict, source: str) -> Iterator[tuple[str, dict]]:
 def _example(row: object, place: str) -> Example:
     if not isinstance(row, dict):
         raise UserError(f"{place}: no JSON object; mend or remove it, a row needs {ROW_KEYS}")
-    context = _text(row.get("context"), "context", place)
+    context = checked_text(row.get("context"), "context", place)
     if "question" in row:
-        question = _text(row["question"], "question", place)
+        question = checked_text(row["question"], "question", place)
         answers = row.get("answers")
         answers = answers.get("text") if isinstance(answers, dict) else answers
         if not isinstance(answers, list):
             raise UserError(f"{place}: 'answers' is missing or no list; a row needs {ROW_KEYS}")
         answers = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
     else:
-        question = _text(row.get("prompt"), "prompt", place)
-        answers = [_text(row.get("response"), "response", place)]
-    answers = [_text(answer, "answers", place) for answer in answers]
+        question = checked_text(row.get("prompt"), "prompt", place)
+        answers = [checked_text(row.get("response"), "response", place)]
+    answers = [checked_text(answer, "answers", place) for answer in answers]
     answers = [answer for answer in answers if normalize_answer(answer) != NORMALIZED_NO_ANSWER]
     digest = hashlib.sha256(json.dumps([context, question, *answers]).encode()).hexdigest()
-    identifier = digest[:16] if row.get("id") is None else _text(str(row["id"]), "id", place)
-    article = None if row.get("title") is None else _text(row["title"], "title", place)
+    identifier = digest[:16] if row.get("id") is None else checked_text(str(row["id"]), "id", place)
+    article = None if row.get("title") is None else checked_text(row["title"], "title", place)
     return Example(identifier, context, question, tuple(answers), article)
 
 
-def _text(value: object, key: str, place: str) -> str:
-    """`value`, if it is a string that is not blank and that UTF-8 can hold."""
+def checked_text(value: object, key: str, place: str, keys: str = ROW_KEYS) -> str:
+    """`value`, if it is a string that is not blank and that UTF-8 can hold; else a UserError."""
     if isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value):
         return value
     found = "missing" if value is None else f"{value!r:.40}"
-    raise UserError(f"{place}: {key!r} is {found}; a row needs text in {ROW_KEYS}")
+    raise UserError(f"{place}: {key!r} is {found}; a row needs text in {keys}")
 
 
 def prompt_parts(
@@ -172,11 +160,6 @@ def prompt_parts(
     if prompt_order == "question_only":  # a baseline: what can be guessed without the context
         return "", asked
     raise UserError(f"prompt order {prompt_order!r}: choose from {', '.join(PROMPT_ORDERS)}")
-
-
-def n_shot_parts(question: str) -> tuple[str, str]:
-    """The n-shot trivia prompt as (prefix, suffix): the shots stand where a context would."""
-    return prompt_parts(N_SHOT_PROMPT, question)
 
 
 def answer_text(answer: str) -> str:

@@ -12,10 +12,10 @@ paragraph a line, as WikiText does, whose marks (` @-@ `, blanks before commas) 
 import argparse
 import random
 import re
-from pathlib import Path
 
 from data.prepare_squad import write_oxen_layout
 from errors import UserError, keep_inputs, run_script
+from files import read_text
 from squad_utils import Example
 
 BLANK = "___"
@@ -40,10 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     keep_inputs(args.output, args.text)
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{args.text}: cannot be read ({error}); give a text in UTF-8") from error
+    text = read_text(args.text, "a text in UTF-8")
     rng = random.Random(args.seed)
     examples = [
         example for line in text.split("\n") for example in questions(without_marks(line), rng)

@@ -10,10 +10,9 @@ reference answer, or "I don't know." where there is none. Run it from the reposi
 
 import argparse
 import json
-from pathlib import Path
 
 from errors import UserError, keep_inputs, run_script
-from files import write_whole
+from files import read_text, write_whole
 from squad_utils import Example, read_examples
 
 
@@ -47,10 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
 def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Example]:
     """The examples that the file lists, in its order."""
-    try:
-        ids = Path(ids_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{ids_file}: cannot be read ({error}); give a list of ids") from error
+    ids = read_text(ids_file, "a list of ids").splitlines()
     if not ids:
         raise UserError(f"{ids_file}: no id in it; give one a line")
     by_id = {example.id: example for example in examples}

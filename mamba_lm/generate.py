@@ -80,14 +80,12 @@ class _Rows(NamedTuple):
         return _Rows(*rows, self.left, self.stops, self.state.fork(index))
 
     def tensors(self) -> list[Tensor]:
-        return [*self[:5], *self.state.conv, *self.state.ssm]
+        return [*self[:5], *self.state.tensors()]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "_Rows":
         """From what `tensors` gives."""
-        rows, states = tensors[:5], tensors[5:]
-        n_layer = len(states) // 2
-        return _Rows(*rows, MambaState(tuple(states[:n_layer]), tuple(states[n_layer:])))
+        return _Rows(*tensors[:5], MambaState.of(tensors[5:]))
 
 
 @torch.no_grad()
@@ -126,7 +124,7 @@ def decode(
         _, going, total, left, stops, _ = rows
         return choose(next_log_probs, going, total, left - 1, stops, state)
 
-    if _is_captured(model):
+    if is_captured(model):
         batch = _Graphed(advance, graphs_of(model, (vocab_size, len(stops))))
     else:
         batch = _Eager(advance)
@@ -230,7 +228,7 @@ def _device(model: MambaLM) -> torch.device:
     return model.lm_head.weight.device
 
 
-def _is_captured(model: MambaLM) -> bool:
+def is_captured(model: MambaLM) -> bool:
     """Whether steps are CUDA graphs, in which no hook would be called and no cast be kept."""
     return (
         _device(model).type == "cuda" and model.is_plain() and not torch.is_autocast_enabled("cuda")

@@ -97,7 +97,16 @@ class MambaState(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for part in self for t in part)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.conv, *self.ssm]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> "MambaState":
+        """From what `tensors` gives."""
+        n_layer = len(tensors) // 2
+        return MambaState(tuple(tensors[:n_layer]), tuple(tensors[n_layer:]))
 
     def fork(self, index: Tensor) -> "MambaState":
         """Rows `index` (int64, (k,)) of this state, each as often as it is named.

@@ -95,7 +95,7 @@ def test_the_file_reads_as_examples(tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, said", [(None, "cannot be read"), (b"\xff", "give a text in"),
+@pytest.mark.parametrize("content, said", [(None, "cannot be read"), (b"\xff", "line 1: not UTF-8"),
                                            (b"nothing recurs", "no paragraph of 40")])  # fmt: skip
 def test_bad_input(content, said, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"

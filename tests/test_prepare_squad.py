@@ -72,7 +72,7 @@ def test_ids_select_and_order_and_limit_cuts(source, tmp_path):
     [
         (b"q1\nq9\n", "ids.txt line 2: no question 'q9' in "),
         (b"", "ids.txt: no id in it"),
-        (b"q\xe9\n", "ids.txt: cannot be read"),
+        (b"q\xe9\n", "ids.txt line 1: not UTF-8"),
         (None, "ids.txt: cannot be read"),
     ],
 )

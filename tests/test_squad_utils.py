@@ -14,7 +14,6 @@ import pytest
 
 from errors import UserError
 from squad_utils import (
-    N_SHOT_PROMPT,
     NEGATIVE_KINDS,
     NO_ANSWER,
     PROMPT_ORDERS,
@@ -25,7 +24,6 @@ from squad_utils import (
     exact_match,
     f1_score,
     is_correct,
-    n_shot_parts,
     normalize_answer,
     prompt_parts,
     read_examples,
@@ -264,15 +262,6 @@ def test_context_first_is_the_default_and_unknown_orders_are_named():
     assert prompt_parts("c", "q") == prompt_parts("c", "q", "context_first")
     with pytest.raises(UserError, match=r"'last'.*context_first, question_first, read_twice"):
         prompt_parts("c", "q", "last")
-
-
-def test_n_shot_prompt():
-    prefix, suffix = n_shot_parts("Who wrote Faust?")
-    assert (prefix, suffix) == (N_SHOT_PROMPT, "\n\nQ: Who wrote Faust?\nA:")
-    shots = [shot.split("\n") for shot in prefix.split("\n\n")]
-    assert len(shots) == 8
-    assert all(q.startswith("Q: ") and a.startswith("A: ") for q, a in shots)
-    assert f"A: {NO_ANSWER}" in [answer for _, answer in shots]
 
 
 def articles(num_articles: int = 6, num_paragraphs: int = 5) -> list[Example]:

@@ -15,7 +15,7 @@ SHARED = {"errors", "files", "squad_utils", "mamba_lm", "context_qa"}
 # What each part may import, itself aside. A study is a part of its own: studies.<name>.
 ALLOWED = {
     "errors": set(),
-    "squad_utils": {"errors"},
+    "squad_utils": {"errors", "files"},
     "files": {"errors"},
     "mamba_lm": {"errors", "files"},
     "context_qa": {"errors", "files", "squad_utils", "mamba_lm"},

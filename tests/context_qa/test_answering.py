@@ -13,10 +13,11 @@ import torch
 from context_qa import answering
 from context_qa.answering import Answerer
 from context_qa.results import Answer
+from context_qa.shots import n_shot_prompt
 from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
-from squad_utils import NO_ANSWER, n_shot_parts, prompt_parts
+from squad_utils import NO_ANSWER, prompt_parts
 
 ROOT = Path(__file__).parents[2]
 LONG = "Ann lives in Oslo, and Ben lives in Rome with Cy. " * 20  # far more than 128 tokens
@@ -175,7 +176,7 @@ def test_a_context_is_read_once_for_all_its_questions(
 def test_what_all_prompts_begin_with_is_read_once_in_all(tokenizer, attentive, monkeypatch):
     """The n-shot prompt, and a context whose questions go on in the next window."""
     monkeypatch.setattr(answering, "WINDOW", 2)
-    prompts = [n_shot_parts(f"Who is number {number}?") for number in range(9)]
+    prompts = [prompt_parts(n_shot_prompt(), f"Who is number {number}?") for number in range(9)]
     answerer = Answerer(attentive, tokenizer, 2)
     assert prefixes_read(answerer, prompts, monkeypatch) == [prompts[0][0]]
     by_context = sorted(PROMPTS)  # three questions on each, windows of two prompts
@@ -238,7 +239,7 @@ def test_prompts_longer_than_128_tokens_get_their_whole_answer(tokenizer, max_ba
     """The original took a batch of one's length for the prompt's: one token from 128 on."""
     said = " Ann lives in Oslo and was born there."
     answerer = Answerer(reciter(tokenizer, said), tokenizer, 64, max_batch_tokens)
-    prompts = [*PROMPTS, n_shot_parts("Who?")]
+    prompts = [*PROMPTS, prompt_parts(n_shot_prompt(), "Who?")]
     answers = answers_to(answerer, prompts)
     assert sum(answer.num_tokens > 128 for answer in answers) == len(QUESTIONS) + 1
     assert {answer.text for answer in answers} == {said.strip()}

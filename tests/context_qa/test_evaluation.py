@@ -10,8 +10,9 @@ import eval_mamba_with_context
 import eval_n_shot_mamba
 from context_qa.copies import is_copy
 from context_qa.results import read_results, read_summary
+from context_qa.shots import n_shot_prompt
 from errors import UserError
-from squad_utils import N_SHOT_PROMPT, NO_ANSWER
+from squad_utils import NO_ANSWER
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "data/demo/validation.jsonl"
@@ -156,4 +157,4 @@ def test_n_shot_prompts_see_no_context(run, data, monkeypatch):
     rows, summary = run(data[0], "--limit", 4, script=eval_n_shot_mamba)
     assert summary["settings"]["prompt_order"] == "n_shot"
     assert len({row["num_tokens"] - len(row["question"].split()) for row in rows}) < 4
-    assert all(row["num_tokens"] > len(N_SHOT_PROMPT.split()) for row in rows)
+    assert all(row["num_tokens"] > len(n_shot_prompt().split()) for row in rows)

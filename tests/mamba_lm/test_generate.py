@@ -66,7 +66,7 @@ def graphs(request, monkeypatch):
         shared.append(beside is not None)
         return cuda_graphs.StepGraph(step, start, steps, beside)
 
-    monkeypatch.setattr(generate, "_is_captured", lambda model: request.param)
+    monkeypatch.setattr(generate, "is_captured", lambda model: request.param)
     monkeypatch.setattr(generate, "StepGraph", counted)
     monkeypatch.setattr(cuda_graphs, "capture", replay_by_running)
     cuda_graphs._graphs.clear()
@@ -145,19 +145,19 @@ def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, mo
         assert generation.token_ids == decode_plainly(model, prompt, STOPS, 12).token_ids
 
 
-def test_what_is_captured(make_model, monkeypatch):
+def test_whatis_captured(make_model, monkeypatch):
     model = make_model()
-    assert not generate._is_captured(model)  # on the CPU
+    assert not generate.is_captured(model)  # on the CPU
     monkeypatch.setattr(generate, "_device", lambda model: torch.device("cuda"))
-    assert generate._is_captured(model)
+    assert generate.is_captured(model)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-        assert not generate._is_captured(model)
+        assert not generate.is_captured(model)
     for module in (model, model.lm_head, model.backbone.norm_f, model.backbone.layers[0].mixer):
         hook = module.register_forward_hook(lambda *args: None)
-        assert not generate._is_captured(model)
+        assert not generate.is_captured(model)
         hook.remove()
-    assert generate._is_captured(model)
+    assert generate.is_captured(model)
 
 
 def test_sizes_of_graphs():

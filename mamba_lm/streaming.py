@@ -1,0 +1,154 @@
+"""One row continued a token at a time, each told as it is chosen: greedily or by sampling."""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from mamba_lm.cuda_graphs import StepGraph, graphs_of
+from mamba_lm.generate import Reading, is_captured, token_log_probs
+from mamba_lm.model import MambaLM, MambaState
+
+
+class Sampler:
+    """Chooses the next token from log-probabilities (v,): the likeliest at temperature 0, else one
+    drawn from what top_k and top_p leave ("The Curious Case of Neural Text Degeneration", Holtzman
+    et al. 2020), by `transformers`' processors in its order. Equal seeds draw equally."""
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ):
+        self._processors = None
+        if temperature == 0:
+            if top_k is not None or top_p is not None:
+                raise UserError("--top_k and --top_p choose what is drawn: give a --temperature")
+            return
+        from transformers.generation import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self._processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        if top_k is not None:
+            self._processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None:
+            self._processors.append(TopPLogitsWarper(float(top_p)))
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, log_probs: Tensor) -> int:
+        if self._processors is None:
+            return int(log_probs.argmax())
+        # The best is 0: no temperature, however low, takes it to minus infinity.
+        scores = (log_probs - log_probs.max()).float().cpu()[None]
+        probs = self._processors(None, scores).softmax(dim=1)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+
+class Stream:
+    """What follows one row, token by token; and what else might have, in the same steps.
+
+    Iterate once for the new tokens, each as soon as it is chosen. Then, as `generate.decode` and
+    `generate.continuation_log_prob` count them, of the model's own probabilities:
+
+    log_prob: of these tokens and, if it came, of the stop; NaN if the model computes that.
+    other_log_prob: that the row goes on with `other` in their place and then stops. It is read as a
+    second row: a step reads all of the weights, which takes as long for one row as for two.
+    """
+
+    def __init__(
+        self,
+        model: MambaLM,
+        reading: Reading,
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        vocab_size: int | None = None,
+        sampler: Callable[[Tensor], int] | None = None,
+        other: Sequence[int] = (),
+    ):
+        self.model, self.reading, self.vocab_size = model, reading, vocab_size
+        self.max_new_tokens, self.other = max_new_tokens, list(other)
+        self.sampler = sampler or Sampler()
+        self.stop_ids = frozenset(stop_ids)
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long).to(reading.log_probs.device)
+        self.log_prob = self.other_log_prob = 0.0
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[int]:
+        step = _stepper(self.model, self.vocab_size)
+        log_probs, state = self.reading.fork(self.stops.new_zeros(2))
+        choosers = [self._choose, self._follow]
+        for n in itertools.count():
+            tokens = [choose(row, n) for choose, row in zip(choosers, log_probs, strict=True)]
+            if choosers[0] == self._choose and tokens[0] is not None:
+                yield tokens[0]
+            kept = [row for row, token in enumerate(tokens) if token is not None]
+            if not kept:
+                return
+            if len(kept) < len(tokens):
+                choosers = [choosers[row] for row in kept]
+                state = state.fork(self.stops.new_tensor(kept))
+            log_probs, state = step(self.stops.new_tensor([tokens[row] for row in kept]), state)
+
+    def _choose(self, log_probs: Tensor, n: int) -> int | None:
+        """The n-th new token, None at the end."""
+        if log_probs[0].isnan():
+            self.log_prob = math.nan
+            return None
+        token = self.sampler(log_probs)
+        if token in self.stop_ids:
+            self.log_prob += self._stop(log_probs)
+            return None
+        if n == self.max_new_tokens:  # only a stop would still have counted
+            return None
+        self.log_prob += log_probs[token].item()
+        return token
+
+    def _follow(self, log_probs: Tensor, n: int) -> int | None:
+        if n == len(self.other):
+            self.other_log_prob += self._stop(log_probs)
+            return None
+        self.other_log_prob += log_probs[self.other[n]].item()
+        return self.other[n]
+
+    def _stop(self, log_probs: Tensor) -> float:
+        return log_probs[self.stops].logsumexp(dim=0).item()
+
+
+def _stepper(
+    model: MambaLM, vocab_size: int | None
+) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
+    """What reads one token more a row: (token_ids (b,), state) to the log-probabilities (b, v) of
+    the next one and a state, good until the next call. On a GPU a step is one CUDA graph."""
+    step = model.stepper()
+
+    def read_one(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        hidden, state = step(token_ids, state)
+        return token_log_probs(model, hidden, vocab_size), state
+
+    if not is_captured(model):
+        return read_one
+    graphs = graphs_of(model, ("one token", vocab_size))
+
+    def captured(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        token_ids, *parts = tensors
+        log_probs, state = read_one(token_ids, MambaState.of(parts))
+        return [token_ids, *state.tensors()], (log_probs,)
+
+    def replay(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        start, rows = [token_ids, *state.tensors()], len(token_ids)
+        if rows not in graphs:
+            graphs[rows] = StepGraph(captured, start, 1, next(iter(graphs.values()), None))
+        graphs[rows].load(start)
+        [[log_probs]] = graphs[rows]()
+        return log_probs, MambaState.of(graphs[rows].tensors[1:])
+
+    return replay
