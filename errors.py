@@ -63,6 +63,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of 0 or more")
+    return value
+
+
 def seed(text: str) -> int:
     """An argparse type: a whole number that every random generator takes."""
     if not text.isdecimal() or int(text) >= 2**32:

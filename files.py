@@ -20,12 +20,11 @@ def read_text(path: str | Path, wanted: str) -> str:
     """A file's text; UserError where it cannot be read, naming what is `wanted`, or is not UTF-8,
     naming the line."""
     try:
-        data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give {wanted}") from error
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from error
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -120,10 +120,13 @@ class Answerer:
         return state.fork(index), [lengths[row] for row in rows]
 
     @torch.inference_mode()
-    def read_prefixes(self, prefixes: Sequence[str]) -> tuple[MambaState, list[int]]:
-        """The state after each prefix, a row each, and the prefixes' lengths in tokens."""
+    def read_prefixes(
+        self, prefixes: Sequence[str], on_read: Callable[[int], object] = lambda length: None
+    ) -> tuple[MambaState, list[int]]:
+        """The state after each prefix, a row each, and the prefixes' lengths in tokens; on_read is
+        told how many tokens of the longest have been read, piece by piece."""
         ids = [token_ids(self.tokenizer, prefix) for prefix in prefixes]
-        state = prefill(self.model, ids, self.max_batch_tokens)
+        state = prefill(self.model, ids, self.max_batch_tokens, on_read)
         return state, [len(row) for row in ids]
 
     @torch.inference_mode()
@@ -149,14 +152,12 @@ class Answerer:
         guesses = self._guess(reading, contexts)
         if self.no_answer_threshold is not None:
             guesses = self._apply_threshold(reading, contexts, guesses, no_answer)
-        if any(map(math.isnan, [*no_answer, *(guess.log_prob for guess in guesses)])):
-            raise UserError("the model computes NaN: its weights are broken; train it anew")
         seconds = reading_seconds + (time.perf_counter() - started) / len(suffixes)
         return [
             Answer(
                 text=guess.text,
-                confidence=_probability(guess.log_prob),
-                no_answer_probability=_probability(no_answer[row]),
+                confidence=as_probability(guess.log_prob),
+                no_answer_probability=as_probability(no_answer[row]),
                 seconds=seconds,
                 num_tokens=prefix_lengths[row] + len(ids[row]),
                 num_new_tokens=guess.num_tokens,
@@ -174,7 +175,7 @@ class Answerer:
         abstention = [
             _Guess(NO_ANSWER, log_prob, len(self.no_answer_ids)) for log_prob in no_answer
         ]
-        is_above = [_probability(log_prob) > self.no_answer_threshold for log_prob in no_answer]
+        is_above = [as_probability(log_prob) > self.no_answer_threshold for log_prob in no_answer]
         again = [r for r, guess in enumerate(guesses) if abstains(guess.text) and not is_above[r]]
         if again:
             forked = reading.fork(torch.tensor(again, device=reading.log_probs.device))
@@ -227,7 +228,10 @@ class Answerer:
         ]
 
 
-def _probability(log_prob: float) -> float:
+def as_probability(log_prob: float) -> float:
+    """UserError if the model computed NaN."""
+    if math.isnan(log_prob):
+        raise UserError("the model computes NaN: its weights are broken; train it anew")
     return min(math.exp(log_prob), 1.0)  # rounding can lift a sum of logarithms above 0
 
 

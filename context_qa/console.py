@@ -1,105 +1,292 @@
 """Asking questions at a prompt: what the two prompt scripts share."""
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
 
 from context_qa.answering import Answerer
-from context_qa.results import Answer
-from errors import UserError
+from context_qa.dataset import token_ids
+from context_qa.explanation import Explanation, answer_spans, token_strengths
+from context_qa.provenance import trained_prompt_order
+from context_qa.streaming import StreamedAnswer, stream_answer
+from context_qa.terminal import Lines, Screen, typed
+from errors import UserError, not_negative, positive_int, probability, seed
+from files import read_text
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
-from mamba_lm.device import choose_device, choose_dtype
+from mamba_lm.delta import DeltaNorms, delta_layers
+from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from mamba_lm.model import MambaState
+from mamba_lm.streaming import Sampler
+from squad_utils import PROMPT_ORDERS, abstains, prompt_parts
+
+READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
 
-def load_answerer(args: argparse.Namespace) -> Answerer:
-    """The model that the command line names, ready to answer; its note goes to stderr."""
+def add_console_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of both scripts."""
+    parser.add_argument("--question", metavar="Q", action="append", help="ask this; repeatable")
+    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
+    parser.add_argument(
+        "--max_new_tokens", type=positive_int, default=64, metavar="N", help="default: 64"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=not_negative,
+        default=0.0,
+        metavar="T",
+        help="draw each token at this temperature (default: 0, take the likeliest)",
+    )
+    parser.add_argument(
+        "--top_k", type=positive_int, metavar="K", help="draw from the K likeliest (default: all)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=probability,
+        metavar="P",
+        help="draw from the likeliest that have P together (default: 1)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of draws (default: 0)")
+    add_model_flags(parser)
+
+
+class Passage(NamedTuple):
+    """What has been read: a text, the state after it and how it was read."""
+
+    text: str
+    state: MambaState
+    num_tokens: int
+    seconds: float
+    strengths: list[tuple[int, int, float]] | None  # of its tokens, if they are to be explained
+
+
+class Console:
+    """Reads a passage once and answers question after question from the state after it.
+
+    layers: those whose Δ explains answers, none by default. loads_contexts: whether another context
+    may be asked for. show_prompt: whether all that is sent to the model is shown too.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        sampler: Sampler | None = None,
+        as_json: bool = False,
+        layers: Sequence[int] = (),
+        loads_contexts: bool = True,
+        show_prompt: bool = False,
+    ):
+        self.answerer, self.sampler, self.as_json = answerer, sampler, as_json
+        self.layers, self.show_prompt = layers, show_prompt
+        self.screen = Screen(as_json)
+        self.passage: Passage | None = None
+        self.first: StreamedAnswer | None = None  # answer on this passage
+        self.last: StreamedAnswer | None = None
+        self.commands = {
+            "/context": ("[FILE]", "read another context, typed or from a file", self._context),
+            "/show": ("", "print what has been read", self._show),
+            "/stats": (
+                "",
+                "tokens a second, time to the first token, size of the state",
+                self._stats,
+            ),
+            "/help": ("", "this list", self._help),
+        }
+        if not loads_contexts:
+            del self.commands["/context"]
+
+    def read(self, text: str) -> None:
+        """Read a passage, from whose state questions are asked from now on."""
+        tokenizer, model = self.answerer.tokenizer, self.answerer.model
+        if self.show_prompt:
+            self.screen.say(text)
+        started = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            total = len(token_ids(tokenizer, text))
+            bar = stack.enter_context(tqdm(total=total, unit="token", delay=5, leave=False))
+            deltas = stack.enter_context(DeltaNorms(model, self.layers)) if self.layers else None
+            state, [num_tokens] = self.answerer.read_prefixes([text], bar.update)
+        seconds = time.perf_counter() - started
+        strengths = token_strengths(tokenizer, text, deltas.by_layer()) if deltas else None
+        self.passage = Passage(text, state, num_tokens, seconds, strengths)
+        self.first = self.last = None
+        self.screen.say(
+            f"read {num_tokens:,} tokens in {seconds:.2f} s into a state of "
+            f"{state.num_bytes / 1e3:,.0f} kB"
+        )
+
+    def ask(self, question: str, label: str = "") -> None:
+        """Answer a question on the passage; as text after a label, token by token."""
+        text, state, num_tokens, *_ = self.passage
+        suffix = prompt_parts(text, question)[1]
+        if self.show_prompt:
+            self.screen.say(suffix)
+        if self.as_json:
+            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.sampler)
+            print(json.dumps(self._record(question, answer), ensure_ascii=False), flush=True)
+        else:
+            self.screen.write(label)
+            try:
+                answer = stream_answer(
+                    self.answerer, state, suffix, num_tokens, self.sampler, self.screen.write
+                )
+            except KeyboardInterrupt:
+                self.screen.write(" ...\n")
+                raise
+            self.screen.write(f"   ({_doubts(answer)})\n", "dim")
+            if self.passage.strengths:
+                self.screen.explain(self._explanation(answer))
+        self.first, self.last = self.first or answer, answer
+
+    def run(
+        self, lines: Lines, text: str | None = None, questions: Sequence[str] | None = None
+    ) -> None:
+        """Read a passage and ask about it; what is not given is typed."""
+        with contextlib.suppress(EOFError):
+            self.read(_checked(lines.context(), "standard input") if text is None else text)
+            for question in questions or ():
+                self.ask(question)
+            if not questions:
+                self.converse(lines)
+
+    def converse(self, lines: Lines) -> None:
+        """Ask what is typed or piped in, until EOFError. At a terminal Ctrl-C stops an answer only,
+        and lines that begin with a slash are commands."""
+        if lines.is_interactive:
+            self.screen.say(f"Commands: {', '.join(self.commands)}. Ctrl-C stops, Ctrl-D ends.")
+        while True:
+            try:
+                line = lines.question()
+                if lines.is_interactive and line.startswith("/"):
+                    self._obey(line, lines)
+                elif line:
+                    self.ask(line, "A: " if lines.is_interactive else "")
+            except KeyboardInterrupt:
+                if not lines.is_interactive:
+                    raise
+                self.screen.say("stopped; Ctrl-D ends")
+
+    def _record(self, question: str, answer: StreamedAnswer) -> dict:
+        """The first question on a passage bears the time of reading that, as in evaluation."""
+        reading = 0.0 if self.first else self.passage.seconds
+        seconds = reading + answer.seconds
+        record = {
+            "question": question,
+            "answer": answer.text,
+            "confidence": answer.confidence,
+            "no_answer_probability": answer.no_answer_probability,
+            "time": seconds,
+            "time_to_first_token": reading + answer.seconds_to_first_token,
+            "num_tokens": answer.num_tokens,
+            "num_new_tokens": answer.num_new_tokens,
+            "tokens_per_sec": answer.num_new_tokens / seconds,
+        }
+        if self.passage.strengths:
+            explanation = self._explanation(answer)
+            record |= {"spans": explanation.spans, "delta": explanation.tokens}
+        return record
+
+    def _explanation(self, answer: StreamedAnswer) -> Explanation:
+        text = self.passage.text
+        return Explanation(text, self.passage.strengths, answer_spans(text, answer.text))
+
+    def _obey(self, line: str, lines: Lines) -> None:
+        command, _, argument = line.partition(" ")
+        if command not in self.commands:
+            self.screen.say(f"{command}: no such command; /help lists them")
+            return
+        try:
+            self.commands[command][2](argument.strip(), lines)
+        except UserError as error:
+            self.screen.say(f"error: {error}")
+
+    def _context(self, path: str, lines: Lines) -> None:
+        self.read(read_context(path) if path else _checked(lines.context(), "standard input"))
+
+    def _show(self, *_) -> None:
+        self.screen.say(self.passage.text)
+
+    def _stats(self, *_) -> None:
+        _, state, num_tokens, seconds, _ = self.passage
+        self.screen.say(
+            f"context: {num_tokens:,} tokens, read in {seconds:.2f} s "
+            f"({num_tokens / seconds:,.0f} tokens/s)\n"
+            f"state: {state.num_bytes / 1e3:,.0f} kB"
+        )
+        if self.last is not None:
+            self.screen.say(
+                f"time to first token: {self.last.seconds_to_first_token:.3f} s; with reading, as "
+                f"for the first answer: {seconds + self.first.seconds_to_first_token:.3f} s\n"
+                f"last answer: {self.last.num_new_tokens} tokens, "
+                f"{self.last.num_new_tokens / self.last.seconds:.1f} tokens/s"
+            )
+
+    def _help(self, *_) -> None:
+        for name, (argument, what, _) in self.commands.items():
+            self.screen.say(f"{name} {argument}".ljust(18) + what)
+        self.screen.say("Ctrl-C stops an answer, Ctrl-D ends. All else is a question.")
+
+
+def _doubts(answer: StreamedAnswer) -> str:
+    """How sure the model is; where it abstains, how likely an answer was."""
+    confidence, no_answer = answer.confidence, answer.no_answer_probability
+    if abstains(answer.text):
+        return f"confidence {confidence:.2f}, an answer {1 - no_answer:.2f}"
+    return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
+
+
+def load_console(
+    args: argparse.Namespace, explain: bool = False, loads_contexts: bool = True
+) -> Console:
+    """A console with the model that the command line names; the model's note goes to stderr."""
+    for question in args.question or ():
+        if not question.strip():
+            raise UserError("--question: is empty; ask something")
+        if any("\ud800" <= character <= "\udfff" for character in question):  # by Python's argv
+            raise UserError("--question: not UTF-8; convert it to UTF-8")
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
+    if explain and not tokenizer.is_fast:
+        raise UserError(
+            "--explain: needs a tokenizer that knows where its tokens stand, a fast one"
+        )
+    layers = delta_layers(args.model, model.config.n_layer) if explain else ()
     note = Path(args.model) / NOTE
     if note.is_file():
         print(note.read_text(encoding="utf-8", errors="replace").strip(), file=sys.stderr)
-    return Answerer(model, tokenizer, args.max_new_tokens)
+    order = trained_prompt_order(args.model)
+    if loads_contexts and order != PROMPT_ORDERS[0]:
+        print(
+            f"warning: {args.model} was trained with --prompt_order {order}; here the context "
+            "comes first, once",
+            file=sys.stderr,
+        )
+    answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
+    # Kernels are loaded, or compiled, at their first use: now, not amid the first answer.
+    state, [length] = answerer.read_prefixes(["\n"])
+    stream_answer(answerer, state, "\n", length)
+    show_prompt = getattr(args, "show_prompt", False)
+    return Console(answerer, sampler, args.json, layers, loads_contexts, show_prompt)
 
 
-def read_context(path: str | None) -> str:
-    """The context in a file, or what is typed up to an empty line."""
-    if path is not None:
-        try:
-            context = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
+def read_context(path: str) -> str:
+    """The context in a file, or on standard input if that is "-"; without blanks around it."""
+    if path != "-":
+        context = read_text(Path(path).expanduser(), "a text file")
     else:
-        _say("Context, ended by an empty line:")
-        lines = iter(_line, "")
-        context = "".join(iter(lambda: next(lines, "\n"), "\n"))
+        path, context = "standard input", typed(sys.stdin.read)
+    return _checked(context, path)
+
+
+def _checked(context: str, source: str) -> str:
     if not context.strip():
-        raise UserError(f"{path or 'standard input'}: the context is empty")
+        raise UserError(f"{source}: the context is empty")
     return context.strip()
-
-
-def typed_questions() -> Iterator[str]:
-    """Questions from standard input, one a line, until its end."""
-    while True:
-        if sys.stdin.isatty():
-            _say("Question (Ctrl-D ends): ", end="")
-        line = _line()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
-
-
-def answer_questions(
-    answerer: Answerer,
-    state: MambaState,
-    num_tokens: int,
-    questions: Iterable[tuple[str, str]],
-    as_json: bool,
-) -> None:
-    """Print an answer to each (question, suffix), all asked from the same state of one row."""
-    for question, suffix in questions:
-        answer = answerer.ask(state, [suffix], [num_tokens])[0]
-        print(_as_json(question, answer) if as_json else _as_text(answer), flush=True)
-
-
-def one_row(answerer: Answerer, prefix: str) -> tuple[MambaState, int]:
-    """The state after a prefix and the prefix's length in tokens; on stderr, how long that is."""
-    state, [length] = answerer.read_prefixes([prefix])
-    _say(f"read {length} tokens into a state of {state.num_bytes / 1e3:,.0f} kB")
-    return state, length
-
-
-def _line() -> str:
-    try:
-        line = sys.stdin.readline()
-        line.encode()  # what is not UTF-8 fails here if the locale let it through
-    except UnicodeError as error:
-        raise UserError("standard input: not UTF-8; convert it to UTF-8") from error
-    return line
-
-
-def _as_json(question: str, answer: Answer) -> str:
-    record = {
-        "question": question,
-        "answer": answer.text,
-        "confidence": answer.confidence,
-        "no_answer_probability": answer.no_answer_probability,
-        "time": answer.seconds,
-        "num_new_tokens": answer.num_new_tokens,
-    }
-    return json.dumps(record, ensure_ascii=False)
-
-
-def _as_text(answer: Answer) -> str:
-    return (
-        f"{answer.text}   (confidence {answer.confidence:.2f}, "
-        f"no answer {answer.no_answer_probability:.2f}, {answer.seconds:.2f} s)"
-    )
-
-
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)

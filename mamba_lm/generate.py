@@ -31,11 +31,15 @@ class Generation(NamedTuple):
 
 
 def prefill(
-    model: MambaLM, sequences: Sequence[Sequence[int]], max_tokens: int | None = None
+    model: MambaLM,
+    sequences: Sequence[Sequence[int]],
+    max_tokens: int | None = None,
+    on_read: Callable[[int], object] = lambda length: None,
 ) -> MambaState:
     """The state after each sequence, one per row, of any lengths, 0 included.
 
     max_tokens bounds what is read at once, rows times length; longer ones are read in pieces.
+    on_read is told the length of each.
     """
     input_ids, lengths = right_pad(sequences)
     input_ids = input_ids.to(_device(model))
@@ -45,6 +49,7 @@ def prefill(
     for start in range(0, max(longest, 1), size):
         piece = input_ids[:, start : start + size]
         state = model.encode(piece, state, (lengths - start).clamp(0, piece.shape[1]))[1]
+        on_read(piece.shape[1])
     return state
 
 

@@ -1,0 +1,134 @@
+"""What a model let in of a context, and where its answer stands there: shades and marks."""
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from squad_utils import abstains
+
+LEVELS = 5
+BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
+# Backgrounds of the same order, each with dark text on it: legible on light and dark terminals.
+COLORS = ("", *(f"black on #{rgb}" for rgb in ("ffe9b8", "ffcf70", "ffab40", "f57c1f")))
+MARK = "bold underline"
+OPEN, CLOSE = "[", "]"
+
+
+class Explanation(NamedTuple):
+    """Of a context each token's place and strength, the norm of Δ, and the places of the answer."""
+
+    context: str
+    tokens: list[tuple[int, int, float]]  # start, end, strength
+    spans: list[tuple[int, int]]  # start, end; none where the model abstained or put it otherwise
+
+    def bounds(self) -> tuple[float, float]:
+        """Between what strengths shades lie: the weakest and the strongest, but for one token in
+        fifty at either end, which would leave no shades to the others."""
+        strengths = sorted(strength for *_, strength in self.tokens)
+        spare = len(strengths) // 50
+        return strengths[spare], strengths[-1 - spare]
+
+    def levels(self) -> list[int]:
+        """The level of each character's shade, 0 to LEVELS - 1, in even steps of strength."""
+        low, high = self.bounds()
+        levels = [0] * len(self.context)
+        for start, end, strength in self.tokens:
+            share = (strength - low) / (high - low) if high > low else 0.0
+            level = min(max(int(LEVELS * share), 0), LEVELS - 1)
+            for place in range(start, end):  # two tokens may share a character
+                if not self.context[place].isspace():
+                    levels[place] = max(levels[place], level)
+        return levels
+
+    def legend(self) -> str:
+        low, high = self.bounds()
+        places = {0: "nowhere in these words", 1: "marked"}.get(
+            len(self.spans), f"marked, at {len(self.spans)} places"
+        )
+        return f"shade: Δ from {low:.2f} to {high:.2f}; the answer: {places}"
+
+    def plain_lines(self, width: int, shades: str = BLOCKS) -> Iterator[str]:
+        """The context in lines of at most `width` columns, each with its shades below it, and the
+        answer in brackets."""
+        levels = self.levels()
+        opening = {start for start, _ in self.spans}
+        closing = {end for _, end in self.spans}
+        cells: list[tuple[str, str]] = []  # a character and the shade below it
+        for place, character in enumerate(printable(self.context)):
+            cells += [(CLOSE, " ")] * (place in closing) + [(OPEN, " ")] * (place in opening)
+            cells.append((character, shades[levels[place]] * _columns(character)))
+        cells += [(CLOSE, " ")] * (len(self.context) in closing)
+        for line in _wrapped(cells, width):
+            for row in zip(*line, strict=True):
+                yield "".join(row).rstrip()
+
+    def styles(self) -> Iterator[tuple[str, int, int]]:
+        """(style, start, end) for `rich`: backgrounds, then marks."""
+        start = 0
+        for level, run in itertools.groupby(self.levels()):
+            end = start + len(list(run))
+            yield COLORS[level], start, end
+            start = end
+        yield from ((MARK, *span) for span in self.spans)
+
+
+def token_strengths(tokenizer, context: str, norms: Tensor) -> list[tuple[int, int, float]]:
+    """Each token's place in the context and its mean over layers of norms (layers, tokens)."""
+    encoded = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+    places = encoded["offset_mapping"]
+    return [(*place, s) for place, s in zip(places, norms.mean(dim=0).tolist(), strict=True)]
+
+
+def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
+    """Where the answer stands in the context as words of its own, whatever the case and blanks;
+    nowhere if it abstains."""
+    if abstains(answer):
+        return []
+    pattern = r"\s+".join(map(re.escape, answer.split()))
+    found = re.finditer(rf"(?<!\w){pattern}(?!\w)", context, re.IGNORECASE)
+    return [match.span() for match in found]
+
+
+def printable(text: str) -> str:
+    """The text with nothing in it that would command a terminal, character by character."""
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    if character == "\t":
+        return " "
+    is_control = unicodedata.category(character) == "Cc" and character != "\n"
+    return "\ufffd" if is_control else character
+
+
+def _columns(character: str) -> int:
+    """How many columns of a terminal it takes."""
+    if unicodedata.combining(character) or unicodedata.category(character) == "Cf":
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _wrapped(cells: list[tuple[str, str]], width: int) -> Iterator[list[tuple[str, str]]]:
+    """Lines of whole words; words alone that are wider than a line are broken."""
+    line: list[tuple[str, str]] = []
+    columns = blank = 0  # taken by the line; and where, after its last blank, it can be broken
+    for character, shade in cells:
+        if character == "\n":
+            yield line
+            line, columns, blank = [], 0, 0
+            continue
+        taken = _columns(character)
+        if line and columns + taken > width and character != " ":
+            end = blank or len(line)
+            yield line[:end]
+            line = line[end:]
+            columns, blank = sum(_columns(c) for c, _ in line), 0
+        line.append((character, shade))
+        columns += taken
+        if character == " ":
+            blank = len(line)
+    yield line

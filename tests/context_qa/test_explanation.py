@@ -1,0 +1,158 @@
+"""Shades and marks on a context: how strong, where, and in how many columns."""
+
+import io
+
+import pytest
+import torch
+
+from context_qa.explanation import (
+    ASCII,
+    BLOCKS,
+    COLORS,
+    LEVELS,
+    MARK,
+    Explanation,
+    answer_spans,
+    printable,
+    token_strengths,
+)
+from mamba_lm.checkpoint import load_tokenizer
+
+
+def explained(context: str, strengths: dict[str, float], answer: str = "") -> Explanation:
+    """Tokens are the words, with the blank before them, of these strengths or 0."""
+    tokens, end = [], 0
+    for word in context.split(" "):
+        start, end = end, end + len(word) + (end > 0)
+        tokens.append((start, end, strengths.get(word, 0.0)))
+    return Explanation(context, tokens, answer_spans(context, answer))
+
+
+def test_levels_go_in_even_steps_and_leave_blanks_alone():
+    strengths = {"a": 1.0, "b": 1.9, "c": 2.1, "d": 3.1, "e": 4.1, "f": 5.9, "g": 6.0}
+    explanation = explained(" ".join(strengths), strengths)
+    assert explanation.bounds() == (1.0, 6.0)
+    assert explanation.levels()[::2] == [0, 0, 1, 2, 3, 4, 4]
+    assert explanation.levels()[1::2] == [0] * 6
+
+
+def test_equal_strengths_have_no_shade():
+    assert set(explained("a b c", {"a": 2.0, "b": 2.0, "c": 2.0}).levels()) == {0}
+    assert explained("a", {"a": 2.0}).levels() == [0]
+
+
+def test_one_token_in_fifty_leaves_the_others_their_shades():
+    words = [f"w{n}" for n in range(100)]
+    strengths = {word: 1 + n / 100 for n, word in enumerate(words)} | {"w99": 1e6, "w0": -1e6}
+    levels = explained(" ".join(words), strengths).levels()
+    assert set(levels) == set(range(LEVELS)) and (levels[0], levels[-1]) == (0, LEVELS - 1)
+
+
+def test_a_character_of_two_tokens_has_the_stronger_ones_shade():
+    tokens = [(0, 1, 1.0), (1, 2, 1.0), (1, 2, 9.0), (1, 2, 4.0)]
+    assert Explanation("a€", tokens, []).levels() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("answer", "marked"),
+    [
+        ("Bo", ["Bo", "Bo"]),
+        ("BO", ["Bo", "Bo"]),
+        ("a black cat", ["a  black\ncat"]),
+        ("cat", ["cat"]),
+        ("ca", []),
+        ("$92 (net)", ["$92 (net)"]),
+        ("$9", []),
+        ("a dog", []),
+        ("the", []),
+        ("I don't know.", []),
+        ("", []),
+    ],
+)
+def test_the_answers_places(answer, marked):
+    context = "Bo is a  black\ncat. Bob pays $92 (net) for Bo. The: I don't know."
+    spans = answer_spans(context, answer)
+    assert [context[start:end] for start, end in spans] == marked
+
+
+def test_plain_lines_show_shades_below_the_text_and_brackets_around_the_answer():
+    explanation = explained("Ann met Bo Li\nin Oslo, Bo Li", {"Bo": 4.0, "Li\nin": 2.0}, "bo li")
+    assert list(explanation.plain_lines(80)) == [
+        "Ann met [Bo Li]",
+        "         ██ ▒▒",
+        "in Oslo, [Bo Li]",
+        "▒▒        ██",
+    ]
+    assert list(explanation.plain_lines(80, ASCII))[1] == "         ## ::"
+
+
+@pytest.mark.parametrize("width", [20, 21, 33, 100])
+def test_plain_lines_are_of_whole_words_in_the_width(width):
+    context = "One two three, four five. " * 9 + "x" * 50 + " ten"
+    explanation = explained(context, {"two": 1.0, "x" * 50: 3.0}, "four five")
+    lines = list(explanation.plain_lines(width))
+    text, shades = lines[::2], lines[1::2]
+    assert max(map(len, lines)) <= width
+    joined = " ".join(text).replace("[", "").replace("]", "")
+    assert joined.replace(" ", "") == context.replace(" ", "")
+    words = {word for line in text for word in line.split() if "x" not in word}
+    assert words <= {"One", "two", "three,", "[four", "five].", "ten"}
+    for line, below in zip(text, shades, strict=True):
+        for place, character in enumerate(line):
+            shade = below[place : place + 1]
+            assert (shade == "█") == (character == "x")
+
+
+def test_shades_stand_below_wide_and_combining_characters():
+    lines = list(explained("日本 e\u0301t\u200b a", {"日本": 1.0, "a": 1.0}).plain_lines(80))
+    assert lines == ["日本 e\u0301t\u200b a", "████    █"]
+
+
+def test_control_characters_are_shown_as_none():
+    assert printable("a\tb\x1b[2J\x07\x9bé\r\n“”") == "a b\ufffd[2J\ufffd\ufffdé\ufffd\n“”"
+    lines = list(explained("a \x1b[31mb", {"a": 1.0}).plain_lines(80))
+    assert lines == ["a \ufffd[31mb", "█"]
+
+
+def test_styles_cover_the_context_and_then_mark():
+    explanation = explained("Ann met Bo Li", {"Bo": 4.0, "Li": 2.0}, "Bo Li")
+    styles = list(explanation.styles())
+    assert styles[-1] == (MARK, 8, 13)
+    assert styles[:-1] == [
+        *((COLORS[0], 0, 8), (COLORS[4], 8, 10), (COLORS[0], 10, 11), (COLORS[2], 11, 13)),
+    ]
+
+
+def test_rich_knows_the_styles():
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text("abcde")
+    for place, style in enumerate(COLORS):
+        text.stylize(f"{style} {MARK}", place, place + 1)
+    stream = io.StringIO()
+    Console(file=stream, force_terminal=True, color_system="truecolor").print(text)
+    assert stream.getvalue().count("48;2;") == LEVELS - 1
+    assert len(BLOCKS) == len(ASCII) == len(COLORS) == LEVELS
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [("Ann", "marked"), ("Bo", "marked, at 2 places"), ("Cy", "nowhere in these words")],
+)
+def test_the_legend(answer, told):
+    explanation = explained("Ann Bo Bo", {"Ann": 2.25, "Bo": 0.5}, answer)
+    assert explanation.legend() == f"shade: Δ from 0.50 to 2.25; the answer: {told}"
+
+
+def test_strengths_are_means_over_layers_at_each_tokens_place():
+    tokenizer = load_tokenizer("", "data/demo/tokenizer")
+    context = "Bo owns “a” hotel."
+    ids = tokenizer(context, add_special_tokens=False)["input_ids"]
+    norms = torch.arange(2.0 * len(ids)).view(2, -1)
+    strengths = token_strengths(tokenizer, context, norms)
+    assert [s for *_, s in strengths] == [n + len(ids) / 2 for n in range(len(ids))]
+    ends = [end for _, end, _ in strengths]
+    assert strengths[0][0] == 0 and ends == sorted(ends) and ends[-1] == len(context)
+    texts = [context[start:end].strip() for start, end, _ in strengths]
+    assert "”" in texts and "hotel" in texts
