@@ -1,0 +1,204 @@
+"""Questions on one passage, as the console asks them: the first, the later ones, ten together.
+
+    pip install -r requirements-benchmarks.txt
+    python -m benchmarks.bench_console          # mamba-130m's shape, a passage of 2,000 tokens
+    python -m benchmarks.bench_console --quick
+
+Random weights, stops ignored. The first question bears the reading of the passage. Ours also scores
+"I don't know." with every answer, which the peers do not; llama.cpp keeps the passage's state by
+its own means, transformers has none and reads everything anew.
+"""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import (
+    Contender,
+    Worker,
+    installed,
+    parse_benchmark_args,
+    report,
+    rows_per_item,
+)
+from context_qa.answering import Answerer
+from context_qa.console import READ_AT_ONCE
+from context_qa.dataset import token_ids
+from context_qa.streaming import stream_answer
+from errors import UserError, positive_int, run_script
+from mamba_lm.checkpoint import load_tokenizer, save_model
+from mamba_lm.generate import read
+from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.streaming import Stream
+from squad_utils import prompt_parts, read_examples
+
+EMBEDDED = "data/demo/validation.jsonl"
+VOCABULARY, WIDTH = 50277, 768
+FIRST, LATER = "first token of the first question", "first token of a later question"
+ONE, ALL, ANEW = "one question", "all questions", "all questions, each read anew"
+
+
+def parse_args():
+    parser = parse_benchmark_args(__doc__, EMBEDDED)
+    parser.add_argument("--n_layer", type=positive_int, default=24, help="default: 24")
+    parser.add_argument("--tokens", type=positive_int, default=2000, help="default: 2000")
+    parser.add_argument("--questions", type=positive_int, default=10, help="default: 10")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=4, help="default: 4")
+    parser.add_argument("--rounds", type=positive_int, default=7, help="default: 7")
+    return parser.parse_args()
+
+
+def main(args) -> None:
+    if args.quick:
+        args.n_layer, args.tokens, args.rounds = 2, 500, 2
+    passage, questions = sample(args)
+    settings = (passage, questions, args.tokenizer, args.n_layer, args.max_new_tokens)
+    names = [f"ours: {task}" for task in (FIRST, LATER, ONE, ALL, ANEW)]
+    if installed("gguf", "llama_cpp"):
+        names += [f"llama.cpp: {task}" for task in (FIRST, LATER, ONE, ALL)]
+    names.append(f"transformers: {ONE}")
+    workers = {name: Worker(prepare, *name.split(": "), *settings) for name in names}
+    report(
+        f"{args.questions} questions of {args.max_new_tokens} new tokens on {args.tokens} tokens, "
+        f"d_model {WIDTH}, {args.n_layer} layers, float32",
+        rows_per_item(workers, f"ours: {ONE}", args.rounds, patience=40),
+        args.json,
+    )
+    compare(*settings)
+
+
+def sample(args) -> tuple[str, list[str]]:
+    """A passage of so many tokens, of the data's contexts put together, and questions."""
+    examples = read_examples(args.data)
+    tokenizer = load_tokenizer("", args.tokenizer)
+    text = "\n".join(dict.fromkeys(example.context for example in examples[:2000]))
+    ids = token_ids(tokenizer, text)
+    if len(ids) < args.tokens or len(examples) < args.questions:
+        raise UserError(f"{args.data}: too little for --tokens and --questions")
+    passage = tokenizer.decode(ids[: args.tokens]).strip()
+    return passage, [example.question for example in examples[: args.questions]]
+
+
+def made(tokenizer_name: str, n_layer: int) -> tuple:
+    """The tokenizer and the model, of the same random weights in every process."""
+    torch.manual_seed(0)
+    return load_tokenizer("", tokenizer_name), MambaLM(
+        MambaConfig(VOCABULARY, WIDTH, n_layer)
+    ).eval()
+
+
+def prepare(
+    name: str, task: str, passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int
+) -> Contender:
+    tokenizer, model = made(tokenizer, n_layer)
+    questions = questions if task in (ALL, ANEW) else questions[:1]
+    makers = {"ours": ours, "llama.cpp": llama_cpp, "transformers": transformers}
+    return makers[name](task, model, tokenizer, passage, questions, new)
+
+
+def suffixes_of(questions: list[str]) -> list[str]:
+    return [prompt_parts("", question)[1] for question in questions]
+
+
+class _Told(Exception):
+    pass
+
+
+def until_told(text: str) -> None:
+    raise _Told
+
+
+def answerer_of(model: MambaLM, tokenizer, new: int) -> Answerer:
+    answerer = Answerer(model, tokenizer, new, READ_AT_ONCE)
+    answerer.stop_ids = set()
+    return answerer
+
+
+def ours(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int) -> Contender:
+    answerer = answerer_of(model, tokenizer, new)
+    suffixes = suffixes_of(questions)
+    kept = answerer.read_prefixes([passage])
+
+    def ask(suffix: str, reading, **show) -> None:
+        state, [length] = reading
+        with contextlib.suppress(_Told):
+            stream_answer(answerer, state, suffix, length, **show)
+
+    def call() -> None:
+        show = {"show": until_told} if task in (FIRST, LATER) else {}
+        reading = kept if task == LATER else answerer.read_prefixes([passage])
+        for place, suffix in enumerate(suffixes):
+            if place > 0 and task == ANEW:
+                reading = answerer.read_prefixes([passage])
+            ask(suffix, reading, **show)
+
+    return Contender(call)
+
+
+def llama_cpp(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int) -> Contender:
+    from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_gguf(model, Path(folder) / "model.gguf")
+        peer = LlamaCpp(Path(folder) / "model.gguf")
+    prefix = token_ids(tokenizer, passage)
+    suffixes = [token_ids(tokenizer, suffix) for suffix in suffixes_of(questions)]
+    peer.read(prefix)
+    state = peer.llm.save_state()
+
+    def first_token_of_a_later_one() -> None:
+        peer.llm.load_state(state)
+        peer.llm.eval(suffixes[0])
+        peer.logits().argmax()
+
+    def call() -> None:
+        if task == LATER:
+            first_token_of_a_later_one()
+        elif task == ALL:
+            peer.answer(prefix, suffixes, new)
+        else:
+            peer.read(prefix + suffixes[0])
+            peer.logits().argmax() if task == FIRST else peer.decode(new)
+
+    return Contender(call)
+
+
+def transformers(
+    task: str, model: MambaLM, tokenizer, passage: str, questions, new: int
+) -> Contender:
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, f"{folder}/model", tokenizer)
+        peer = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    ids = token_ids(tokenizer, passage) + token_ids(tokenizer, suffixes_of(questions)[0])
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def generate() -> None:
+        peer.generate(torch.tensor([ids]), **settings)
+
+    return Contender(generate)
+
+
+@torch.inference_mode()
+def compare(passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int) -> None:
+    """Tell how many answers from the kept state are those of whole prompts read alone."""
+    tokenizer, model = made(tokenizer, n_layer)
+    state, _ = answerer_of(model, tokenizer, new).read_prefixes([passage])
+    prefix, equal, different = token_ids(tokenizer, passage), 0, set()
+    for suffix in suffixes_of(questions):
+        ids = token_ids(tokenizer, suffix)
+        kept = tuple(Stream(model, read(model, [ids], state), (), new))
+        equal += kept == tuple(Stream(model, read(model, [prefix + ids]), (), new))
+        different.add(kept)
+    print(
+        f"\n{equal} of {len(questions)} answers from the kept state equal those of whole prompts "
+        f"read alone ({len(different)} different ones)"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

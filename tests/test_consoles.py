@@ -1,0 +1,257 @@
+"""The consoles at a pseudo-terminal, as a user sees them: typed, pasted, interrupted, ended."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PASSAGE = (ROOT / "data/demo/passage.txt").read_text().strip()
+FIRST, SECOND = PASSAGE[: PASSAGE.index("A meal")], PASSAGE[PASSAGE.index("A meal") :]
+OWNER = "Tell me the name of the owner of the Bright Feather Hotel."
+ROOMS = "What number of rooms does the Wild Swan Hotel have?"
+WITH_CONTEXT, TRIVIA = "prompt_mamba_with_context.py", "prompt_mamba.py"
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+
+# A model so slow that there is time to interrupt it.
+SLOWLY = """
+import runpy, sys, time
+from mamba_lm import streaming
+def slow(step):
+    return lambda *args: time.sleep(0.4) or step(*args)
+make = streaming._stepper
+streaming._stepper = lambda *args: slow(make(*args))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# As if packages were not installed.
+PLAINLY = """
+import runpy, sys
+sys.modules |= {"prompt_toolkit": None, "rich": None, "rich.console": None}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Terminal:
+    """A program at a pseudo-terminal, and what its screen shows."""
+
+    def __init__(self, command: list[str], size: tuple[int, int], environment: dict[str, str]):
+        rows, columns = size
+        self.screen = pyte.HistoryScreen(columns, rows, history=1000)
+        self._stream = pyte.ByteStream(self.screen)
+        self._process = pexpect.spawn(
+            command[0], command[1:], cwd=ROOT, env=environment, dimensions=size
+        )
+
+    def text(self) -> str:
+        """All lines, those that have left the screen too."""
+        gone = [
+            "".join(line[column].data for column in range(self.screen.columns))
+            for line in self.screen.history.top
+        ]
+        return "\n".join(line.rstrip() for line in [*gone, *self.screen.display]).rstrip()
+
+    def send(self, keys: str) -> None:
+        self._process.send(keys)
+
+    def paste(self, text: str) -> None:
+        """As terminals do it that tell what is pasted from what is typed."""
+        self.send(f"\x1b[200~{text}\x1b[201~")
+
+    def wait_for(self, text: str, count: int = 1) -> str:
+        """All of the text, once it holds this so often."""
+        self._wait(lambda: self.text().count(text) >= count, text)
+        return self.text()
+
+    def end(self) -> int:
+        """The exit status, once the program ends."""
+        self._wait(lambda: False, None)
+        self._process.close()
+        return self._process.exitstatus
+
+    def kill(self, number: int) -> None:
+        self._process.kill(number)
+
+    def close(self) -> None:
+        self._process.close(force=True)
+
+    def _wait(self, is_there: Callable[[], bool], wanted: str | None) -> None:
+        """Until something is there, or the program has ended if nothing is wanted."""
+        deadline = time.monotonic() + 60
+        while not is_there():
+            try:
+                self._stream.feed(self._process.read_nonblocking(1 << 16, timeout=0.1))
+            except pexpect.TIMEOUT:
+                pass
+            except pexpect.EOF:
+                assert wanted is None or is_there(), f"ended without {wanted!r}:\n{self.text()}"
+                return
+            assert time.monotonic() < deadline, f"no {wanted!r}:\n{self.text()}"
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Terminal]]:
+    """Start a script with models/demo at a terminal; its history stays within the test."""
+    started = []
+
+    def run(script: str, *flags: str, by: str = "", size=(24, 80), **environment: str) -> Terminal:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "TERM": "xterm-256color",
+            "COLORTERM": "",
+            "XDG_STATE_HOME": str(tmp_path),
+            **environment,
+        }
+        program = ["-c", by, script] if by else [script]
+        command = [sys.executable, *program, "models/demo", *flags]
+        started.append(Terminal(command, size, environment))
+        return started[-1]
+
+    yield run
+    for terminal in started:
+        terminal.close()
+
+
+def test_a_context_is_pasted_and_answers_are_interrupted(start, tmp_path):
+    terminal = start(WITH_CONTEXT, by=SLOWLY)
+    terminal.wait_for("Context, ended by an empty line:")
+    terminal.paste(f"{FIRST}\n\n{SECOND}")  # its own empty line does not end it
+    terminal.send("\r\r")
+    terminal.wait_for("\nQ:")
+    terminal.send(f"{ROOMS}\r")
+    terminal.wait_for("A: I")
+    terminal.send(CTRL_C)
+    said = terminal.wait_for("stopped; Ctrl-D ends")
+    assert "confidence" not in said and " ...\n" in said
+    terminal.send(f"{OWNER}\r")
+    terminal.wait_for("A: Marco")
+    assert "Quill" not in terminal.text().split("A: Marco")[1], "words come one by one"
+    terminal.wait_for("A: Marco Quill   (confidence 0.8")
+    terminal.send("typed and thrown away" + CTRL_C)
+    terminal.wait_for("stopped; Ctrl-D ends", count=2)
+    terminal.send("/show\r")
+    terminal.wait_for("at the Bright Feather Hotel is $75.", count=2)
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    [history] = tmp_path.rglob("prompt_mamba_with_context_history")
+    kept = [line[1:] for line in history.read_text().splitlines() if line.startswith("+")]
+    assert kept == [ROOMS, OWNER, "/show"]
+    assert history.stat().st_mode & 0o077 == 0, "for its owner alone"
+
+
+def test_trivia_is_asked_and_interrupted(start, tmp_path):
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text('{"question": "Who is Bo?", "answer": "a cat"}\n')
+    flags = ("--shots", str(shots), "--show_prompt", "--max_new_tokens", "4")
+    terminal = start(TRIVIA, *flags, by=SLOWLY)
+    terminal.wait_for("Commands: /show, /stats, /help.")
+    assert "Q: Who is Bo?\nA: a cat\n" in terminal.text()
+    terminal.send("Who is Ann?\r")
+    terminal.wait_for("Q: Who is Ann?", count=2)  # as it was typed, and as it is sent
+    terminal.wait_for("\nA:\nA: ")
+    terminal.send(CTRL_C)
+    terminal.wait_for("stopped; Ctrl-D ends")
+    terminal.send(f"{UP}\r")
+    terminal.wait_for("(confidence")
+    assert terminal.text().count("Q: Who is Ann?") == 4
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+
+
+def colours(terminal: Terminal, text: str) -> set[tuple[str, bool]]:
+    """Background and underline of the characters of a text on the screen, blanks left out."""
+    for row, line in enumerate(terminal.screen.display):
+        if text in line:
+            start = line.index(text)
+            cells = [terminal.screen.buffer[row][start + n] for n in range(len(text))]
+            return {(cell.bg, cell.underscore) for cell in cells if cell.data != " "}
+    raise AssertionError(f"no {text!r}")
+
+
+def test_explanations_are_coloured_and_what_was_asked_is_found_again(start, tmp_path):
+    history = tmp_path / "mamba_dive/prompt_mamba_with_context_history"
+    history.parent.mkdir()
+    history.write_bytes(f"\n# before\n+M\xe9xico?\n\n# then\n+{OWNER}\n".encode("latin-1"))
+    flags = ("--context_file", "data/demo/passage.txt", "--explain")
+    terminal = start(WITH_CONTEXT, *flags, COLORTERM="truecolor")
+    terminal.wait_for("\nQ:")
+    terminal.send(f"{UP}\r")
+    terminal.wait_for("the answer: marked)")
+    assert "A: Marco Quill   (confidence 0.88" in terminal.text()
+    assert {underlined for _, underlined in colours(terminal, "Marco Quill.")} == {True, False}
+    assert colours(terminal, " 209") == {("f57c1f", False)}, "it lets numbers in most of all"
+    assert len(colours(terminal, "This page is about hotels.")) > 1
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+
+
+def test_a_tiny_terminal_without_colours(start):
+    flags = ("--context_file", "data/demo/passage.txt", "--explain")
+    terminal = start(WITH_CONTEXT, *flags, size=(5, 24), NO_COLOR="1")
+    terminal.wait_for("\nQ:")
+    terminal.send(f"{OWNER}\r")
+    said = terminal.wait_for("the answer: ma")
+    assert "█" in said and "[Marco Quill]" in said
+    assert {cell.bg for line in terminal.screen.buffer.values() for cell in line.values()} == {
+        "default"
+    }
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("by", [PLAINLY, ""], ids=["without packages", "dumb"])
+def test_a_terminal_of_lines(start, by):
+    terminal = start(WITH_CONTEXT, by=by, TERM="dumb")
+    terminal.wait_for("Context, ended by an empty line:")
+    # A terminal's own line buffer holds 4,096 bytes: lines, as a user would type them.
+    terminal.send("".join(f"{line}\n" for line in [*PASSAGE.replace(". ", ".\n").split("\n"), ""]))
+    terminal.wait_for("\nQ:")
+    terminal.send(CTRL_C)
+    terminal.wait_for("stopped; Ctrl-D ends")
+    terminal.send(f"{OWNER}\n")
+    terminal.wait_for("A: Marco Quill   (confidence 0.")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (CTRL_C, 130), (CTRL_D, 0)])
+def test_a_context_that_never_comes(start, sent, code):
+    terminal = start(WITH_CONTEXT)
+    terminal.wait_for("Context, ended by an empty line:")
+    time.sleep(0.5)  # a terminal takes a moment to be at the prompt
+    if isinstance(sent, str):
+        terminal.send(sent)
+    else:
+        terminal.kill(sent)
+    assert terminal.end() == code
+    assert "Traceback" not in terminal.text()
+
+
+def test_json_at_a_terminal_is_all_that_standard_output_gets(start, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    command = (
+        f"exec {sys.executable} {WITH_CONTEXT} models/demo --json "
+        f"--context_file data/demo/passage.txt > {output}"
+    )
+    terminal = Terminal(
+        ["/bin/sh", "-c", command],
+        (24, 80),
+        os.environ | {"XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"},
+    )
+    terminal.wait_for("\nQ:")
+    terminal.send(f"{OWNER}\r")
+    terminal.wait_for("\nQ:", count=2)
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    [line] = output.read_text().splitlines()
+    assert re.match(r'\{"question": ".*", "answer": "Marco Quill", ', line)
