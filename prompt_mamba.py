@@ -11,8 +11,8 @@ question is asked from the state after it.
 import argparse
 
 from context_qa.console import add_console_flags, load_console
+from context_qa.conversation import Conversation
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
-from context_qa.terminal import keyboard
 from errors import run_script
 
 
@@ -31,9 +31,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     shots = read_shots(args.shots) if args.shots else SHOTS
-    console = load_console(args, loads_contexts=False)
-    lines = keyboard(console.screen, "prompt_mamba", args.json, console.commands)
-    console.run(lines, n_shot_prompt(shots), args.question)
+    console = load_console(args, show_prompt=args.show_prompt)
+    conversation = Conversation(console, "prompt_mamba", loads_contexts=False)
+    conversation.run(n_shot_prompt(shots), args.question)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ Without --question, questions come from standard input, one a line.
 """
 
 import argparse
+import sys
 
 from context_qa.console import add_console_flags, load_console, read_context
-from context_qa.terminal import keyboard
+from context_qa.conversation import Conversation
+from context_qa.provenance import trained_prompt_order
 from errors import UserError, run_script
 
 
@@ -36,9 +38,14 @@ def main(args: argparse.Namespace) -> None:
     if args.context_file == "-" and not args.question:
         raise UserError("--context_file -: is all of standard input; ask by --question")
     context = read_context(args.context_file) if args.context_file else None
+    order = trained_prompt_order(args.model)
+    if order != "context_first":
+        warning = (
+            f"warning: {args.model} was trained with --prompt_order {order}, but here a context"
+        )
+        print(warning, "is read first, and once", file=sys.stderr)
     console = load_console(args, explain=args.explain)
-    lines = keyboard(console.screen, "prompt_mamba_with_context", args.json, console.commands)
-    console.run(lines, context, args.question)
+    Conversation(console, "prompt_mamba_with_context").run(context, args.question)
 
 
 if __name__ == "__main__":

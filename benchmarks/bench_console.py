@@ -26,7 +26,7 @@ from benchmarks.timing import (
 from context_qa.answering import Answerer
 from context_qa.console import READ_AT_ONCE
 from context_qa.dataset import token_ids
-from context_qa.streaming import stream_answer
+from context_qa.streamed_answer import stream_answer
 from errors import UserError, positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.generate import read
@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument("--tokens", type=positive_int, default=2000, help="default: 2000")
     parser.add_argument("--questions", type=positive_int, default=10, help="default: 10")
     parser.add_argument("--max_new_tokens", type=positive_int, default=4, help="default: 4")
-    parser.add_argument("--rounds", type=positive_int, default=7, help="default: 7")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
     return parser.parse_args()
 
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from context_qa.answering import Answerer
 from context_qa.dataset import token_ids
 from context_qa.explanation import Explanation, answer_spans, token_strengths
-from context_qa.provenance import trained_prompt_order
-from context_qa.streaming import StreamedAnswer, stream_answer
-from context_qa.terminal import Lines, Screen, typed
+from context_qa.streamed_answer import StreamedAnswer, stream_answer
+from context_qa.terminal import Screen, typed
 from errors import UserError, not_negative, positive_int, probability, seed
 from files import read_text
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
@@ -24,7 +23,7 @@ from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler
-from squad_utils import PROMPT_ORDERS, abstains, prompt_parts
+from squad_utils import abstains, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -69,8 +68,8 @@ class Passage(NamedTuple):
 class Console:
     """Reads a passage once and answers question after question from the state after it.
 
-    layers: those whose Δ explains answers, none by default. loads_contexts: whether another context
-    may be asked for. show_prompt: whether all that is sent to the model is shown too.
+    layers: those whose Δ explains answers, none by default. show_prompt: whether all that is sent
+    to the model is shown too.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class Console:
         sampler: Sampler | None = None,
         as_json: bool = False,
         layers: Sequence[int] = (),
-        loads_contexts: bool = True,
         show_prompt: bool = False,
     ):
         self.answerer, self.sampler, self.as_json = answerer, sampler, as_json
@@ -88,18 +86,6 @@ class Console:
         self.passage: Passage | None = None
         self.first: StreamedAnswer | None = None  # answer on this passage
         self.last: StreamedAnswer | None = None
-        self.commands = {
-            "/context": ("[FILE]", "read another context, typed or from a file", self._context),
-            "/show": ("", "print what has been read", self._show),
-            "/stats": (
-                "",
-                "tokens a second, time to the first token, size of the state",
-                self._stats,
-            ),
-            "/help": ("", "this list", self._help),
-        }
-        if not loads_contexts:
-            del self.commands["/context"]
 
     def read(self, text: str) -> None:
         """Read a passage, from whose state questions are asked from now on."""
@@ -144,34 +130,6 @@ class Console:
                 self.screen.explain(self._explanation(answer))
         self.first, self.last = self.first or answer, answer
 
-    def run(
-        self, lines: Lines, text: str | None = None, questions: Sequence[str] | None = None
-    ) -> None:
-        """Read a passage and ask about it; what is not given is typed."""
-        with contextlib.suppress(EOFError):
-            self.read(_checked(lines.context(), "standard input") if text is None else text)
-            for question in questions or ():
-                self.ask(question)
-            if not questions:
-                self.converse(lines)
-
-    def converse(self, lines: Lines) -> None:
-        """Ask what is typed or piped in, until EOFError. At a terminal Ctrl-C stops an answer only,
-        and lines that begin with a slash are commands."""
-        if lines.is_interactive:
-            self.screen.say(f"Commands: {', '.join(self.commands)}. Ctrl-C stops, Ctrl-D ends.")
-        while True:
-            try:
-                line = lines.question()
-                if lines.is_interactive and line.startswith("/"):
-                    self._obey(line, lines)
-                elif line:
-                    self.ask(line, "A: " if lines.is_interactive else "")
-            except KeyboardInterrupt:
-                if not lines.is_interactive:
-                    raise
-                self.screen.say("stopped; Ctrl-D ends")
-
     def _record(self, question: str, answer: StreamedAnswer) -> dict:
         """The first question on a passage bears the time of reading that, as in evaluation."""
         reading = 0.0 if self.first else self.passage.seconds
@@ -196,42 +154,6 @@ class Console:
         text = self.passage.text
         return Explanation(text, self.passage.strengths, answer_spans(text, answer.text))
 
-    def _obey(self, line: str, lines: Lines) -> None:
-        command, _, argument = line.partition(" ")
-        if command not in self.commands:
-            self.screen.say(f"{command}: no such command; /help lists them")
-            return
-        try:
-            self.commands[command][2](argument.strip(), lines)
-        except UserError as error:
-            self.screen.say(f"error: {error}")
-
-    def _context(self, path: str, lines: Lines) -> None:
-        self.read(read_context(path) if path else _checked(lines.context(), "standard input"))
-
-    def _show(self, *_) -> None:
-        self.screen.say(self.passage.text)
-
-    def _stats(self, *_) -> None:
-        _, state, num_tokens, seconds, _ = self.passage
-        self.screen.say(
-            f"context: {num_tokens:,} tokens, read in {seconds:.2f} s "
-            f"({num_tokens / seconds:,.0f} tokens/s)\n"
-            f"state: {state.num_bytes / 1e3:,.0f} kB"
-        )
-        if self.last is not None:
-            self.screen.say(
-                f"time to first token: {self.last.seconds_to_first_token:.3f} s; with reading, as "
-                f"for the first answer: {seconds + self.first.seconds_to_first_token:.3f} s\n"
-                f"last answer: {self.last.num_new_tokens} tokens, "
-                f"{self.last.num_new_tokens / self.last.seconds:.1f} tokens/s"
-            )
-
-    def _help(self, *_) -> None:
-        for name, (argument, what, _) in self.commands.items():
-            self.screen.say(f"{name} {argument}".ljust(18) + what)
-        self.screen.say("Ctrl-C stops an answer, Ctrl-D ends. All else is a question.")
-
 
 def _doubts(answer: StreamedAnswer) -> str:
     """How sure the model is; where it abstains, how likely an answer was."""
@@ -242,7 +164,7 @@ def _doubts(answer: StreamedAnswer) -> str:
 
 
 def load_console(
-    args: argparse.Namespace, explain: bool = False, loads_contexts: bool = True
+    args: argparse.Namespace, explain: bool = False, show_prompt: bool = False
 ) -> Console:
     """A console with the model that the command line names; the model's note goes to stderr."""
     for question in args.question or ():
@@ -262,19 +184,11 @@ def load_console(
     note = Path(args.model) / NOTE
     if note.is_file():
         print(note.read_text(encoding="utf-8", errors="replace").strip(), file=sys.stderr)
-    order = trained_prompt_order(args.model)
-    if loads_contexts and order != PROMPT_ORDERS[0]:
-        print(
-            f"warning: {args.model} was trained with --prompt_order {order}; here the context "
-            "comes first, once",
-            file=sys.stderr,
-        )
     answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
     # Kernels are loaded, or compiled, at their first use: now, not amid the first answer.
     state, [length] = answerer.read_prefixes(["\n"])
     stream_answer(answerer, state, "\n", length)
-    show_prompt = getattr(args, "show_prompt", False)
-    return Console(answerer, sampler, args.json, layers, loads_contexts, show_prompt)
+    return Console(answerer, sampler, args.json, layers, show_prompt)
 
 
 def read_context(path: str) -> str:
@@ -283,10 +197,11 @@ def read_context(path: str) -> str:
         context = read_text(Path(path).expanduser(), "a text file")
     else:
         path, context = "standard input", typed(sys.stdin.read)
-    return _checked(context, path)
+    return checked_context(context, path)
 
 
-def _checked(context: str, source: str) -> str:
+def checked_context(context: str, source: str) -> str:
+    """The context without blanks around it; UserError if that is all it was."""
     if not context.strip():
         raise UserError(f"{source}: the context is empty")
     return context.strip()

@@ -224,6 +224,30 @@ def continuation_log_prob(
     return first + rest + logits[:, -1, stops].logsumexp(dim=1) - totals[:, -1]
 
 
+def read_and_score(
+    model: MambaLM,
+    token_ids: Sequence[int],
+    state: MambaState,
+    continuation: Sequence[int],
+    stop_ids: Collection[int],
+    vocab_size: int | None = None,
+) -> tuple[Reading, float]:
+    """`read` of one row, and the `continuation_log_prob` of what might follow: in one pass over the
+    weights where the model gives the states on the way."""
+    device = _device(model)
+    each = model.encode_each(torch.tensor([*token_ids, *continuation], device=device), state)
+    if each is None:
+        reading = read(model, [token_ids], state, vocab_size)
+        score = continuation_log_prob(model, reading, continuation, stop_ids, vocab_size)
+        return reading, score.item()
+    last = len(token_ids) - 1
+    hidden, states = each
+    log_probs = token_log_probs(model, hidden[last:], vocab_size)  # (continuation + 1, v)
+    score = sum(log_probs[n, token].item() for n, token in enumerate(continuation))
+    score += log_probs[-1, sorted(stop_ids)].logsumexp(dim=0).item()
+    return Reading(log_probs[:1], states.fork(torch.tensor([last], device=device))), score
+
+
 def token_log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
     """Log-probabilities (b, v) of what follows each row of hidden (b, m), without padded rows."""
     return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)

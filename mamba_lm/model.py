@@ -353,11 +353,10 @@ class MambaLM(nn.Module):
         As `encode`, but in one kernel where the backend has it. Good until weights are moved,
         replaced or hooked.
         """
-        weights = self.layer_weights()
-        fused = fused_layers(weights) if weights is not None else None
+        fused = self._fused_layers()
 
         def step(token_ids, state):
-            stepped = fused(self._embed(token_ids[:, None]), *state) if fused is not None else None
+            stepped = fused(self._embed(token_ids[:, None]), *state)
             if stepped is None:
                 hidden, state = self.encode(token_ids[:, None], state)
                 return hidden[:, 0], state
@@ -365,6 +364,20 @@ class MambaLM(nn.Module):
             return self.backbone.norm_f(residual)[:, 0], MambaState(convs, ssms)
 
         return step
+
+    def encode_each(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState] | None:
+        """Read the tokens (l,) of one row: hidden (l, m), and the states after each of them, a row
+        each. None where the backend has no kernel for that, or they are too many for it."""
+        read = self._fused_layers()(self._embed(token_ids[:, None]), *state, in_sequence=True)
+        if read is None:
+            return None
+        residual, convs, ssms = read
+        return self.backbone.norm_f(residual)[:, 0], MambaState(convs, ssms)
+
+    def _fused_layers(self) -> Callable:
+        weights = self.layer_weights()
+        fused = fused_layers(weights) if weights is not None else None
+        return fused or (lambda *args, **settings: None)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         hidden = self.backbone.embeddings(input_ids)

@@ -1,6 +1,5 @@
 """One row continued a token at a time, each told as it is chosen: greedily or by sampling."""
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -54,14 +53,11 @@ class Sampler:
 
 
 class Stream:
-    """What follows one row, token by token; and what else might have, in the same steps.
+    """What follows one row, token by token.
 
-    Iterate once for the new tokens, each as soon as it is chosen. Then, as `generate.decode` and
-    `generate.continuation_log_prob` count them, of the model's own probabilities:
-
-    log_prob: of these tokens and, if it came, of the stop; NaN if the model computes that.
-    other_log_prob: that the row goes on with `other` in their place and then stops. It is read as a
-    second row: a step reads all of the weights, which takes as long for one row as for two.
+    Iterate once for the new tokens, each as soon as it is chosen. Then `log_prob` is that of these
+    tokens and, if it came, of the stop, by the model's own probabilities, as `generate.decode`
+    counts them; NaN if the model computes that.
     """
 
     def __init__(
@@ -72,55 +68,29 @@ class Stream:
         max_new_tokens: int,
         vocab_size: int | None = None,
         sampler: Callable[[Tensor], int] | None = None,
-        other: Sequence[int] = (),
     ):
         self.model, self.reading, self.vocab_size = model, reading, vocab_size
-        self.max_new_tokens, self.other = max_new_tokens, list(other)
+        self.max_new_tokens, self.stop_ids = max_new_tokens, sorted(stop_ids)
         self.sampler = sampler or Sampler()
-        self.stop_ids = frozenset(stop_ids)
-        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long).to(reading.log_probs.device)
-        self.log_prob = self.other_log_prob = 0.0
+        self.log_prob = 0.0
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[int]:
         step = _stepper(self.model, self.vocab_size)
-        log_probs, state = self.reading.fork(self.stops.new_zeros(2))
-        choosers = [self._choose, self._follow]
-        for n in itertools.count():
-            tokens = [choose(row, n) for choose, row in zip(choosers, log_probs, strict=True)]
-            if choosers[0] == self._choose and tokens[0] is not None:
-                yield tokens[0]
-            kept = [row for row, token in enumerate(tokens) if token is not None]
-            if not kept:
+        log_probs, state = self.reading
+        for left in range(self.max_new_tokens, -1, -1):
+            if log_probs[0, 0].isnan():
+                self.log_prob = math.nan
                 return
-            if len(kept) < len(tokens):
-                choosers = [choosers[row] for row in kept]
-                state = state.fork(self.stops.new_tensor(kept))
-            log_probs, state = step(self.stops.new_tensor([tokens[row] for row in kept]), state)
-
-    def _choose(self, log_probs: Tensor, n: int) -> int | None:
-        """The n-th new token, None at the end."""
-        if log_probs[0].isnan():
-            self.log_prob = math.nan
-            return None
-        token = self.sampler(log_probs)
-        if token in self.stop_ids:
-            self.log_prob += self._stop(log_probs)
-            return None
-        if n == self.max_new_tokens:  # only a stop would still have counted
-            return None
-        self.log_prob += log_probs[token].item()
-        return token
-
-    def _follow(self, log_probs: Tensor, n: int) -> int | None:
-        if n == len(self.other):
-            self.other_log_prob += self._stop(log_probs)
-            return None
-        self.other_log_prob += log_probs[self.other[n]].item()
-        return self.other[n]
-
-    def _stop(self, log_probs: Tensor) -> float:
-        return log_probs[self.stops].logsumexp(dim=0).item()
+            token = self.sampler(log_probs[0])
+            if token in self.stop_ids:
+                self.log_prob += log_probs[0, self.stop_ids].logsumexp(dim=0).item()
+                return
+            if left == 0:  # only a stop would still have counted
+                return
+            self.log_prob += log_probs[0, token].item()
+            yield token
+            log_probs, state = step(torch.tensor([token], device=log_probs.device), state)
 
 
 def _stepper(

@@ -143,8 +143,10 @@ def fused_layers(weights: Sequence[LayerWeights]) -> Callable | None:
     """A function that takes one token through all layers in one kernel, if the backend has it.
 
     It makes of residual (b, 1, m) and, of each layer, conv (b, w - 1, d) and ssm (b, n, d) what
-    they are after the token, or None where they are not for it. It is good for as long as the
-    weights are not moved.
+    they are after the token, or None where they are not for it. With in_sequence=True the tokens
+    are those of one row, each read after the one before it, and states are (1, w - 1, d) and
+    (1, n, d) at first, then those after each token. It is good for as long as the weights are not
+    moved.
     """
     return _operation("fused_layers", weights[0].in_proj)(weights)
 

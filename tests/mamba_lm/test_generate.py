@@ -209,3 +209,19 @@ def test_continuation_log_prob_of_the_greedy_answer_is_decodes_own(model, readin
         token_ids, log_prob = generations[row]
         got = continuation_log_prob(model, one, token_ids, STOPS, VOCABULARY)
         assert got.item() == pytest.approx(log_prob, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("continuation", [[4], [7, 1, 4, 4, 9, 1, 6]], ids=str)
+@pytest.mark.parametrize("prompt", PROMPTS[:4], ids=str)
+def test_read_and_score_is_both(prompt, continuation, is_fused, model, monkeypatch, assert_near):
+    state = read(model, [[5, 6]]).state
+    wanted = read(model, [prompt], state, VOCABULARY)
+    [log_prob] = continuation_log_prob(model, wanted, continuation, STOPS, VOCABULARY).tolist()
+    if not is_fused:
+        monkeypatch.setattr(model, "encode_each", lambda *args: None)
+    got, score = generate.read_and_score(model, prompt, state, continuation, STOPS, VOCABULARY)
+    assert score == pytest.approx(log_prob, abs=1e-4)
+    assert_near(got.log_probs, wanted.log_probs, 1e-5)
+    for one, other in zip(got.state.tensors(), wanted.state.tensors(), strict=True):
+        assert_near(one, other, 1e-5)

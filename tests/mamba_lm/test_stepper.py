@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mamba_lm import model as model_module
+from mamba_lm.selective_scan import cpu
 from mamba_lm.selective_scan.cpu import threads as cpu_threads
 
 VARIANTS = {
@@ -29,7 +30,7 @@ def steps(monkeypatch):
 
     def fused_layers(weights):
         step = actual(weights)
-        return step and (lambda *args: seen(step(*args)))
+        return step and (lambda *args, **settings: seen(step(*args, **settings)))
 
     def seen(stepped):
         taken.append(stepped is not None)
@@ -291,3 +292,76 @@ def test_an_epsilon_of_one_is_one(make_model, assert_near, steps):
     wanted, _ = copy.deepcopy(model).double()(token, state.to(torch.float64))
     assert_near(one_more(model, token, state)[0], wanted[:, 0], 1e-5)
     assert steps == [True]
+
+
+# Tokens of one row, one after the other
+
+
+@variants
+@pytest.mark.parametrize("length", [1, 2, 5, 32])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@torch.no_grad()
+def test_states_after_each_token_equal_float64(
+    changes, length, dtype, tolerance, make_model, assert_near, steps
+):
+    model = make_model(**changes).to(dtype)
+    exact = copy.deepcopy(model).double()
+    state = model(prompt(1)[0])[1]
+    given = {name: tensor.clone() for name, tensor in tensors(state).items()}
+    ids = torch.randint(0, 31, (1, length))
+    hidden, states = model.encode_each(ids[0], state)
+    assert steps == [True] and states.batch_size == length
+    wanted, _ = exact(ids, state.to(torch.float64))
+    assert_near(model.lm_head(hidden), wanted[0], tolerance)
+    for n in {1, length // 2 + 1, length}:
+        _, after = exact(ids[:, :n], state.to(torch.float64))
+        assert_near(tensors(states.fork(torch.tensor([n - 1]))), tensors(after), tolerance)
+    assert_near(tensors(state), given, 0)
+    assert {t.dtype for t in states.conv} == {dtype}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_sequence_has_the_same_bits_on_any_number_of_threads(
+    count, make_model, threads, monkeypatch, steps
+):
+    monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
+    model = make_model(d_model=90, d_state=40, dt_rank=80)
+    state, ids = model(prompt(1)[0])[1], torch.randint(0, 31, (20,))
+    threads(1)
+    wanted, wanted_states = model.encode_each(ids, state)
+    threads(count)
+    for _ in range(10):
+        got, states = model.encode_each(ids, state)
+        assert torch.equal(got, wanted)
+        for name, tensor in tensors(states).items():
+            assert torch.equal(tensor, tensors(wanted_states)[name]), name
+    assert all(steps)
+
+
+@torch.no_grad()
+def test_sequences_that_it_does_not_take(make_model, monkeypatch, steps):
+    model, ids = make_model(), torch.randint(0, 31, (40,))
+    state = model(prompt(1)[0])[1]
+    assert model.encode_each(ids[:33], state) is None
+    assert model.encode_each(ids[:0], state) is None
+    assert model.encode_each(ids[:5], model(prompt(2)[0])[1]) is None, "states of two rows"
+    with torch.enable_grad():
+        assert model.encode_each(ids[:5], state) is None
+    states = 5 * sum(ssm[0].numel() * 4 for ssm in state.ssm)
+    monkeypatch.setattr(cpu, "SEQUENCE_BYTES", states)
+    assert model.encode_each(ids[:5], state) is not None
+    monkeypatch.setattr(cpu, "SEQUENCE_BYTES", states - 1)
+    assert model.encode_each(ids[:5], state) is None
+    assert steps == [False] * 4 + [True, False]
+    with model.backbone.layers[1].register_forward_hook(lambda *args: None):
+        assert model.encode_each(ids[:5], state) is None
+
+
+@torch.no_grad()
+def test_triton_takes_no_sequence(make_model, monkeypatch, steps):
+    pytest.importorskip("triton")
+    model = make_model()
+    state = model(prompt(1)[0])[1]
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "triton")
+    assert model.encode_each(torch.tensor([1, 2]), state) is None and steps == [False]

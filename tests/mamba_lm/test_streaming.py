@@ -8,7 +8,7 @@ import torch
 
 from errors import UserError
 from mamba_lm import cuda_graphs, streaming
-from mamba_lm.generate import Reading, continuation_log_prob, decode, read
+from mamba_lm.generate import Reading, decode, read
 from mamba_lm.streaming import Sampler, Stream
 
 VOCABULARY = 31  # of 32 rows: the last is padding
@@ -47,18 +47,14 @@ def graphs(request, monkeypatch):
     cuda_graphs._graphs.clear()
 
 
-@pytest.mark.parametrize("other", [[], [4], [7, 1, 4, 4, 9, 1, 6]], ids=str)
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 12])
 @pytest.mark.parametrize("stops", [STOPS, [30], []], ids=str)
-def test_a_stream_is_what_decode_gives(max_new_tokens, stops, other, model, reading, graphs):
+def test_a_stream_is_what_decode_gives(max_new_tokens, stops, model, reading, graphs):
     [wanted] = decode(model, reading, stops, max_new_tokens, VOCABULARY)
     for _ in range(2):  # the second time graphs are there
-        stream = Stream(model, reading, stops, max_new_tokens, VOCABULARY, other=other)
+        stream = Stream(model, reading, stops, max_new_tokens, VOCABULARY)
         assert list(stream) == wanted.token_ids
         assert stream.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
-        if other and stops:
-            [expected] = continuation_log_prob(model, reading, other, stops, VOCABULARY)
-            assert stream.other_log_prob == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
@@ -73,7 +69,7 @@ def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
 def test_the_reading_is_left_as_it_was(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     before = [tensor.clone() for tensor in (reading.log_probs, *reading.state.tensors())]
-    list(Stream(model, reading, [], 5, VOCABULARY, other=[1, 2]))
+    list(Stream(model, reading, [], 5, VOCABULARY))
     after = (reading.log_probs, *reading.state.tensors())
     assert all(map(torch.equal, before, after))
 

@@ -1,6 +1,6 @@
 """Fused operations for the CPU; the scan holds no (b, l, d, n) tensor and computes in float32."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ from mamba_lm.selective_scan.cpu.token_kernels import (
 )
 
 PACKED = True  # rows of unlike lengths stand back to back, without padding
+
+SEQUENCE_BYTES = 1 << 28  # of the states after each token of a sequence
 
 keep_freed_memory()
 
@@ -229,7 +231,8 @@ def softplus_linear(x, weight, bias):
 
 
 def fused_layers(weights):
-    """Argument and result as `mamba_lm.selective_scan.fused_layers`: few rows, no gradients."""
+    """Argument and result as `mamba_lm.selective_scan.fused_layers`: few rows, no gradients; of a
+    sequence, states that fit into SEQUENCE_BYTES."""
     (m, d), (_, r), w = (
         weights[0].out_proj.shape,
         weights[0].dt_proj.shape,
@@ -243,21 +246,27 @@ def fused_layers(weights):
     parameters = [None if p is None else p.contiguous() for p in parameters]
     weight_table = _addresses(parameters)
 
-    def step(residual, convs, ssms):
+    def step(residual, convs, ssms, in_sequence=False):
         b = len(residual)
+        rows = 1 if in_sequence else b
         if (
             not 0 < b <= FEW_ROWS
             or residual.dtype != torch.float32
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or not states_fit(weights, b, convs, ssms)
+            or not states_fit(weights, rows, convs, ssms)
             or not are_alike([*convs, parameters[0]])
             or not are_alike([*ssms, residual])
+            or (in_sequence and n_layer * b * n * d * 4 > SEQUENCE_BYTES)
         ):
             return None
-        convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
-        new_convs = convs[0].new_empty(n_layer, b, w - 1, d).unbind()
-        new_ssms = ssms[0].new_empty(n_layer, b, n, d).unbind()
+        if in_sequence:
+            # What one token leaves behind is where the kernel, row after row, looks for the next.
+            (convs, new_convs), (ssms, new_ssms) = _chain(convs, b), _chain(ssms, b)
+        else:
+            convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
+            new_convs = convs[0].new_empty(n_layer, b, w - 1, d).unbind()
+            new_ssms = ssms[0].new_empty(n_layer, b, n, d).unbind()
         states = [v for layer in zip(convs, ssms, new_convs, new_ssms, strict=True) for v in layer]
         residual = residual.clone(memory_format=torch.contiguous_format)
         progress = residual.new_zeros(n_layer, step_kernels.PHASES, 2, dtype=torch.int64)
@@ -273,6 +282,15 @@ def fused_layers(weights):
         return residual, new_convs, new_ssms
 
     return step
+
+
+def _chain(states: Sequence[Tensor], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Room for each layer's state (1, ...) before each of `length` tokens, of which the first is
+    the given one, and after each: (length, ...), where one token's after is the next one's before.
+    """
+    room = states[0].new_empty(len(states), length + 1, *states[0].shape[1:])
+    room[:, 0] = torch.cat(list(states))
+    return room[:, :-1].unbind(), room[:, 1:].unbind()
 
 
 def _addresses(tensors: Iterable[Tensor | None]) -> Tensor:

@@ -85,16 +85,17 @@ def scan_step(
 
 
 def fused_layers(weights):
-    """Argument and result as `mamba_lm.selective_scan.fused_layers`: no gradients; one dtype of
-    weights, a residual in float32."""
+    """Argument and result as `mamba_lm.selective_scan.fused_layers`: no gradients, no
+    sequences; one dtype of weights, a residual in float32."""
     dtype = weights[0].in_proj.dtype
     given = [v for of_layer in weights for v in of_layer[2:] if v is not None]
     if not layers_fit(weights) or any(v.dtype != dtype or not v.is_contiguous() for v in given):
         return None
 
-    def step(residual, convs, ssms):
+    def step(residual, convs, ssms, in_sequence=False):
         if (
-            torch.is_grad_enabled()
+            in_sequence
+            or torch.is_grad_enabled()
             or torch.is_autocast_enabled(residual.device.type)
             or residual.dtype != torch.float32
             or len(residual) == 0

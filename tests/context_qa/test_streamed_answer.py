@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from context_qa.answering import Answerer
-from context_qa.streaming import _Text, stream_answer
+from context_qa.streamed_answer import _Text, stream_answer
 from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from context_qa.answering import Answerer, as_probability
 from context_qa.dataset import token_ids
 from context_qa.results import Answer
-from mamba_lm.generate import read
+from mamba_lm.generate import read_and_score
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler, Stream
 
@@ -38,15 +38,11 @@ def stream_answer(
     started = time.perf_counter()
     tokenizer = answerer.tokenizer
     ids = token_ids(tokenizer, suffix)
-    stream = Stream(
-        answerer.model,
-        read(answerer.model, [ids], state, answerer.vocab_size),
-        answerer.stop_ids,
-        answerer.max_new_tokens,
-        answerer.vocab_size,
-        sampler,
-        other=answerer.no_answer_ids,
+    model, stop_ids, vocab_size = answerer.model, answerer.stop_ids, answerer.vocab_size
+    reading, no_answer = read_and_score(
+        model, ids, state, answerer.no_answer_ids, stop_ids, vocab_size
     )
+    stream = Stream(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, sampler)
     text, said, first_at = _Text(tokenizer), [], None
     for token in stream:
         first_at = first_at or time.perf_counter()
@@ -56,7 +52,7 @@ def stream_answer(
     answer = StreamedAnswer(
         text=tokenizer.decode(said).strip(),
         confidence=as_probability(stream.log_prob),
-        no_answer_probability=as_probability(stream.other_log_prob),
+        no_answer_probability=as_probability(no_answer),
         seconds=ended - started,
         num_tokens=prefix_length + len(ids),
         num_new_tokens=len(said),

@@ -1,0 +1,47 @@
+"""A console's model and its input."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_qa.answering import Answerer
+from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.model import MambaConfig, MambaLM
+from squad_utils import prompt_parts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def answerer() -> Answerer:
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
+    config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4)
+    answerer = Answerer(MambaLM(config).eval(), tokenizer, max_new_tokens=4)
+    answerer.read_prefixes(["which backend runs is said once"])
+    return answerer
+
+
+@pytest.fixture(scope="module")
+def spoken(answerer):
+    """What a fresh reading of a context answers to a question."""
+
+    def answer(context: str, question: str):
+        [answers] = answerer.answer([prompt_parts(context, question)])
+        return answers[0]
+
+    return answer
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Make this text standard input, typed at a terminal or not."""
+
+    def use(text: str, is_interactive: bool = False) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: is_interactive)
+
+    return use
