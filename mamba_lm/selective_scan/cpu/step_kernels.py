@@ -36,38 +36,68 @@ from mamba_lm.selective_scan.cpu.token_kernels import normalize
 def _multiply(weight, first, stop, k, bias, b, x, y, ys):
     """Rows [first, stop) of weight (?, k) times all rows of x (b, k), plus bias, into y (b, ys).
 
-    The weight is read once, from main memory, whatever b is: two of its rows at a time, which
-    come faster than one to a core, and four of x.
+    The weight is read once, from main memory, whatever b is: of few rows of x two of its rows at a
+    time, which come faster than one to a core, else four, with four of x.
     """
-    half = (stop - first + 1) // 2
-    for r in range(first, first + half):
-        s = min(r + half, stop - 1)  # of an odd number of rows one comes twice
-        w_r, w_s = part(weight, r, k, 0, k), part(weight, s, k, 0, k)
-        for row in range(0, b - 3, 4):
-            x0, x1 = part(x, row, k, 0, k), part(x, row + 1, k, 0, k)
-            x2, x3 = part(x, row + 2, k, 0, k), part(x, row + 3, k, 0, k)
-            r0, r1, r2, r3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
-            s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
-            for c in range(k):
-                r_c, s_c = to_float(w_r[c]), to_float(w_s[c])
-                r0 += r_c * x0[c]
-                r1 += r_c * x1[c]
-                r2 += r_c * x2[c]
-                r3 += r_c * x3[c]
-                s0 += s_c * x0[c]
-                s1 += s_c * x1[c]
-                s2 += s_c * x2[c]
-                s3 += s_c * x3[c]
-            y[row * ys + r], y[row * ys + s] = r0, s0
-            y[(row + 1) * ys + r], y[(row + 1) * ys + s] = r1, s1
-            y[(row + 2) * ys + r], y[(row + 2) * ys + s] = r2, s2
-            y[(row + 3) * ys + r], y[(row + 3) * ys + s] = r3, s3
-        for row in range(b - b % 4, b):
-            x0, r0, s0 = part(x, row, k, 0, k), f32(0.0), f32(0.0)
-            for c in range(k):
-                r0 += to_float(w_r[c]) * x0[c]
-                s0 += to_float(w_s[c]) * x0[c]
-            y[row * ys + r], y[row * ys + s] = r0, s0
+    if b < 4:
+        half = (stop - first + 1) // 2
+        for r in range(first, first + half):
+            s = min(r + half, stop - 1)  # of an odd number of rows one comes twice
+            w_r, w_s = part(weight, r, k, 0, k), part(weight, s, k, 0, k)
+            for row in range(b):
+                x0, r0, s0 = part(x, row, k, 0, k), f32(0.0), f32(0.0)
+                for c in range(k):
+                    r0 += to_float(w_r[c]) * x0[c]
+                    s0 += to_float(w_s[c]) * x0[c]
+                y[row * ys + r], y[row * ys + s] = r0, s0
+    else:
+        quarter = (stop - first + 3) // 4
+        for r in range(first, first + quarter):
+            s, t = min(r + quarter, stop - 1), min(r + 2 * quarter, stop - 1)
+            u = min(r + 3 * quarter, stop - 1)
+            w_r, w_s = part(weight, r, k, 0, k), part(weight, s, k, 0, k)
+            w_t, w_u = part(weight, t, k, 0, k), part(weight, u, k, 0, k)
+            for row in range(0, b - 3, 4):
+                x0, x1 = part(x, row, k, 0, k), part(x, row + 1, k, 0, k)
+                x2, x3 = part(x, row + 2, k, 0, k), part(x, row + 3, k, 0, k)
+                r0, r1, r2, r3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                t0, t1, t2, t3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                u0, u1, u2, u3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                for c in range(k):
+                    r_c, s_c = to_float(w_r[c]), to_float(w_s[c])
+                    t_c, u_c = to_float(w_t[c]), to_float(w_u[c])
+                    r0 += r_c * x0[c]
+                    r1 += r_c * x1[c]
+                    r2 += r_c * x2[c]
+                    r3 += r_c * x3[c]
+                    s0 += s_c * x0[c]
+                    s1 += s_c * x1[c]
+                    s2 += s_c * x2[c]
+                    s3 += s_c * x3[c]
+                    t0 += t_c * x0[c]
+                    t1 += t_c * x1[c]
+                    t2 += t_c * x2[c]
+                    t3 += t_c * x3[c]
+                    u0 += u_c * x0[c]
+                    u1 += u_c * x1[c]
+                    u2 += u_c * x2[c]
+                    u3 += u_c * x3[c]
+                y0, y1 = part(y, row, ys, 0, ys), part(y, row + 1, ys, 0, ys)
+                y2, y3 = part(y, row + 2, ys, 0, ys), part(y, row + 3, ys, 0, ys)
+                y0[r], y0[s], y0[t], y0[u] = r0, s0, t0, u0
+                y1[r], y1[s], y1[t], y1[u] = r1, s1, t1, u1
+                y2[r], y2[s], y2[t], y2[u] = r2, s2, t2, u2
+                y3[r], y3[s], y3[t], y3[u] = r3, s3, t3, u3
+            for row in range(b - b % 4, b):
+                x0, y0 = part(x, row, k, 0, k), part(y, row, ys, 0, ys)
+                r0, s0, t0, u0 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                for c in range(k):
+                    r0 += to_float(w_r[c]) * x0[c]
+                    s0 += to_float(w_s[c]) * x0[c]
+                    t0 += to_float(w_t[c]) * x0[c]
+                    u0 += to_float(w_u[c]) * x0[c]
+                y0[r], y0[s], y0[t], y0[u] = r0, s0, t0, u0
     if bias.size > 0:
         for row in range(b):
             for r in range(first, stop):
