@@ -65,6 +65,7 @@ bench: setup  # a look; the peers need requirements-benchmarks.txt
 	$(RUN) -m benchmarks.bench_train --quick
 	$(RUN) -m benchmarks.bench_eval --quick
 	$(RUN) -m benchmarks.bench_decode --quick
+	$(RUN) -m benchmarks.bench_console --quick
 	$(RUN) -m benchmarks.bench_growth --quick
 	$(RUN) -m benchmarks.bench_memory
 	$(RUN) -m benchmarks.answer_loss models/demo data/demo/validation.jsonl

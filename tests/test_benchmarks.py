@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_console,
     bench_decode,
     bench_eval,
     bench_growth,
@@ -63,7 +64,7 @@ def in_process(monkeypatch):
         def peak_growth(self) -> int:
             return 3_000_000
 
-    for module in (bench_model, bench_train, bench_eval, bench_decode):
+    for module in (bench_model, bench_train, bench_eval, bench_decode, bench_console):
         monkeypatch.setattr(module, "Worker", Worker)
 
 
@@ -259,6 +260,23 @@ def test_bench_decode(in_process, monkeypatch, tmp_path):
     for dtype in ("float32", "bfloat16"):
         assert rows[f"weights read once, {dtype}"]["ratio"] == 1.0
         assert rows[f"ours, {dtype}"]["tokens"] == 1
+
+
+def test_bench_console(in_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_console, "WIDTH", 32)
+    path = tmp_path / "rows.json"
+    shape = ("--n_layer", 1, "--tokens", 60, "--questions", 3, "--max_new_tokens", 2)
+    run(bench_console, monkeypatch, *shape, "--rounds", 1, "--json", path)
+    rows = rows_of(path)
+    assert rows["ours: one question"]["ratio"] == 1.0
+    tasks = ("first token of the first question", "first token of a later question", "one question",
+             "all questions", "all questions, each read anew")  # fmt: skip
+    assert {f"ours: {task}" for task in tasks} | {"transformers: one question"} <= rows.keys()
+    assert "3 of 3 answers from the kept state equal those of whole prompts" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="too little for --tokens and --questions"):
+        run(bench_console, monkeypatch, "--tokens", 10**9)
 
 
 def test_bench_growth(monkeypatch, tmp_path):

@@ -255,3 +255,22 @@ def test_json_at_a_terminal_is_all_that_standard_output_gets(start, tmp_path):
     assert terminal.end() == 0
     [line] = output.read_text().splitlines()
     assert re.match(r'\{"question": ".*", "answer": "Marco Quill", ', line)
+
+
+def test_the_recording_in_the_readme(start):
+    """What it shows, but for times, is what one sees who types the same."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, recording = re.search(r"```\n\$ (python prompt_.*)\n((?:.*\n)*?)```", readme).groups()
+    terminal = start(*command.split()[1:2], *command.split()[3:], size=(60, 80), NO_COLOR="1")
+    for count, typed in enumerate(re.findall(r"^Q: (.+)$", recording, re.MULTILINE), start=1):
+        terminal.wait_for("\nQ:", count=count)
+        terminal.send(f"{typed}\r")
+    terminal.wait_for("\nQ:", count=count + 1)
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+
+    def without_times(text: str) -> str:
+        return re.sub(r"[\d,.]+ (s|tokens/s)\b", r"... \1", text)
+
+    assert count == 3 and "█" in recording
+    assert without_times(terminal.text()) == without_times(recording.rstrip() + "\nQ:")
