@@ -46,10 +46,11 @@ class Explanation(NamedTuple):
 
     def legend(self) -> str:
         low, high = self.bounds()
-        places = {0: "nowhere in these words", 1: "marked"}.get(
-            len(self.spans), f"marked, at {len(self.spans)} places"
+        places = len(self.spans)
+        answer = {0: "stands nowhere in it", 1: "is marked"}.get(
+            places, f"is marked, {places} times"
         )
-        return f"shade: Δ from {low:.2f} to {high:.2f}; the answer: {places}"
+        return f"shade: Δ from {low:.2f} to {high:.2f}; the answer {answer}"
 
     def plain_lines(self, width: int, shades: str = BLOCKS) -> Iterator[str]:
         """The context in lines of at most `width` columns, each with its shades below it, and the

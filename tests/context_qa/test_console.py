@@ -168,7 +168,7 @@ def test_explanations(answerer, spoken, capsys):
     console.ask("Who?")
     answer, text, shades, legend = capsys.readouterr().out.splitlines()
     assert answer.startswith("Ann   (") and text == "Bo is a “cat”. [Ann] too."
-    assert set(shades) <= set(" ░▒▓█") and legend.endswith("; the answer: marked)")
+    assert set(shades) <= set(" ░▒▓█") and legend.endswith("; the answer is marked)")
 
 
 # From the command line

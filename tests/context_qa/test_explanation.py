@@ -138,11 +138,11 @@ def test_rich_knows_the_styles():
 
 @pytest.mark.parametrize(
     ("answer", "told"),
-    [("Ann", "marked"), ("Bo", "marked, at 2 places"), ("Cy", "nowhere in these words")],
+    [("Ann", "is marked"), ("Bo", "is marked, 2 times"), ("Cy", "stands nowhere in it")],
 )
 def test_the_legend(answer, told):
     explanation = explained("Ann Bo Bo", {"Ann": 2.25, "Bo": 0.5}, answer)
-    assert explanation.legend() == f"shade: Δ from 0.50 to 2.25; the answer: {told}"
+    assert explanation.legend() == f"shade: Δ from 0.50 to 2.25; the answer {told}"
 
 
 def test_strengths_are_means_over_layers_at_each_tokens_place():
