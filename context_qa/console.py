@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 import time
@@ -185,10 +186,16 @@ def load_console(
     if note.is_file():
         print(note.read_text(encoding="utf-8", errors="replace").strip(), file=sys.stderr)
     answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
-    # Kernels are loaded, or compiled, at their first use: now, not amid the first answer.
-    state, [length] = answerer.read_prefixes(["\n"])
-    stream_answer(answerer, state, "\n", length)
+    _load_kernels(answerer)
     return Console(answerer, sampler, args.json, layers, show_prompt)
+
+
+def _load_kernels(answerer: Answerer) -> None:
+    """They are loaded, or compiled, at their first use: now, not amid the first answer."""
+    brief = copy.copy(answerer)
+    brief.max_new_tokens = 1
+    state, [length] = brief.read_prefixes(["\n"])
+    stream_answer(brief, state, "\n", length)
 
 
 def read_context(path: str) -> str:

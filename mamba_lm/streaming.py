@@ -96,8 +96,8 @@ class Stream:
 def _stepper(
     model: MambaLM, vocab_size: int | None
 ) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
-    """What reads one token more a row: (token_ids (b,), state) to the log-probabilities (b, v) of
-    the next one and a state, good until the next call. On a GPU a step is one CUDA graph."""
+    """What reads one token more of one row: (token_ids (1,), state) to the log-probabilities (1, v)
+    of the next one and a state, good until the next call. On a GPU a step is one CUDA graph."""
     step = model.stepper()
 
     def read_one(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -114,11 +114,10 @@ def _stepper(
         return [token_ids, *state.tensors()], (log_probs,)
 
     def replay(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        start, rows = [token_ids, *state.tensors()], len(token_ids)
-        if rows not in graphs:
-            graphs[rows] = StepGraph(captured, start, 1, next(iter(graphs.values()), None))
-        graphs[rows].load(start)
-        [[log_probs]] = graphs[rows]()
-        return log_probs, MambaState.of(graphs[rows].tensors[1:])
+        start = [token_ids, *state.tensors()]
+        graph = graphs.get(1) or graphs.setdefault(1, StepGraph(captured, start, 1))
+        graph.load(start)
+        [[log_probs]] = graph()
+        return log_probs, MambaState.of(graph.tensors[1:])
 
     return replay

@@ -56,7 +56,9 @@ class Stage(NamedTuple):
 
 
 CONFIG = "models/configs/mamba-demo.json"
-KNOWS_ONLY_THE_DEMO = "This small demo checkpoint knows passages of the kind in data/demo, no others.\n"
+KNOWS_ONLY_THE_DEMO = (
+    "This small demo checkpoint knows passages of the kind in data/demo, no others.\n"
+)
 ALL = 99
 STAGES = [
     Stage(3, 1, 1, 1, 0.1),

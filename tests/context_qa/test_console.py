@@ -199,6 +199,14 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
+    """Its first use loads the kernels; an answer may be of a million tokens."""
+    drawn = []
+    monkeypatch.setattr(Sampler, "__call__", lambda self, log_probs: drawn.append(1) or 5)
+    console = load_console(arguments("--max_new_tokens", "1000000"))
+    assert len(drawn) == 2 and console.answerer.max_new_tokens == 1000000
+
+
 def test_the_layers_that_explain_are_those_that_the_folder_names(arguments):
     args = arguments()
     (Path(args.model) / LAYERS).write_text("[1]")
