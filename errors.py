@@ -1,6 +1,7 @@
 """What the user can mend, told in one line: raised anywhere, printed once, exit code 2."""
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -16,8 +17,11 @@ class _Terminated(BaseException):
 
 
 def run_script(main, parse_args) -> None:
-    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError or a path that the
-    system refuses, 130 on Ctrl-C, 143 on SIGTERM."""
+    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError, a path that the
+    system refuses or an output that takes no more, 130 on Ctrl-C, 143 on SIGTERM."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who ran the script
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
     def terminate(signal_number, frame):
         raise _Terminated
@@ -33,12 +37,23 @@ def run_script(main, parse_args) -> None:
     except _Terminated:
         sys.exit(_report("terminated", code=143))
     except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _throw_output_away()
         sys.exit(141)
     except OSError as error:  # a path that cannot even be looked at: too long, not permitted
-        if error.filename is None:
+        if error.filename is not None:
+            sys.exit(_report(f"error: {error.filename}: {error.strerror}", code=2))
+        if error.errno not in _FULL_OR_GONE:
             raise
-        sys.exit(_report(f"error: {error.filename}: {error.strerror}", code=2))
+        _throw_output_away()
+        sys.exit(_report(f"error: standard output or input: {error.strerror}", code=2))
+
+
+_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
+
+
+def _throw_output_away() -> None:
+    """What is still to be written, which Python would try at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def keep_inputs(output: str, *inputs: str | None) -> None:

@@ -26,6 +26,8 @@ def read_text(path: str | Path, wanted: str) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{path!r}: no path ({error}); give {wanted}") from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    shots = read_shots(args.shots) if args.shots else SHOTS
+    shots = SHOTS if args.shots is None else read_shots(args.shots)
     console = load_console(args, show_prompt=args.show_prompt)
     conversation = Conversation(console, "prompt_mamba", loads_contexts=False)
     conversation.run(n_shot_prompt(shots), args.question)

@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.context_file == "-" and not args.question:
         raise UserError("--context_file -: is all of standard input; ask by --question")
-    context = read_context(args.context_file) if args.context_file else None
+    context = None if args.context_file is None else read_context(args.context_file)
     order = trained_prompt_order(args.model)
     if order != "context_first":
         warning = (

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def add_console_flags(parser: argparse.ArgumentParser) -> None:
         type=not_negative,
         default=0.0,
         metavar="T",
-        help="draw each token at this temperature (default: 0, take the likeliest)",
+        help="draw each token at this temperature; 0 takes the likeliest (default: 0)",
     )
     parser.add_argument(
         "--top_k", type=positive_int, metavar="K", help="draw from the K likeliest (default: all)"
@@ -93,9 +94,9 @@ class Console:
         tokenizer, model = self.answerer.tokenizer, self.answerer.model
         if self.show_prompt:
             self.screen.say(text)
+        total = len(token_ids(tokenizer, text))
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            total = len(token_ids(tokenizer, text))
             bar = stack.enter_context(tqdm(total=total, unit="token", delay=5, leave=False))
             deltas = stack.enter_context(DeltaNorms(model, self.layers)) if self.layers else None
             state, [num_tokens] = self.answerer.read_prefixes([text], bar.update)
@@ -109,7 +110,8 @@ class Console:
         )
 
     def ask(self, question: str, label: str = "") -> None:
-        """Answer a question on the passage; as text after a label, token by token."""
+        """Answer a question on the passage that has been read; as text after a label, token by
+        token. UserError if the model computes NaN."""
         text, state, num_tokens, *_ = self.passage
         suffix = prompt_parts(text, question)[1]
         if self.show_prompt:
@@ -126,7 +128,9 @@ class Console:
             except KeyboardInterrupt:
                 self.screen.write(" ...\n")
                 raise
-            self.screen.write(f"   ({_doubts(answer)})\n", "dim")
+            self.screen.write(
+                f"{'' if answer.text else '(nothing)'}   ({_doubts(answer)})\n", "dim"
+            )
             if self.passage.strengths:
                 self.screen.explain(self._explanation(answer))
         self.first, self.last = self.first or answer, answer
@@ -159,7 +163,7 @@ class Console:
 def _doubts(answer: StreamedAnswer) -> str:
     """How sure the model is; where it abstains, how likely an answer was."""
     confidence, no_answer = answer.confidence, answer.no_answer_probability
-    if abstains(answer.text):
+    if answer.text and abstains(answer.text):
         return f"confidence {confidence:.2f}, an answer {1 - no_answer:.2f}"
     return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
 
@@ -167,7 +171,8 @@ def _doubts(answer: StreamedAnswer) -> str:
 def load_console(
     args: argparse.Namespace, explain: bool = False, show_prompt: bool = False
 ) -> Console:
-    """A console with the model that the command line names; the model's note goes to stderr."""
+    """A console with the model that the command line names; the model's note goes to stderr.
+    UserError where the model, its tokenizer or a flag is unfit."""
     for question in args.question or ():
         if not question.strip():
             raise UserError("--question: is empty; ask something")
@@ -193,7 +198,7 @@ def load_console(
 def _load_kernels(answerer: Answerer) -> None:
     """They are loaded, or compiled, at their first use: now, not amid the first answer."""
     brief = copy.copy(answerer)
-    brief.max_new_tokens = 1
+    brief.max_new_tokens, brief.stop_ids = 1, set()
     state, [length] = brief.read_prefixes(["\n"])
     stream_answer(brief, state, "\n", length)
 
@@ -201,7 +206,7 @@ def _load_kernels(answerer: Answerer) -> None:
 def read_context(path: str) -> str:
     """The context in a file, or on standard input if that is "-"; without blanks around it."""
     if path != "-":
-        context = read_text(Path(path).expanduser(), "a text file")
+        context = read_text(os.path.expanduser(path), "a text file")
     else:
         path, context = "standard input", typed(sys.stdin.read)
     return checked_context(context, path)

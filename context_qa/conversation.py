@@ -1,6 +1,7 @@
 """A console's conversation: what is typed or piped in is asked, commands are obeyed."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 from context_qa.console import Console, checked_context, read_context
@@ -25,7 +26,13 @@ class Conversation:
         }
         if not loads_contexts:
             del self.commands["/context"]
-        self.lines: Lines = keyboard(console.screen, script, console.as_json, list(self.commands))
+        self._script = script
+
+    @functools.cached_property
+    def lines(self) -> Lines:
+        """Made when something is to be typed: standard input may be closed where nothing is."""
+        screen, as_json = self.console.screen, self.console.as_json
+        return keyboard(screen, self._script, as_json, list(self.commands))
 
     def run(self, context: str | None = None, questions: Sequence[str] | None = None) -> None:
         """Read a context and ask about it; what is not given is typed. At a terminal, Ctrl-D ends
@@ -54,6 +61,10 @@ class Conversation:
                 if not is_interactive:
                     raise
                 self.say("stopped; Ctrl-D ends")
+            except UserError as error:  # a file that is missing, bytes that are no text
+                if not is_interactive:
+                    raise
+                self.say(f"error: {error}")
 
     def _typed_context(self) -> str:
         return checked_context(self.lines.context(), "standard input")
@@ -61,14 +72,13 @@ class Conversation:
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         if command not in self.commands:
-            self.say(f"{command}: no such command; /help lists them")
-            return
-        try:
-            self.commands[command][2](argument.strip())
-        except UserError as error:
-            self.say(f"error: {error}")
+            raise UserError(f"{command}: no such command; /help lists them")
+        self.commands[command][2](argument.strip())
 
     def _context(self, path: str) -> None:
+        if path == "-":
+            raise UserError("/context -: /context alone asks for one")
+        path = path.strip("'\"")  # as terminals write the name of a file that is dropped on them
         self.console.read(read_context(path) if path else self._typed_context())
 
     def _show(self, _: str) -> None:
@@ -92,4 +102,4 @@ class Conversation:
     def _help(self, _: str) -> None:
         for name, (argument, what, _) in self.commands.items():
             self.say(f"{name} {argument}".ljust(18) + what)
-        self.say("Ctrl-C stops an answer, Ctrl-D ends. All else is a question.")
+        self.say("Ctrl-C stops an answer, Ctrl-D ends. What begins with no slash is a question.")

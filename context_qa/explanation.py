@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from squad_utils import abstains
+from squad_utils import UNSPACED, abstains
 
 LEVELS = 5
 BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
@@ -16,6 +16,7 @@ BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
 COLORS = ("", *(f"black on #{rgb}" for rgb in ("ffe9b8", "ffcf70", "ffab40", "f57c1f")))
 MARK = "bold underline"
 OPEN, CLOSE = "[", "]"
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a line
 
 
 class Explanation(NamedTuple):
@@ -85,12 +86,14 @@ def token_strengths(tokenizer, context: str, norms: Tensor) -> list[tuple[int, i
 
 
 def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
-    """Where the answer stands in the context as words of its own, whatever the case and blanks;
-    nowhere if it abstains."""
+    """Where the answer stands in the context, as words of its own where these stand apart, whatever
+    the case and blanks; nowhere if it abstains."""
     if abstains(answer):
         return []
     pattern = r"\s+".join(map(re.escape, answer.split()))
-    found = re.finditer(rf"(?<!\w){pattern}(?!\w)", context, re.IGNORECASE)
+    if not UNSPACED.search(answer):
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    found = re.finditer(pattern, context, re.IGNORECASE)
     return [match.span() for match in found]
 
 
@@ -102,8 +105,8 @@ def printable(text: str) -> str:
 def _visible(character: str) -> str:
     if character == "\t":
         return " "
-    is_control = unicodedata.category(character) == "Cc" and character != "\n"
-    return "\ufffd" if is_control else character
+    is_control = unicodedata.category(character) in ("Cc", "Zl", "Zp") and character != "\n"
+    return "\ufffd" if is_control or character in _TURNING else character
 
 
 def _columns(character: str) -> int:

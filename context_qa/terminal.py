@@ -104,10 +104,14 @@ class Lines:
 
 
 def typed(read: Callable[[], str]) -> str:
-    """What standard input gives; UserError if that is not UTF-8."""
+    """What standard input gives; UserError if that is not UTF-8, whatever the locale says."""
+    stdin = sys.stdin
+    is_new = isinstance(stdin, io.TextIOWrapper) and stdin.encoding != "utf-8-sig"
+    if is_new and not stdin.isatty():  # it cannot be set once something has been read
+        stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     try:
         text = read()
-        text.encode()  # what is not UTF-8 fails here if the locale let it through
+        text.encode()  # what is not UTF-8 fails here if a terminal let it through
     except UnicodeError as error:
         raise UserError("standard input: not UTF-8; convert it to UTF-8") from error
     return text
@@ -116,31 +120,30 @@ def typed(read: Callable[[], str]) -> str:
 class Prompts(Lines):
     """A terminal's, by prompt_toolkit: lines can be edited, pasted whole and found again."""
 
-    is_interactive = True
-
     def __init__(self, screen: Screen, stream, history: Path | None, commands: Sequence[str]):
+        super().__init__(screen)
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.output import create_output
 
         output = create_output(stdout=stream)
-        self._screen = screen
         self._contexts = PromptSession(
-            output=output, multiline=True, key_bindings=_context_keys(), mouse_support=False
+            output=output, multiline=True, key_bindings=_context_keys(), enable_suspend=True
         )
         self._questions = PromptSession(
             output=output,
             history=_kept(history),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
+            enable_suspend=True,
         )
 
     def context(self) -> str:
         self._screen.say(ASKS_FOR_CONTEXT)
-        return self._contexts.prompt("")
+        return typed(lambda: self._contexts.prompt(""))
 
     def question(self) -> str:
-        return " ".join(self._questions.prompt(ASKS_FOR_QUESTION).split())
+        return " ".join(typed(lambda: self._questions.prompt(ASKS_FOR_QUESTION)).split())
 
 
 def _context_keys():
@@ -189,12 +192,11 @@ def _kept(path: Path | None):
 
 
 def history_path(script: str) -> Path | None:
-    """Where a script keeps what was asked: as the XDG base directories have it."""
-    try:
-        state = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    except RuntimeError:  # no home
-        return None
-    return Path(state) / "mamba_dive" / f"{script}_history"
+    """Where a script keeps what was asked, by the XDG base directories; None without a home."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # which is to be ignored
+        state = os.path.expanduser("~/.local/state")
+    return Path(state) / "mamba_dive" / f"{script}_history" if os.path.isabs(state) else None
 
 
 def keyboard(screen: Screen, script: str, as_json: bool, commands: Sequence[str]) -> Lines:

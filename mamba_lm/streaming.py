@@ -15,7 +15,8 @@ from mamba_lm.model import MambaLM, MambaState
 class Sampler:
     """Chooses the next token from log-probabilities (v,): the likeliest at temperature 0, else one
     drawn from what top_k and top_p leave ("The Curious Case of Neural Text Degeneration", Holtzman
-    et al. 2020), by `transformers`' processors in its order. Equal seeds draw equally."""
+    et al. 2020), by `transformers`' processors in its order. Equal seeds draw equally. UserError
+    where top_k or top_p is given and there is nothing to draw."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Sampler:
         if self._processors is None:
             return int(log_probs.argmax())
         # The best is 0: no temperature, however low, takes it to minus infinity.
-        scores = (log_probs - log_probs.max()).float().cpu()[None]
+        scores = (log_probs - log_probs.max()).double().cpu()[None]
         probs = self._processors(None, scores).softmax(dim=1)
         return int(torch.multinomial(probs, 1, generator=self._generator))
 
@@ -57,7 +58,8 @@ class Stream:
 
     Iterate once for the new tokens, each as soon as it is chosen. Then `log_prob` is that of these
     tokens and, if it came, of the stop, by the model's own probabilities, as `generate.decode`
-    counts them; NaN if the model computes that.
+    counts them; NaN if the model computes that. One stream of a model at a time: on a GPU they
+    share their steps' memory.
     """
 
     def __init__(

@@ -121,6 +121,56 @@ def test_evaluation_finds_what_training_taught_and_sql_and_prompt_agree(trained,
         assert answer["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
 
 
+OWNER = "Tell me the name of the owner of the Bright Feather Hotel."
+ROOMS = "What number of rooms does the Wild Swan Hotel have?"
+
+
+def test_questions_are_piped_in_and_json_comes_out():
+    """As in `cat questions.txt | python prompt_mamba_with_context.py ... --json | jq .answer`."""
+    flags = ("models/demo", "--context_file", "data/demo/passage.txt", "--json", "--explain")
+    out = run(PROMPT, *flags, stdin=f"{OWNER}\n\n{ROOMS}\n")
+    first, second = map(json.loads, out.splitlines())
+    assert (first["answer"], second["answer"]) == ("Marco Quill", NO_ANSWER)
+    assert second["time_to_first_token"] < first["time_to_first_token"]
+    context = (ROOT / "data/demo/passage.txt").read_text().strip()
+    assert [context[start:end] for start, end in first["spans"]] == ["Marco Quill"]
+    assert second["spans"] == [] and len(second["delta"]) == 105
+
+
+def test_a_context_is_piped_in_and_plain_lines_come_out():
+    context = (ROOT / "data/demo/passage.txt").read_text()
+    asked = ("--question", OWNER, "--question", ROOMS)
+    out = run(PROMPT, "models/demo", "--context_file", "-", *asked, stdin=context)
+    assert re.fullmatch(
+        r"Marco Quill   \(confidence 0\.\d\d, no answer 0\.\d\d\)\n"
+        r"I don't know\.   \(confidence 0\.\d\d, an answer 0\.\d\d\)\n",
+        out,
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("<&-", 0, ""),
+        (">&-", 0, ""),
+        pytest.param(
+            *(">/dev/full", 2, "error: standard output or input: No space left on device\n"),
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here"),
+        ),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirection, code, said):
+    command = (
+        f"{sys.executable} {PROMPT}.py models/demo --context_file data/demo/passage.txt "
+        f"--question 'Who?' {redirection}"
+    )
+    process = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert process.returncode == code and "Traceback" not in process.stderr
+    assert process.stderr.endswith(said)
+
+
 def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
     results = tmp_path / "results.jsonl"
     run(N_SHOT, trained.model, trained.data, results, "--limit", 2, "--max_new_tokens", 3)
@@ -236,7 +286,7 @@ def test_bad_data_is_named_with_its_line(fail, trained, tmp_path, script, conten
     [
         (None, "context.txt: cannot be read"),
         (b"\n", "context.txt: the context is empty"),
-        (b"M\xe9xico", "context.txt: cannot be read"),
+        (b"M\xe9xico", "context.txt line 1: not UTF-8"),
     ],
     ids=["missing", "empty", "latin-1"],
 )
@@ -245,6 +295,29 @@ def test_a_bad_context_file_is_named(fail, trained, tmp_path, content, complaint
     if content is not None:
         context.write_bytes(content)
     assert complaint in fail(PROMPT, trained.model, "--context_file", context)
+
+
+def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text('{"question": "Who?"}\n')
+    said = fail(PROMPT_N_SHOT, trained.model, "--shots", shots)
+    assert "shots.jsonl line 1: 'answer' is missing; a row needs text in question, answer" in said
+    assert "cannot be read" in fail(PROMPT_N_SHOT, trained.model, "--shots", "")
+    assert "cannot be read" in fail(PROMPT, trained.model, "--context_file", "")
+    assert "ask by --question" in fail(PROMPT, trained.model, "--context_file", "-")
+    assert "give a --temperature" in fail(PROMPT, trained.model, "--top_k", 3)
+    context = tmp_path / "context.txt"
+    context.write_text("Bo is a cat.")
+    assert "--question: is empty" in fail(
+        PROMPT, trained.model, "--context_file", context, "--question", ""
+    )
+    layers = trained.model / "delta_layers.json"
+    layers.write_text("[7]")
+    try:
+        said = fail(PROMPT, trained.model, "--context_file", context, "--explain")
+    finally:
+        layers.unlink()
+    assert said.endswith("delta_layers.json: give a list of layers, each from 0 to 0")
 
 
 @every_script

@@ -29,6 +29,10 @@ def test_a_context_from_a_file_without_blanks_around_it(tmp_path, monkeypatch):
     path = tmp_path / "context.txt"
     path.write_bytes("\ufeff\n\nBo is a “cat”.\r\n\r\nAnn too.\n".encode())
     assert read_context(str(path)) == "Bo is a “cat”.\n\nAnn too."
+    with pytest.raises(UserError, match="~nobody-here/x: cannot be read"):
+        read_context("~nobody-here/x")
+    with pytest.raises(UserError, match="no path"):
+        read_context("a\0b")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_context("~/context.txt").startswith("Bo")
 
@@ -39,6 +43,12 @@ def test_a_context_that_is_all_of_standard_input(type_in):
     type_in(" \n")
     with pytest.raises(UserError, match="standard input: the context is empty"):
         read_context("-")
+
+
+def test_standard_input_is_utf8_whatever_the_locale_says(monkeypatch):
+    data = "\ufeffBo is a “cat”.".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+    assert read_context("-") == "Bo is a “cat”."
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # those of Python's stdin
@@ -126,6 +136,13 @@ def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypa
     tokens = iter(said)
     console.ask("Why?")
     assert capsys.readouterr().out == "I don't know.   (confidence 0.00, an answer 1.00)\n"
+
+
+def test_an_answer_without_words_is_none(answerer, capsys):
+    console = Console(answerer, lambda log_probs: answerer.tokenizer.eos_token_id)
+    console.read(CONTEXT)
+    console.ask("Why?")
+    assert capsys.readouterr().out == "(nothing)   (confidence 0.00, no answer 0.00)\n"
 
 
 def test_draws_follow_the_seed(answerer, capsys):

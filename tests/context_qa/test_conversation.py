@@ -84,7 +84,8 @@ def test_a_conversation_at_a_terminal(answerer, spoken, converse, capsys, tmp_pa
     other.write_text("Cy is a dog.")
     typed = [
         *("Who?", "", "/stats", "/help", "/nothing", "/context", "Dee is", "a bird.", "", "/show"),
-        *("Who?", f"/context {other}", "/show", "/context missing.txt", "/context", "", "/show"),
+        *("Who?", f"/context '{other}'", "/show", "/context missing.txt", "/context", "", "/show"),
+        "/context -",
     ]
     converse(Console(answerer), "\n".join(typed) + "\n")
     out, err = capsys.readouterr()
@@ -93,11 +94,12 @@ def test_a_conversation_at_a_terminal(answerer, spoken, converse, capsys, tmp_pa
     err = err.replace("Q: ", "")
     assert "time to first token: 0." in err and "(confidence" not in err
     assert "/context [FILE]   read another context" in err
-    assert "/nothing: no such command; /help lists them\n" in err
+    assert "error: /nothing: no such command; /help lists them\n" in err
     assert "\nDee is\na bird.\n" in err
     assert err.count("Cy is a dog.\n") == 2, "what could not be read leaves the context as it was"
     assert "error: missing.txt: cannot be read (No such file" in err
     assert "error: standard input: the context is empty" in err
+    assert "error: /context -: /context alone asks for one" in err
 
 
 def test_stats(answerer, converse, capsys):

@@ -75,6 +75,10 @@ def test_the_answers_places(answer, marked):
     assert [context[start:end] for start, end in spans] == marked
 
 
+def test_an_answer_in_a_script_without_blanks_stands_among_others():
+    assert answer_spans("東京は日本の首都です。東京", "東京") == [(0, 2), (11, 13)]
+
+
 def test_plain_lines_show_shades_below_the_text_and_brackets_around_the_answer():
     explanation = explained("Ann met Bo Li\nin Oslo, Bo Li", {"Bo": 4.0, "Li\nin": 2.0}, "bo li")
     assert list(explanation.plain_lines(80)) == [
@@ -110,6 +114,7 @@ def test_shades_stand_below_wide_and_combining_characters():
 
 def test_control_characters_are_shown_as_none():
     assert printable("a\tb\x1b[2J\x07\x9bé\r\n“”") == "a b\ufffd[2J\ufffd\ufffdé\ufffd\n“”"
+    assert printable("a\u202eb\u2066c\u2028d\u200de") == "a\ufffdb\ufffdc\ufffdd\u200de"
     lines = list(explained("a \x1b[31mb", {"a": 1.0}).plain_lines(80))
     assert lines == ["a \ufffd[31mb", "█"]
 

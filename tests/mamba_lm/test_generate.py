@@ -145,7 +145,7 @@ def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, mo
         assert generation.token_ids == decode_plainly(model, prompt, STOPS, 12).token_ids
 
 
-def test_whatis_captured(make_model, monkeypatch):
+def test_what_is_captured(make_model, monkeypatch):
     model = make_model()
     assert not generate.is_captured(model)  # on the CPU
     monkeypatch.setattr(generate, "_device", lambda model: torch.device("cuda"))

@@ -115,7 +115,7 @@ def shares(sampler: Sampler, draws: int = 4000) -> list[float]:
         ({"temperature": 1.0, "top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
         ({"temperature": 1.0, "top_p": 0.0}, [1, 0, 0, 0]),
         ({"temperature": 2.0, "top_k": 3, "top_p": 0.6}, [0.564, 0.436, 0, 0]),
-        ({"temperature": 1e-30}, [1, 0, 0, 0]),
+        ({"temperature": 1e-320}, [1, 0, 0, 0]),
         ({"temperature": 1e30}, [0.25] * 4),
         ({}, [1, 0, 0, 0]),
     ],

@@ -36,8 +36,9 @@ from mamba_lm.selective_scan.cpu.token_kernels import normalize
 def _multiply(weight, first, stop, k, bias, b, x, y, ys):
     """Rows [first, stop) of weight (?, k) times all rows of x (b, k), plus bias, into y (b, ys).
 
-    The weight is read once, from main memory, whatever b is: of few rows of x two of its rows at a
-    time, which come faster than one to a core, else four, with four of x.
+    The weight is read once, from main memory, whatever b is. With few rows of x, that is the limit,
+    and two rows of the weight at a time arrive sooner than one after the other; else products are,
+    and four rows by four need the fewest loads.
     """
     if b < 4:
         half = (stop - first + 1) // 2
