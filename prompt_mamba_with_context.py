@@ -40,10 +40,11 @@ def main(args: argparse.Namespace) -> None:
     context = None if args.context_file is None else read_context(args.context_file)
     order = trained_prompt_order(args.model)
     if order != "context_first":
-        warning = (
-            f"warning: {args.model} was trained with --prompt_order {order}, but here a context"
+        print(
+            f"warning: {args.model} was trained with --prompt_order {order}; here the context is "
+            "read first, and once",
+            file=sys.stderr,
         )
-        print(warning, "is read first, and once", file=sys.stderr)
     console = load_console(args, explain=args.explain)
     Conversation(console, "prompt_mamba_with_context").run(context, args.question)
 

@@ -4,9 +4,10 @@
     python -m benchmarks.bench_console          # mamba-130m's shape, a passage of 2,000 tokens
     python -m benchmarks.bench_console --quick
 
-Random weights, stops ignored. The first question bears the reading of the passage. Ours also scores
-"I don't know." with every answer, which the peers do not; llama.cpp keeps the passage's state by
-its own means, transformers has none and reads everything anew.
+Random weights, stops ignored. The first question bears the reading of the passage; later ones are
+asked one after the other. Ours also scores "I don't know." with every answer, which the peers do
+not; llama.cpp keeps the passage's state by its own means, transformers has none and reads
+everything anew.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from squad_utils import prompt_parts, read_examples
 
 EMBEDDED = "data/demo/validation.jsonl"
 VOCABULARY, WIDTH = 50277, 768
-FIRST, LATER = "first token of the first question", "first token of a later question"
+FIRST, LATER = "first token of the first question", "first token of a later one"
 ONE, ALL, ANEW = "one question", "all questions", "all questions, each read anew"
 
 
@@ -93,7 +94,7 @@ def prepare(
     name: str, task: str, passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int
 ) -> Contender:
     tokenizer, model = made(tokenizer, n_layer)
-    questions = questions if task in (ALL, ANEW) else questions[:1]
+    questions = {ALL: questions, ANEW: questions, LATER: questions[1:]}.get(task, questions[:1])
     makers = {"ours": ours, "llama.cpp": llama_cpp, "transformers": transformers}
     return makers[name](task, model, tokenizer, passage, questions, new)
 
@@ -134,7 +135,7 @@ def ours(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int
                 reading = answerer.read_prefixes([passage])
             ask(suffix, reading, **show)
 
-    return Contender(call)
+    return Contender(call, len(suffixes) if task == LATER else 1)
 
 
 def llama_cpp(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int) -> Contender:
@@ -148,21 +149,19 @@ def llama_cpp(task: str, model: MambaLM, tokenizer, passage: str, questions, new
     peer.read(prefix)
     state = peer.llm.save_state()
 
-    def first_token_of_a_later_one() -> None:
-        peer.llm.load_state(state)
-        peer.llm.eval(suffixes[0])
-        peer.logits().argmax()
-
     def call() -> None:
         if task == LATER:
-            first_token_of_a_later_one()
+            for suffix in suffixes:
+                peer.llm.load_state(state)
+                peer.llm.eval(suffix)
+                peer.logits().argmax()
         elif task == ALL:
             peer.answer(prefix, suffixes, new)
         else:
             peer.read(prefix + suffixes[0])
             peer.logits().argmax() if task == FIRST else peer.decode(new)
 
-    return Contender(call)
+    return Contender(call, len(suffixes) if task == LATER else 1)
 
 
 def transformers(
@@ -188,15 +187,16 @@ def compare(passage: str, questions: list[str], tokenizer: str, n_layer: int, ne
     """Tell how many answers from the kept state are those of whole prompts read alone."""
     tokenizer, model = made(tokenizer, n_layer)
     state, _ = answerer_of(model, tokenizer, new).read_prefixes([passage])
-    prefix, equal, different = token_ids(tokenizer, passage), 0, set()
+    prefix, equal, distance = token_ids(tokenizer, passage), 0, 0.0
     for suffix in suffixes_of(questions):
         ids = token_ids(tokenizer, suffix)
-        kept = tuple(Stream(model, read(model, [ids], state), (), new))
-        equal += kept == tuple(Stream(model, read(model, [prefix + ids]), (), new))
-        different.add(kept)
+        kept = Stream(model, read(model, [ids], state), (), new)
+        fresh = Stream(model, read(model, [prefix + ids]), (), new)
+        equal += list(kept) == list(fresh)
+        distance = max(distance, abs(kept.log_prob - fresh.log_prob))
     print(
         f"\n{equal} of {len(questions)} answers from the kept state equal those of whole prompts "
-        f"read alone ({len(different)} different ones)"
+        f"read alone; log-probabilities differ by {distance:.1e} at most"
     )
 
 

@@ -269,7 +269,7 @@ def test_bench_console(in_process, monkeypatch, tmp_path, capsys):
     run(bench_console, monkeypatch, *shape, "--rounds", 1, "--json", path)
     rows = rows_of(path)
     assert rows["ours: one question"]["ratio"] == 1.0
-    tasks = ("first token of the first question", "first token of a later question", "one question",
+    tasks = ("first token of the first question", "first token of a later one", "one question",
              "all questions", "all questions, each read anew")  # fmt: skip
     assert {f"ours: {task}" for task in tasks} | {"transformers: one question"} <= rows.keys()
     assert "3 of 3 answers from the kept state equal those of whole prompts" in (

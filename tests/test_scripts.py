@@ -320,6 +320,14 @@ def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
     assert said.endswith("delta_layers.json: give a list of layers, each from 0 to 0")
 
 
+def test_a_model_that_learnt_another_prompt_is_told(refuse, tmp_path):
+    record = {"arguments": {"prompt_order": "read_twice"}}
+    (tmp_path / "training_args.json").write_text(json.dumps(record))
+    warning = "was trained with --prompt_order read_twice; here the context is read first"
+    assert warning in refuse(PROMPT, tmp_path)
+    assert warning not in refuse(PROMPT_N_SHOT, tmp_path)
+
+
 @every_script
 @pytest.mark.parametrize(
     "model", ["nobody/no-such-model", "models/no/such/folder", "./none", "a" * 300]
