@@ -356,7 +356,7 @@ class MambaLM(nn.Module):
         fused = self._fused_layers()
 
         def step(token_ids, state):
-            stepped = fused(self._embed(token_ids[:, None]), *state)
+            stepped = fused(self._embed(token_ids[:, None]), *state) if fused is not None else None
             if stepped is None:
                 hidden, state = self.encode(token_ids[:, None], state)
                 return hidden[:, 0], state
@@ -368,16 +368,18 @@ class MambaLM(nn.Module):
     def encode_each(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState] | None:
         """Read the tokens (l,) of one row: hidden (l, m), and the states after each of them, a row
         each. None where the backend has no kernel for that, or they are too many for it."""
-        read = self._fused_layers()(self._embed(token_ids[:, None]), *state, in_sequence=True)
+        fused = self._fused_layers()
+        if fused is None:
+            return None
+        read = fused(self._embed(token_ids[:, None]), *state, in_sequence=True)
         if read is None:
             return None
         residual, convs, ssms = read
         return self.backbone.norm_f(residual)[:, 0], MambaState(convs, ssms)
 
-    def _fused_layers(self) -> Callable:
+    def _fused_layers(self) -> Callable | None:
         weights = self.layer_weights()
-        fused = fused_layers(weights) if weights is not None else None
-        return fused or (lambda *args, **settings: None)
+        return fused_layers(weights) if weights is not None else None
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         hidden = self.backbone.embeddings(input_ids)
