@@ -4,62 +4,122 @@
     state_spaces    config.json with d_model, n_layer, ...; pytorch_model.bin (mamba_ssm's own)
 
 A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or a config file
-(models/configs/*.json, in the state_spaces layout), which gives random weights.
+(models/configs/*.json, in either layout), which gives random weights. `formats` has the details.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
-import pickle
+import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
 from files import atomic_folder
+from mamba_lm.formats import state_spaces, transformers
+from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
 from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.tokenizer import (
+    DEFAULT_TOKENIZER,
+    find_tokenizer,
+    has_tokenizer,
+    load_tokenizer_at,
+    tokenizer_files,
+    vocabulary_bound,
+)
 
 FORMATS = ("transformers", "state_spaces")
 NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+GENERATION = "generation_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_HUB_TOKENIZER_FILES = ["*.json", "*.model", "tokenizer*", "vocab*", "merges.txt"]
-_UNREADABLE = (
-    SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile
-)  # fmt: skip
+
+
+class ModelFiles(NamedTuple):
+    """The files that loading a model reads; weights: None for a config file, which has none."""
+
+    config: Path
+    weights: WeightFiles | None = None
+    generation: Path | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return self.weights is None
+
+    def paths(self) -> list[Path]:
+        index = self.weights and self.weights.index
+        tensors = self.weights.tensors if self.weights else ()
+        return [path for path in (self.config, *tensors, index, self.generation) if path]
+
+
+def find_model(name: str) -> ModelFiles:
+    """The files of the model of this name, downloaded from the Hub if need be. UserError says what
+    is missing."""
+    if name.endswith(".json"):
+        return ModelFiles(Path(name))
+    folder = find_folder(name)
+    read_config(folder / "config.json")  # a folder of something else is refused by this, first
+    generation = folder / GENERATION
+    generation = generation if generation.is_file() else None
+    return ModelFiles(folder / "config.json", find_weights(folder), generation)
 
 
 def load_model(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MambaLM:
     """The model of this name, in evaluation mode. UserError says what is missing or unfit."""
-    if name.endswith(".json"):
-        config = read_config(Path(name))
+    files = find_model(name)
+    config = read_config(files.config, files.is_random)
+    if files.is_random:
         return MambaLM(config).to(device, dtype).eval()
-    folder = find_folder(name)
-    config = read_config(folder / "config.json")
+    folder = files.config.parent
+    weights = model_names(read_weights(files.weights), folder)
+    config = _tie(config, weights, files.config)
     with torch.device("meta"):
         model = MambaLM(config)
     model.to_empty(device="cpu")
     if config.tie_embeddings:  # to_empty gave each name a parameter of its own
         model.lm_head.weight = model.backbone.embeddings.weight
-    weights = {_our_name(key): value for key, value in read_weights(folder).items()}
     load_weights(model, weights, source=folder)
+    model.generation = _read_generation(files)
     return model.to(device, dtype).eval()
+
+
+def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaConfig:
+    """Weights that are tied get both of their names. Where a tied head differs from the embedding,
+    both are kept, as by `transformers`, and the config that is returned says so."""
+    if not config.tie_embeddings:
+        return config
+    names = ("backbone.embeddings.weight", "lm_head.weight")
+    embedding, head = map(weights.get, names)
+    if embedding is None or head is None:
+        found = head if embedding is None else embedding
+        weights.update(dict.fromkeys(names, found) if found is not None else {})
+        return config
+    if head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding):
+        return config
+    if not _is_transformers(_read_json(path)):
+        raise UserError(
+            f"{path}: tie_embeddings is true, but the weights of lm_head and of the embedding "
+            "differ; set it to false to keep both"
+        )
+    warn(
+        f"{path}: tie_word_embeddings is true, but the weights of lm_head and of the embedding "
+        "differ; both are kept, untied"
+    )
+    return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
     """Copy weights into the model; UserError unless names and shapes are exactly the model's."""
     expected = model.state_dict()
-    if model.config.tie_embeddings:
-        weights.setdefault("lm_head.weight", weights.get("backbone.embeddings.weight"))
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
     if missing or extra:
         raise UserError(
@@ -92,105 +152,47 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def read_config(path: Path) -> MambaConfig:
-    """The config in either layout, each told by its own keys."""
+def read_config(path: Path, is_random: bool = False) -> MambaConfig:
+    """The config in either layout, each recognised by its own keys. UserError for a field that is
+    not understood or has a value that is not supported; is_random: weights are to be drawn, so that
+    fields on how they start count too."""
+    raw = _read_json(path)
+    try:
+        if _is_transformers(raw):
+            return transformers.read_config(raw, path, is_random)
+        if "d_model" in raw and "model_type" not in raw:
+            return state_spaces.read_config(raw, path, is_random)
+    except ValueError as error:  # sizes that do not fit together
+        raise UserError(f"{path}: {error}") from error
+    raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r:.40})")
+
+
+def _is_transformers(raw: dict) -> bool:
+    return raw.get("model_type") in ("mamba", "falcon_mamba")
+
+
+def _read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; a model folder holds a config.json") from error
-    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no such file; a model folder contains a config.json") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    try:
-        if raw.get("model_type") in ("mamba", "falcon_mamba"):
-            return _from_transformers(raw)
-        if "d_model" in raw:
-            return _from_state_spaces(raw, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole Mamba config ({error!r})") from error
-    raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r})")
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a JSON object is needed, not {raw!r:.40}")
+    return raw
 
 
-def _from_transformers(raw: dict) -> MambaConfig:
-    falcon = raw["model_type"] == "falcon_mamba"
-    hidden, expand = raw["hidden_size"], raw.get("expand", 2)
-    rank = raw.get("time_step_rank", "auto")
-    return MambaConfig(
-        vocab_size=raw["vocab_size"],
-        d_model=hidden,
-        n_layer=raw["num_hidden_layers"],
-        d_state=raw.get("state_size", 16),
-        d_conv=raw.get("conv_kernel", 4),
-        expand=expand,
-        d_inner=raw.get("intermediate_size") or int(expand * hidden),
-        dt_rank=None if rank == "auto" else rank,
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        bcdt_rms_eps=raw.get("mixer_rms_eps", 1e-6) if falcon else None,
-        proj_bias=raw.get("use_bias", False),
-        conv_bias=raw.get("use_conv_bias", True),
-        tie_embeddings=raw.get("tie_word_embeddings", True),
-        residual_in_fp32=raw.get("residual_in_fp32", True),
-        pad_vocab_size_multiple=1,
-        initializer_range=raw.get("initializer_range", 0.02),
-    )
+def _read_generation(files: ModelFiles) -> dict:
+    """What a checkpoint says on generation: token ids, over which generation_config.json goes. It
+    decides nothing here, and is written again when the model is saved."""
+    config = _read_json(files.config)
+    ids = {name: config[name] for name in transformers.TOKEN_IDS if name in config}
+    return ids | (_read_json(files.generation) if files.generation else {})
 
 
-def _from_state_spaces(raw: dict, path: Path) -> MambaConfig:
-    ssm = raw.get("ssm_cfg") or {}
-    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
-        raise UserError(f"{path}: a {ssm.get('layer', 'hybrid')} model; this project runs Mamba-1")
-    rank = ssm.get("dt_rank", "auto")
-    return MambaConfig(
-        vocab_size=raw["vocab_size"],
-        d_model=raw["d_model"],
-        n_layer=raw["n_layer"],
-        d_state=ssm.get("d_state", 16),
-        d_conv=ssm.get("d_conv", 4),
-        expand=ssm.get("expand", 2),
-        dt_rank=None if rank == "auto" else rank,
-        proj_bias=ssm.get("bias", False),
-        conv_bias=ssm.get("conv_bias", True),
-        tie_embeddings=raw.get("tie_embeddings", True),
-        residual_in_fp32=raw.get("residual_in_fp32", True),
-        pad_vocab_size_multiple=raw.get("pad_vocab_size_multiple", 8),
-        initializer_range=(raw.get("initializer_cfg") or {}).get("initializer_range", 0.02),
-    )
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, by their names in its files."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists():
-            try:
-                shards = json.loads((folder / index).read_text())["weight_map"].values()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{folder / index}: not an index of weights ({error!r})") from error
-            tensors: dict[str, Tensor] = {}
-            for shard in sorted(set(shards)):
-                tensors |= _read_tensors(folder / shard)
-            return tensors
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return _read_tensors(folder / name)
-    raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in this folder")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict):
-            raise EOFError(f"it holds a {type(tensors).__name__}")
-        return tensors
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: named by the index, but missing") from error
-    except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: truncated or not a weights file ({reason[:120]})") from error
-
-
-def _our_name(key: str) -> str:
-    return key.replace("backbone.embedding.", "backbone.embeddings.")
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def save_model(
@@ -204,25 +206,22 @@ def save_model(
     weights: those of the model by name, where it does not hold them whole."""
     weights = model.state_dict() if weights is None else weights
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    ids = {name: getattr(tokenizer, name) for name in transformers.TOKEN_IDS} if tokenizer else {}
+    generation = model.generation | ids
     with atomic_folder(folder) as partial:
         if format == "state_spaces":
-            if model.config.bcdt_rms_eps is not None:
-                raise UserError("the state_spaces format cannot hold Falcon-Mamba's RMS norms")
-            if model.config.d_inner != model.config.expand * model.config.d_model:
-                raise UserError("the state_spaces format cannot hold an inner width of its own")
-            if model.config.norm_eps != 1e-5:
-                raise UserError("the state_spaces format cannot hold a norm epsilon but 1e-5")
-            config = _to_state_spaces(model.config)
-            renamed = {k.replace(".embeddings.", ".embedding."): v for k, v in weights.items()}
+            config = state_spaces.write_config(model.config)
             with writing_tensors():
-                torch.save(renamed, partial / "pytorch_model.bin")
+                torch.save(state_spaces.write_weights(weights), partial / "pytorch_model.bin")
         else:
-            config = _to_transformers(model.config, weights["lm_head.weight"].dtype, tokenizer)
-            if model.config.tie_embeddings:
-                del weights["lm_head.weight"]
+            config = transformers.write_config(model.config, weights["lm_head.weight"].dtype)
+            config |= {name: generation[name] for name in transformers.TOKEN_IDS if name in generation}
+            weights = transformers.write_weights(weights, model.config)
             with writing_tensors():
                 save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             (partial / "model.safetensors").chmod(0o644)  # safetensors makes files private
+        if model.generation:
+            (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -250,84 +249,35 @@ def writing_tensors() -> Iterator[None]:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _to_transformers(config: MambaConfig, dtype: torch.dtype, tokenizer) -> dict:
-    falcon = config.bcdt_rms_eps is not None
-    raw = {
-        "architectures": ["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
-        "model_type": "falcon_mamba" if falcon else "mamba",
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_rows,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layer,
-        "state_size": config.d_state,
-        "conv_kernel": config.d_conv,
-        "expand": config.expand,
-        "intermediate_size": config.d_inner,
-        "time_step_rank": config.dt_rank,
-        "layer_norm_epsilon": config.norm_eps,
-        "use_bias": config.proj_bias,
-        "use_conv_bias": config.conv_bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        "residual_in_fp32": config.residual_in_fp32,
-        "initializer_range": config.initializer_range,
-    }
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if tokenizer else ():
-        raw[name] = getattr(tokenizer, name)
-    return raw | ({"mixer_rms_eps": config.bcdt_rms_eps} if falcon else {})
-
-
-def _to_state_spaces(config: MambaConfig) -> dict:
-    return {
-        "d_model": config.d_model,
-        "d_intermediate": 0,
-        "n_layer": config.n_layer,
-        "vocab_size": config.vocab_size,
-        "ssm_cfg": {
-            "layer": "Mamba1",
-            "d_state": config.d_state,
-            "d_conv": config.d_conv,
-            "expand": config.expand,
-            "dt_rank": config.dt_rank,
-            "bias": config.proj_bias,
-            "conv_bias": config.conv_bias,
-        },
-        "attn_layer_idx": [],
-        "attn_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": config.residual_in_fp32,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
-        "tie_embeddings": config.tie_embeddings,
-    }
+def find_tokenizer_of(model: str, tokenizer: str | None = None) -> Path:
+    """Where the tokenizer named by `tokenizer` is (folder, tokenizer.json file or Hub name), else
+    the one in the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces'
+    models. UserError where that cannot be a model's."""
+    if tokenizer is None:
+        folder = Path(model) if model.endswith(".json") else find_folder(model)
+        if has_tokenizer(folder):
+            return folder
+        config = read_config(folder / "config.json" if folder.is_dir() else folder)
+        if config.bcdt_rms_eps is not None:
+            raise UserError(f"{model}: a Falcon-Mamba model without a tokenizer; give --tokenizer")
+        tokenizer = DEFAULT_TOKENIZER
+    return find_tokenizer(tokenizer)
 
 
 def load_tokenizer(model: str, tokenizer: str | None = None):
-    """The tokenizer named by `tokenizer` (folder, tokenizer.json file or Hub name), else the one in
-    the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces' models."""
-    from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    """The tokenizer that `find_tokenizer_of` finds. Raises UserError."""
+    return load_tokenizer_at(find_tokenizer_of(model, tokenizer))
 
-    if tokenizer is None:
-        folder = Path(model) if model.endswith(".json") else find_folder(model)
-        has_own = any((folder / name).exists() for name in _TOKENIZER_FILES)
-        tokenizer = str(folder) if has_own else DEFAULT_TOKENIZER
-    path = Path(tokenizer)
-    try:
-        if not path.exists():  # not by AutoTokenizer, which asks for a wrong name for a minute
-            path = Path(snapshot_download(tokenizer, allow_patterns=_HUB_TOKENIZER_FILES))
-        if path.is_file():
-            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
-        else:
-            loaded = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # OSError, ValueError, KeyError, ... for one cause
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{tokenizer}: no tokenizer can be loaded from it ({reason[:120]}); "
-            "give --tokenizer a folder, a tokenizer.json file or a Hub name"
-        ) from error
-    if loaded.eos_token_id is None:
-        raise UserError(f"{tokenizer}: the tokenizer has no end-of-text token")
-    return loaded
+
+def files_read(model: str, tokenizer: str | None = None) -> tuple[list[Path], list[Path]]:
+    """The files that loading a model and its tokenizer reads. A tokenizer in the model's folder
+    belongs to the model; the second list is that of another one. Raises UserError."""
+    files = find_model(model)
+    path = find_tokenizer_of(model, tokenizer)
+    others = tokenizer_files(path)
+    if not files.is_random and path == files.config.parent:
+        return sorted({*files.paths(), *others}), []
+    return sorted(files.paths()), sorted(others)
 
 
 def load_model_and_tokenizer(
@@ -339,9 +289,10 @@ def load_model_and_tokenizer(
     """Both, as `load_model` and `load_tokenizer` find them; UserError where they do not fit."""
     model = load_model(name, device, dtype)
     loaded = load_tokenizer(name, tokenizer)
-    if len(loaded) > model.config.vocab_rows:
-        raise UserError(
-            f"{name}: has {model.config.vocab_rows} vocabulary rows, the tokenizer "
-            f"{loaded.name_or_path} {len(loaded)} tokens; give --tokenizer the model's own"
-        )
+    rows, ids = model.config.vocab_rows, vocabulary_bound(loaded)
+    fit = f"{name}: has {rows:,} vocabulary rows, the tokenizer {loaded.name_or_path} "
+    if ids > rows:
+        raise UserError(f"{fit}token ids up to {ids - 1:,}; give --tokenizer the model's own")
+    if rows - ids > max(64, rows // 20):
+        warn(f"{fit}only {ids:,} token ids: is it the model's own? --tokenizer names another")
     return model, loaded

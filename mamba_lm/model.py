@@ -47,7 +47,7 @@ class MambaConfig:
     n_layer: int
     d_state: int = 16
     d_conv: int = 4
-    expand: int = 2
+    expand: float = 2
     dt_rank: int | None = None  # None: ceil(d_model / 16)
     d_inner: int | None = None  # None: expand * d_model
     norm_eps: float = 1e-5
@@ -60,19 +60,24 @@ class MambaConfig:
     initializer_range: float = 0.02  # standard deviation of fresh embeddings
 
     def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
+            self._require_size(name)
         derived = {
             "dt_rank": self.dt_rank or math.ceil(self.d_model / 16),
-            "d_inner": self.d_inner or self.expand * self.d_model,
+            "d_inner": self.d_inner or int(self.expand * self.d_model),
         }
         for name in ("norm_eps", "bcdt_rms_eps"):  # JSON may hold an integer
             value = getattr(self, name)
             derived[name] = value if value is None else float(value)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "dt_rank", "d_inner"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("d_state", "d_conv", "dt_rank", "d_inner"):
+            self._require_size(name)
+
+    def _require_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
 
     @property
     def vocab_rows(self) -> int:
@@ -289,6 +294,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_every = 0  # each nth layer keeps for its gradients what it reads, no more
+        self.generation: dict = {}  # a checkpoint's settings of generation, written when it is saved
         self.backbone = MambaBackbone(config)
         self.lm_head = Linear(config.d_model, config.vocab_rows, bias=False)
         initialize(self)

@@ -407,8 +407,15 @@ def test_code_in_a_pickle_does_not_run(zipped, folder):
     assert proof.exists()  # the trap was armed
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'], ids=str)
+BAD_INDEXES = [
+    *("{", "[]", '{"metadata": {}}', '{"weight_map": 3}', '{"weight_map": {}}'),
+    *('{"weight_map": {"w": 3}}', '{"weight_map": {"w": "../model.safetensors"}}'),
+]
+
+
+@pytest.mark.parametrize("text", BAD_INDEXES)
 def test_bad_shard_index(text, folder):
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     refused(folder, str(index))
