@@ -11,9 +11,10 @@ nothing; --prompt_order question_only is another: a model that does not see the 
 import argparse
 
 from context_qa.evaluation import evaluate, parse_evaluation_args
+from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.provenance import trained_prompt_order
 from errors import probability, run_script
-from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, prompt_parts
+from squad_utils import PROMPT_ORDERS, prompt_parts
 
 
 def parse_args() -> argparse.Namespace:

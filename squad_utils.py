@@ -1,13 +1,12 @@
-"""Question answering on SQuAD: examples, prompts, negatives, scoring. Imports nothing heavy."""
+"""Question answering on SQuAD: examples, prompts, scoring. Imports nothing heavy."""
 
-import functools
 import hashlib
 import json
-import random
 import re
 import string
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ ACCEPTED = "a JSONL or SQuAD JSON file, or a Hub data set such as rajpurkar/squa
 ROW_KEYS = "context, prompt, response or context, question, answers"
 PROMPT_ORDERS = ("context_first", "question_first", "read_twice", "question_only")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-NEGATIVE_KINDS = ("random", "same_article", "hard")
 # Han, kana, Thai, Lao, Burmese and Khmer are written without blanks between words.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
@@ -110,8 +108,7 @@ def _squad_rows(document: dict, source: str) -> Iterator[tuple[str, dict]]:
                 shared = {"title": article.get("title"), "context": paragraph.get("context")}
                 for q, qa in enumerate(paragraph["qas"]):
                     place = f"{source} data[{a}].paragraphs[{p}].qas[{q}]"
-                    answers = {"answers": []} if qa.get("is_impossible") else {}
-                    yield place, {"question": None} | qa | shared | answers
+                    yield place, {"question": None} | qa | shared
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{place}: not SQuAD JSON here or next to it; give {ACCEPTED}") from error
 
@@ -131,11 +128,25 @@ def _example(row: object, place: str) -> Example:
         question = checked_text(row.get("prompt"), "prompt", place)
         answers = [checked_text(row.get("response"), "response", place)]
     answers = [checked_text(answer, "answers", place) for answer in answers]
-    answers = [answer for answer in answers if normalize_answer(answer) != NORMALIZED_NO_ANSWER]
+    answers = [answer for answer in answers if not is_no_answer(answer)]
+    _check_is_impossible(row.get("is_impossible"), answers, place)
     digest = hashlib.sha256(json.dumps([context, question, *answers]).encode()).hexdigest()
-    identifier = digest[:16] if row.get("id") is None else checked_text(str(row["id"]), "id", place)
+    identifier = digest[:16] if row.get("id") is None else _checked_id(row["id"], place)
     article = None if row.get("title") is None else checked_text(row["title"], "title", place)
     return Example(identifier, context, question, tuple(answers), article)
+
+
+def _check_is_impossible(value: object, answers: Sequence[str], place: str) -> None:
+    """UserError for a flag that is no boolean or that the answers contradict."""
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{place}: 'is_impossible' is {value!r:.40}; it must be true or false")
+    if value is not None and value == bool(answers):
+        found = f"there are answers ({answers[0]!r:.40})" if answers else "there is no answer"
+        raise UserError(f"{place}: 'is_impossible' is {str(value).lower()}, but {found}")
+
+
+def _checked_id(value: object, place: str) -> str:
+    return checked_text(str(value) if type(value) is int else value, "id", place)
 
 
 def checked_text(value: object, key: str, place: str, keys: str = ROW_KEYS) -> str:
@@ -167,83 +178,63 @@ def answer_text(answer: str) -> str:
     return f" {answer}"
 
 
-class NegativeSampler:
-    """Draws for each example a context that does not answer it: asked there, NO_ANSWER is right.
-
-    `random` draws from all (`contexts`, else the examples'), `same_article` from the article's,
-    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit: without
-    its answers, and without the same question there. Seed, epoch, id and the examples decide alone.
-    """
-
-    def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
-        if kind not in NEGATIVE_KINDS:
-            raise UserError(f"negatives {kind!r}: choose from {', '.join(NEGATIVE_KINDS)}")
-        self.examples, self.seed = examples, seed
-        self.pool = sorted(set(contexts) or {example.context for example in examples})
-        self._asked = {(example.context, example.question) for example in examples}
-        self._word_forms = functools.cache(_word_forms)
-        self.preferred: list[list[str]] = [[] for _ in examples]
-        if kind == "same_article":
-            self.preferred = self._same_article()
-        elif kind == "hard":
-            self.preferred = self._nearest()
-
-    def contexts(self, epoch: int) -> list[str | None]:
-        """One context per example, in their order; None where no context at all is fit."""
-        pairs = zip(self.examples, self.preferred, strict=True)
-        return [self._draw(example, preferred, epoch) for example, preferred in pairs]
-
-    def _draw(self, example: Example, preferred: list[str], epoch: int) -> str | None:
-        # A string seed is hashed by SHA-512: the same draw in every process, on every machine.
-        rng = random.Random(f"{self.seed}/{epoch}/{example.id}")
-        likely = rng.sample(preferred, len(preferred)) + rng.choices(self.pool, k=8)
-        drawn = next(self._fit(likely, example), None)
-        # Rarely none of them is fit: only then is shuffling the whole pool worth it.
-        return drawn or next(self._fit(rng.sample(self.pool, len(self.pool)), example), None)
-
-    def _fit(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
-        answers = [self._word_forms(answer) for answer in example.answers]
-        for context in contexts:
-            joined, parted = self._word_forms(context)
-            is_answer_in = any(one in joined or other in parted for one, other in answers)
-            if not is_answer_in and (context, example.question) not in self._asked:
-                yield context
-
-    def _same_article(self) -> list[list[str]]:
-        contexts: dict[str, list[str]] = {}
-        for context, article in sorted({(e.context, e.article or "") for e in self.examples}):
-            contexts.setdefault(article, []).append(context)
-        if set(contexts) <= {""}:
-            raise UserError("negatives same_article need titles: give SQuAD JSON or a Hub data set")
-        return [contexts[example.article or ""] for example in self.examples]
-
-    def _nearest(self) -> list[list[str]]:
-        import bm25s
-
-        index, words = bm25s.BM25(), bm25s.tokenize(self.pool, show_progress=False)
-        if not words.vocab:
-            return self.preferred
-        index.index(words, show_progress=False)
-        questions = [example.question for example in self.examples]
-        queries = bm25s.tokenize(questions, return_ids=False, show_progress=False)
-        ranking = index.retrieve(queries, k=min(50, len(self.pool))).documents  # shows an ETA
-        return [
-            list(self._fit((self.pool[i] for i in ranks), example))[:10]
-            for example, ranks in zip(self.examples, ranking, strict=True)
-        ]
-
-
-def _word_forms(text: str) -> tuple[str, str]:
-    """Normalised words between blanks, twice ("U.S.": us, u s), since either reading may match."""
-    text = UNSPACED.sub(r" \g<0> ", text)
-    parted = re.sub(r"[\W_]+", " ", text)
-    return f" {normalize_answer(text)} ", f" {normalize_answer(parted)} "
-
-
 def normalize_answer(text: str) -> str:
     """Lowercase, no ASCII punctuation, articles or surplus blanks (the official SQuAD script)."""
     text = text.lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def fold(text: str) -> str:
+    """One form for all ways to write a text that a reader takes for the same.
+
+    Without case, accents, ligatures and wide forms (Unicode's compatibility decomposition), and
+    without characters that do not show; digits of all scripts, quotes and dashes as in ASCII. What
+    decides something (is the answer in a context, is it NO_ANSWER) compares folded texts; scores
+    are those of the official script, which compares them as they are written.
+    """
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFKD", text).casefold()
+    return unicodedata.normalize("NFKD", text).translate(_FOLDED)
+
+
+class _Folding(dict):
+    """What `str.translate` asks for each character of a decomposed text, by its number."""
+
+    def __missing__(self, number: int) -> str | None:
+        character = chr(number)
+        category = unicodedata.category(character)
+        is_accent = 200 <= unicodedata.combining(character) <= 240
+        folded: str | None = character
+        if is_accent or category == "Cf" or character in _INVISIBLE_MARKS:
+            folded = None
+        elif category == "Nd":
+            folded = str(unicodedata.decimal(character))
+        elif category == "Pd" or character == "\u2212":  # minus
+            folded = "-"
+        elif category in ("Pi", "Pf") or character in "\u02b9\u02bc\u2032":  # quotes, primes
+            folded = "'"
+        self[number] = folded
+        return folded
+
+
+_INVISIBLE_MARKS = {chr(n) for n in (0x34F, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))}
+_FOLDED = _Folding()
+
+
+def folded_answer(text: str) -> str:
+    """The normalised form of a folded text: what is equal by this is the same answer."""
+    return normalize_answer(fold(text))
+
+
+def is_no_answer(text: str) -> bool:
+    """Whether a text says NO_ANSWER, whatever its case, quotes and final mark."""
+    return folded_answer(text) == NORMALIZED_NO_ANSWER
+
+
+def same_question(context: str, question: str) -> tuple[str, str]:
+    """Equal for one question on one context, in whatever form they are written."""
+    return folded_answer(context), folded_answer(question)
 
 
 def exact_match(guess: str, answers: Sequence[str]) -> float:
@@ -261,15 +252,15 @@ def is_correct(guess: str, answer: str) -> bool:
     return guess.strip().lower() == answer.strip().lower()
 
 
-def abstains(guess: str) -> bool:
-    """Whether a guess is NO_ANSWER, or empty, once normalised."""
+def is_scored_as_empty(guess: str) -> bool:
+    """Whether the official script takes a guess for the empty answer: NO_ANSWER does it here, and
+    so does what normalises to nothing, such as "", "..." and "The"."""
     return not _scored(guess)
 
 
 def _scored(text: str) -> str:
     """The normalised text, "" for NO_ANSWER: to say it is to give the empty answer."""
-    normalized = normalize_answer(text)
-    return "" if normalized == NORMALIZED_NO_ANSWER else normalized
+    return "" if is_no_answer(text) else normalize_answer(text)
 
 
 def _references(answers: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from context_qa.dataset import GroupedBatches, continuation
+from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import doubts, examples_to_score, scorer
@@ -25,7 +26,7 @@ from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_arguments import training_arguments
-from squad_utils import NEGATIVE_KINDS, PROMPT_ORDERS, read_examples
+from squad_utils import PROMPT_ORDERS, read_examples
 
 
 def parse_args() -> argparse.Namespace:

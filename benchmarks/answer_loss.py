@@ -17,10 +17,11 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from context_qa.dataset import Pairing, continuation
+from context_qa.negatives import NegativeSampler
 from errors import run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM, collate
-from squad_utils import PROMPT_ORDERS, Example, NegativeSampler, read_examples
+from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 
 def parse_args() -> argparse.Namespace:

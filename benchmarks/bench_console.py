@@ -26,13 +26,13 @@ from benchmarks.timing import (
 )
 from context_qa.answering import Answerer
 from context_qa.console import READ_AT_ONCE
-from context_qa.dataset import token_ids
 from context_qa.streamed_answer import stream_answer
 from errors import UserError, positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.generate import read
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.streaming import Stream
+from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
 EMBEDDED = "data/demo/validation.jsonl"

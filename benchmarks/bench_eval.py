@@ -26,10 +26,10 @@ from benchmarks.timing import (
     rows_per_item,
 )
 from context_qa.answering import Answerer
-from context_qa.dataset import token_ids
 from errors import positive_int, run_script
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.tokenizer import token_ids
 from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/validation.jsonl"

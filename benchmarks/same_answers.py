@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from context_qa.answering import Answerer
-from context_qa.dataset import token_ids
 from errors import positive_int, run_script
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.generate import decode, read
+from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
 

@@ -8,14 +8,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from context_qa.dataset import token_ids
 from context_qa.results import Answer
-from context_qa.spans import Spans
+from context_qa.spans import Spans, require_pieces
 from errors import UserError
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
 from mamba_lm.model import MambaLM, MambaState
-from squad_utils import NO_ANSWER, abstains, answer_text
+from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
+from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
 
 WINDOW = 512  # prompts: what is answered out of order
 MAX_BATCH_TOKENS = 8192
@@ -37,9 +37,11 @@ class Answerer:
     questions that are answered together, each with max_new_tokens for its answer.
 
     With a no_answer_threshold T the guess is NO_ANSWER where that has a probability above T. Where
-    it has not and the greedy guess abstains, the guess is what the model says if it may neither
-    stop at once nor begin as NO_ANSWER does: now and then "the I don't know", or another text that
-    is scored as abstaining. Spans are never scored so, but for a context without any.
+    it has not and the greedy guess is scored as the empty answer, the guess is what the model says
+    if it may neither stop at once nor begin as NO_ANSWER does: now and then "the I don't know", or
+    another text that is scored so. Spans never are, but for a context without any.
+
+    span_borders: where guesses end that are spans of their contexts, see `spans.Spans`.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Answerer:
         max_new_tokens: int = 64,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         no_answer_threshold: float | None = None,
+        span_borders: str = "words",
     ):
+        self.span_borders = span_borders
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_batch_tokens = max_new_tokens, max_batch_tokens
         self.no_answer_threshold = no_answer_threshold
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocabulary_bound(tokenizer)
         texts = tokenizer.batch_decode([[i] for i in range(self.vocab_size)])
         self.stop_ids = {i for i, text in enumerate(texts) if "\n" in text}
         self.stop_ids.add(tokenizer.eos_token_id)
@@ -75,6 +79,8 @@ class Answerer:
         whose places are all `done` are left out, and of the others this part of `parts` gets its
         share.
         """
+        if contexts is not None:
+            require_pieces(self.tokenizer)
         done = frozenset(done)
         kept: tuple[list[str], tuple[MambaState, list[int]]] | None = None
         for unit, (prefixes, rows) in enumerate(self._units(prompts)):
@@ -100,7 +106,8 @@ class Answerer:
     ) -> Iterator[tuple[list[str], dict[int, int]]]:
         """Prefixes that are read together, and by place the row of each prompt that has one."""
         for window in _windows(prompts):
-            lengths = {prefix: len(token_ids(self.tokenizer, prefix)) for prefix in window}
+            ids = encode(self.tokenizer, list(window))
+            lengths = dict(zip(window, map(len, ids), strict=True))
             for prefixes in _batches(lengths, self.max_batch_tokens):
                 rows = {p: row for row, prefix in enumerate(prefixes) for p in window[prefix]}
                 yield prefixes, rows
@@ -108,8 +115,8 @@ class Answerer:
     def _question_batches(
         self, places: Collection[int], prompts: Sequence[tuple[str, str]]
     ) -> Iterator[list[int]]:
-        lengths = {place: len(token_ids(self.tokenizer, prompts[place][1])) for place in places}
-        costs = {place: length + self.max_new_tokens for place, length in lengths.items()}
+        ids = encode(self.tokenizer, [prompts[place][1] for place in places])
+        costs = {p: len(i) + self.max_new_tokens for p, i in zip(places, ids, strict=True)}
         return _batches(costs, self.max_batch_tokens)
 
     @staticmethod
@@ -125,7 +132,7 @@ class Answerer:
     ) -> tuple[MambaState, list[int]]:
         """The state after each prefix, a row each, and the prefixes' lengths in tokens; on_read is
         told how many tokens of the longest have been read, piece by piece."""
-        ids = [token_ids(self.tokenizer, prefix) for prefix in prefixes]
+        ids = encode(self.tokenizer, prefixes)
         state = prefill(self.model, ids, self.max_batch_tokens, on_read)
         return state, [len(row) for row in ids]
 
@@ -144,7 +151,7 @@ class Answerer:
         reading_seconds, a prefix's share of the time that it took to read it, is added to theirs.
         """
         started = time.perf_counter()
-        ids = [token_ids(self.tokenizer, suffix) for suffix in suffixes]
+        ids = encode(self.tokenizer, suffixes)
         reading = read(self.model, ids, state, self.vocab_size)
         no_answer = continuation_log_prob(
             self.model, reading, self.no_answer_ids, self.stop_ids, self.vocab_size
@@ -176,7 +183,11 @@ class Answerer:
             _Guess(NO_ANSWER, log_prob, len(self.no_answer_ids)) for log_prob in no_answer
         ]
         is_above = [as_probability(log_prob) > self.no_answer_threshold for log_prob in no_answer]
-        again = [r for r, guess in enumerate(guesses) if abstains(guess.text) and not is_above[r]]
+        again = [
+            r
+            for r, guess in enumerate(guesses)
+            if is_scored_as_empty(guess.text) and not is_above[r]
+        ]
         if again:
             forked = reading.fork(torch.tensor(again, device=reading.log_probs.device))
             others = contexts and [contexts[row] for row in again]
@@ -213,7 +224,9 @@ class Answerer:
     ) -> list[_Guess]:
         abstention = Choice(self.no_answer_ids, [False] * (len(self.no_answer_ids) - 1) + [True])
         by_context = {
-            context: Spans(self.tokenizer, context, self.max_new_tokens, self.stop_ids)
+            context: Spans(
+                self.tokenizer, context, self.max_new_tokens, self.stop_ids, self.span_borders
+            )
             for context in dict.fromkeys(contexts)
         }
         spans = [by_context[context] for context in contexts]

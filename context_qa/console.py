@@ -14,7 +14,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from context_qa.answering import Answerer
-from context_qa.dataset import token_ids
 from context_qa.explanation import Explanation, answer_spans, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.terminal import Screen, typed
@@ -25,7 +24,8 @@ from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler
-from squad_utils import abstains, prompt_parts
+from mamba_lm.tokenizer import require_offsets, token_ids
+from squad_utils import is_no_answer, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -163,7 +163,7 @@ class Console:
 def _doubts(answer: StreamedAnswer) -> str:
     """How sure the model is; where it abstains, how likely an answer was."""
     confidence, no_answer = answer.confidence, answer.no_answer_probability
-    if answer.text and abstains(answer.text):
+    if is_no_answer(answer.text):
         return f"confidence {confidence:.2f}, an answer {1 - no_answer:.2f}"
     return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
 
@@ -182,10 +182,8 @@ def load_console(
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
-    if explain and not tokenizer.is_fast:
-        raise UserError(
-            "--explain: needs a tokenizer that knows where its tokens stand, a fast one"
-        )
+    if explain:
+        require_offsets(tokenizer)
     layers = delta_layers(args.model, model.config.n_layer) if explain else ()
     note = Path(args.model) / NOTE
     if note.is_file():

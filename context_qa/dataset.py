@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
+from context_qa.negatives import NegativeSampler
 from errors import UserError
 from mamba_lm.prefix_suffix import Continuation
-from squad_utils import NO_ANSWER, Example, NegativeSampler, answer_text, prompt_parts
+from mamba_lm.tokenizer import token_ids
+from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
 
 
 class Pairing(NamedTuple):
@@ -158,8 +160,3 @@ def pack(groups: Sequence[list], sizes: Sequence[int]) -> list[list]:
             with_room[max(room - len(group), 0)].append(place)
             group = group[room:]
     return batches
-
-
-def token_ids(tokenizer, text: str) -> list[int]:
-    """Tokens of one part of a prompt, without special tokens: parts are tokenised apart."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from context_qa.answering import MAX_BATCH_TOKENS, Answerer
-from context_qa.copies import unanswerable_copies
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
+from context_qa.negatives import unanswerable_copies
 from context_qa.processes import from_first, in_step
 from context_qa.provenance import hash_or_name, run_record, sha256
 from context_qa.results import Answer, result_row

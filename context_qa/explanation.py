@@ -3,12 +3,13 @@
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from squad_utils import UNSPACED, abstains
+from mamba_lm.tokenizer import encode_with_offsets
+from squad_utils import UNSPACED, fold, is_no_answer
 
 LEVELS = 5
 BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
@@ -80,21 +81,30 @@ class Explanation(NamedTuple):
 
 def token_strengths(tokenizer, context: str, norms: Tensor) -> list[tuple[int, int, float]]:
     """Each token's place in the context and its mean over layers of norms (layers, tokens)."""
-    encoded = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
-    places = encoded["offset_mapping"]
+    [(_, places)] = encode_with_offsets(tokenizer, [context])
     return [(*place, s) for place, s in zip(places, norms.mean(dim=0).tolist(), strict=True)]
 
 
 def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
-    """Where the answer stands in the context, as words of its own where these stand apart, whatever
-    the case and blanks; nowhere if it abstains."""
-    if abstains(answer):
+    """Where the answer is in the context, as words of its own where these are written apart,
+    whatever the blanks and in whatever form the characters are (`squad_utils.fold`); nowhere if it
+    is NO_ANSWER or blank."""
+    if is_no_answer(answer) or not answer.strip():
         return []
-    pattern = r"\s+".join(map(re.escape, answer.split()))
+    pattern = r"\s+".join(map(re.escape, fold(answer).split()))
     if not UNSPACED.search(answer):
         pattern = rf"(?<!\w){pattern}(?!\w)"
-    found = re.finditer(pattern, context, re.IGNORECASE)
-    return [match.span() for match in found]
+    parts = [fold(character) for character in context]
+    places = [place for place, part in enumerate(parts) for _ in part]
+    return [
+        (places[match.start()], _end(parts, places[match.end() - 1]))
+        for match in re.finditer(pattern, "".join(parts))
+    ]
+
+
+def _end(parts: Sequence[str], place: int) -> int:
+    """Where the character at a place ends: what folds to nothing, as accents do, belongs to it."""
+    return next((n for n in range(place + 1, len(parts)) if parts[n]), len(parts))
 
 
 def printable(text: str) -> str:

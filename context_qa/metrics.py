@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from context_qa.copies import is_copy
+from context_qa.negatives import is_copy
 from squad_utils import abstains
 
 SCORES = ("exact_match", "f1", "is_correct")

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from context_qa import metrics
-from context_qa.copies import is_copy
+from context_qa.negatives import is_copy
 from context_qa.report_charts import charts
 from context_qa.results import articles_by_idx
 from errors import UserError
-from squad_utils import NO_ANSWER, abstains
+from squad_utils import NO_ANSWER, is_no_answer
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 Groups = dict[str, list[Mapping]]
@@ -99,7 +99,7 @@ def table_data(rows: Iterable[Mapping]) -> dict:
             **{name: row[name] for name in ("idx", "id", "question", "answer", "guess")},
             "answers": list(dict.fromkeys(row["answers"])),
             "context": contexts.setdefault(row["context"], len(contexts)),
-            "abstains": abstains(row["guess"]),
+            "abstains": is_no_answer(row["guess"]),
             "negative": is_copy(row),
             **{name: row[name] for name in ("is_correct", "num_tokens", "num_new_tokens")},
             **{

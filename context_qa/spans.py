@@ -1,67 +1,113 @@
 """The spans of a context as the only things that may be said about it."""
 
+import bisect
+import functools
 import itertools
-import re
 from collections.abc import Collection, Sequence
 
-from mamba_lm.choices import Choice
-from squad_utils import NORMALIZED_NO_ANSWER, abstains, answer_text, normalize_answer
+import regex
 
-_PIECE = re.compile(r"\s*\S+")  # tokenizers never join what stands on two sides of a blank
-_START = re.compile(r"\w+|[^\w\s]")  # a span begins at a word or a mark
+from errors import UserError
+from mamba_lm.choices import Choice
+from mamba_lm.tokenizer import encode, encode_with_offsets, require_offsets
+from squad_utils import (
+    NORMALIZED_NO_ANSWER,
+    UNSPACED,
+    answer_text,
+    folded_answer,
+    is_scored_as_empty,
+)
+
+SPAN_BORDERS = ("words", "characters")
+_PIECE = regex.compile(r"\s*\S+")
+_CHARACTER = regex.compile(r"\X")  # as people count them: a letter with its accents is one
+# A word with the marks that belong to its letters; or a character that is none, or that is written
+# without blanks around it.
+_WORD = regex.compile(
+    rf"(?:(?!{UNSPACED.pattern})[\p{{L}}\p{{N}}_][\p{{M}}\u00ad\u200c\u200d\u2060]*)+|(?!\s)\X"
+)
 _ADDED = len(answer_text(""))
+_PROBES = (  # words, figures, marks and accents next to each other, with blanks of several kinds
+    "The \"Wild Swan\" (built in 1998) has 2,150 rooms; Ana's costs $19.75, don't they?",
+    "Zo\u00e9  Br\u00fbl\u00e9 \u2013 na\u00efve, 50% of it...\n\tU.S.A., St. John's\u2019 well-known 3-2 win!",
+    "unbelievably internationalisation 12345678 \u6771\u4eac\u30bf\u30ef\u30fc 3\u4e07\u4eba. Jos\u0065\u0301 said",
+)
 
 
 class Spans:
     """A context's spans as token sequences that follow a prompt, `choices`.
 
-    A span begins at a word or a mark and is at most max_tokens long, tokenised as an answer with
-    the rest of the context after it; it may end after any token that ends a character, and does
-    before the first of stop_ids. It is not scored as abstaining, as articles, punctuation and
-    NO_ANSWER itself are. The tokenizer must be a fast one, which knows where tokens stand.
+    A span begins at a word or a mark, is at most max_tokens long, and has the tokens that the same
+    text has as an answer that training teaches; it ends where a word or a mark ends, or, by
+    `borders`, any character, and before the first of stop_ids. It is not scored as the empty
+    answer, as articles, punctuation and NO_ANSWER itself are. The tokenizer is one that
+    `require_pieces` accepts.
     """
 
-    def __init__(self, tokenizer, context: str, max_tokens: int, stop_ids: Collection[int] = ()):
+    def __init__(
+        self,
+        tokenizer,
+        context: str,
+        max_tokens: int,
+        stop_ids: Collection[int] = (),
+        borders: str = "words",
+    ):
         self.context = context
         self.choices: list[Choice] = []
         self._bounds: list[tuple[int, list[int]]] = []  # the start and the possible ends of each
-        self._holds_no_answer = NORMALIZED_NO_ANSWER in normalize_answer(context)
+        self._holds_no_answer = NORMALIZED_NO_ANSWER in folded_answer(context)
+        self._characters = [match.end() for match in _CHARACTER.finditer(context)]
+        self._ends = {match.end() for match in _WORD.finditer(context)}
+        if borders == "characters":
+            self._ends = set(self._characters)
         pieces = list(_PIECE.finditer(context))
         starts = [
             (match.start(), place)
             for place, piece in enumerate(pieces)
-            for match in _START.finditer(context, piece.start(), piece.end())
+            for match in _WORD.finditer(context, piece.start(), piece.end())
         ]
         if not starts:
             return
         heads = [answer_text(context[start : pieces[place].end()]) for start, place in starts]
         texts = [piece.group() for piece in pieces]
-        encoded = tokenizer.backend_tokenizer.encode_batch(texts + heads, add_special_tokens=False)
+        encoded = encode_with_offsets(tokenizer, texts + heads)
         tails = encoded[: len(pieces)]
-        first = list(itertools.accumulate((len(tail.ids) for tail in tails), initial=0))
-        ids = [token for tail in tails for token in tail.ids]
-        ends = [
-            piece.start() + end
-            for piece, tail in zip(pieces, tails, strict=True)
-            for _, end in tail.offsets
+        first = list(itertools.accumulate((len(ids) for ids, _ in tails), initial=0))
+        tail_ids = [token for ids, _ in tails for token in ids]
+        tail_ends = [
+            self._character_end(piece.start() + end)
+            for piece, (_, offsets) in zip(pieces, tails, strict=True)
+            for _, end in offsets
         ]
-        for (start, place), head in zip(starts, encoded[len(pieces) :], strict=True):
-            rest = slice(first[place + 1], first[place + 1] + max(max_tokens - len(head.ids), 0))
-            own_ends = [start + end - _ADDED for _, end in head.offsets]
-            self._add(
-                start,
-                (head.ids + ids[rest])[:max_tokens],
-                (own_ends + ends[rest])[:max_tokens],
-                stop_ids,
-            )
+        for (start, place), (ids, offsets) in zip(starts, encoded[len(pieces) :], strict=True):
+            # One token more than can be said tells whether the last of them ends a character.
+            rest = slice(first[place + 1], first[place + 1] + max(max_tokens + 1 - len(ids), 0))
+            own_ends = [self._character_end(start + end - _ADDED) for _, end in offsets]
+            self._add(start, ids + tail_ids[rest], own_ends + tail_ends[rest], max_tokens, stop_ids)
 
-    def _add(self, start: int, ids: list[int], ends: list[int], stop_ids: Collection[int]) -> None:
+    def _character_end(self, end: int) -> int:
+        """Where the character ends in which a token does: tokenizers that normalise may count a
+        letter without the accent that follows it."""
+        return self._characters[bisect.bisect_left(self._characters, end)] if end > 0 else end
+
+    def _add(
+        self,
+        start: int,
+        ids: list[int],
+        ends: list[int],
+        max_tokens: int,
+        stop_ids: Collection[int],
+    ) -> None:
         length = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
+        length = min(length, max_tokens)
         # Tokens that share a character have one end: only the last of them ends it.
-        may_end = [end > start and end != after for end, after in itertools.pairwise([*ends, -1])]
+        may_end = [
+            end > start and end != after and end in self._ends
+            for end, after in itertools.pairwise([*ends, -1])
+        ]
         for n in range(length):
             if may_end[n]:
-                may_end[n] = not abstains(self.context[start : ends[n]])
+                may_end[n] = not is_scored_as_empty(self.context[start : ends[n]])
                 if may_end[n] and not self._holds_no_answer:
                     break  # what is longer holds a word too
         while length and not may_end[length - 1]:
@@ -76,3 +122,32 @@ class Spans:
             if choice.says(token_ids):
                 return self.context[start : ends[len(token_ids) - 1]].strip()
         return None
+
+    def said(self) -> list[tuple[str, list[int]]]:
+        """Every span, as text and as the tokens by which it is said."""
+        return [
+            (self.context[start : ends[n]], list(choice.token_ids[: n + 1]))
+            for choice, (start, ends) in zip(self.choices, self._bounds, strict=True)
+            for n, may_end in enumerate(choice.may_end)
+            if may_end
+        ]
+
+
+@functools.lru_cache(maxsize=4)
+def require_pieces(tokenizer) -> None:
+    """UserError unless a text between blanks has the same tokens within a longer text and alone, as
+    with byte-level BPE: else spans put together from pieces would have other tokens than the
+    answers that training teaches."""
+    require_offsets(tokenizer)
+    wrong = total = 0
+    for probe in _PROBES:
+        spans = Spans(tokenizer, probe, max_tokens=len(probe)).said()
+        wanted = encode(tokenizer, [answer_text(text) for text, _ in spans])
+        wrong += sum(ids != other for (_, ids), other in zip(spans, wanted, strict=True))
+        total += len(spans)
+    if wrong or not total:
+        raise UserError(
+            f"--constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
+            f"otherwise within a longer one ({wrong} of {total} spans tried); it needs one that "
+            "does not, such as byte-level BPE"
+        )

@@ -8,11 +8,11 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from context_qa.answering import Answerer, as_probability
-from context_qa.dataset import token_ids
 from context_qa.results import Answer
 from mamba_lm.generate import read_and_score
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler, Stream
+from mamba_lm.tokenizer import token_ids
 
 
 @dataclass(frozen=True)

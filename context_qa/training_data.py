@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from context_qa.dataset import GroupedBatches
 from errors import UserError
+from mamba_lm.tokenizer import encode
 from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
 
 CHUNK = 4096  # texts that are tokenised together: bounds memory
@@ -64,8 +65,7 @@ def _num_tokens(texts: Sequence[str], tokenizer) -> list[int]:
     lengths: dict[str, int] = {}
     for start in range(0, len(unique), CHUNK):
         chunk = unique[start : start + CHUNK]
-        ids = tokenizer(chunk, add_special_tokens=False)["input_ids"]
-        lengths |= zip(chunk, map(len, ids), strict=True)
+        lengths |= zip(chunk, map(len, encode(tokenizer, chunk)), strict=True)
     return [lengths[text] for text in texts]
 
 

@@ -6,8 +6,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from context_qa.answering import Answerer
-from context_qa.copies import unanswerable_copies
 from context_qa.metrics import abstention
+from context_qa.negatives import unanswerable_copies
 from context_qa.processes import in_step
 from context_qa.results import result_row
 from mamba_lm.model import MambaLM

@@ -10,9 +10,10 @@ Only answerable questions are taken; no chosen context holds one of a question's
 import argparse
 from dataclasses import replace
 
+from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
 from errors import UserError, keep_inputs, run_script
-from squad_utils import NegativeSampler, read_examples
+from squad_utils import read_examples
 
 
 def parse_args() -> argparse.Namespace:

@@ -215,7 +215,9 @@ def save_model(
                 torch.save(state_spaces.write_weights(weights), partial / "pytorch_model.bin")
         else:
             config = transformers.write_config(model.config, weights["lm_head.weight"].dtype)
-            config |= {name: generation[name] for name in transformers.TOKEN_IDS if name in generation}
+            config |= {
+                name: generation[name] for name in transformers.TOKEN_IDS if name in generation
+            }
             weights = transformers.write_weights(weights, model.config)
             with writing_tensors():
                 save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})

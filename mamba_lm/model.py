@@ -294,7 +294,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_every = 0  # each nth layer keeps for its gradients what it reads, no more
-        self.generation: dict = {}  # a checkpoint's settings of generation, written when it is saved
+        self.generation: dict = {}  # a checkpoint's settings of it, written when it is saved
         self.backbone = MambaBackbone(config)
         self.lm_head = Linear(config.d_model, config.vocab_rows, bias=False)
         initialize(self)

@@ -182,6 +182,6 @@ def require_offsets(tokenizer) -> None:
     """UserError unless the tokenizer is a fast one, which knows where tokens are in a text."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{tokenizer.name_or_path}: a slow tokenizer, which does not report where tokens are in "
-            "a text; convert it to a tokenizer.json for --constrain_to_context and --explain"
+            f"{tokenizer.name_or_path}: a slow tokenizer, which does not report where tokens are in"
+            " a text; convert it to a tokenizer.json for --constrain_to_context and --explain"
         )

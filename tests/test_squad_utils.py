@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from context_qa.negatives import NEGATIVE_KINDS, NegativeSampler
 from errors import UserError
 from squad_utils import (
-    NEGATIVE_KINDS,
     NO_ANSWER,
     PROMPT_ORDERS,
     Example,
-    NegativeSampler,
     abstains,
     answer_text,
     exact_match,

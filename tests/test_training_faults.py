@@ -11,12 +11,13 @@ import pytest
 
 import train_mamba_with_context
 from context_qa import training_run
+from context_qa.negatives import NegativeSampler
 from context_qa.training_data import within_length
 from errors import UserError
 from files import atomic_folder
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.training_checkpoints import checkpoints, fault
-from squad_utils import Example, NegativeSampler
+from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
 TINY = {"d_model": 32, "n_layer": 1, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}

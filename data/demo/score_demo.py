@@ -13,18 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from context_qa.answering import Answerer
+from context_qa.negatives import NegativeSampler
 from data.demo.domains import DOMAINS
 from data.demo.make_demo import POOLS
 from errors import run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
-from squad_utils import (
-    NO_ANSWER,
-    Example,
-    NegativeSampler,
-    exact_match,
-    prompt_parts,
-    read_examples,
-)
+from squad_utils import NO_ANSWER, Example, exact_match, prompt_parts, read_examples
 
 DATA = "data/demo/validation.jsonl"
 HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, not by the generator

@@ -31,7 +31,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
 from context_qa.answering import Answerer
-from context_qa.dataset import Pairing, continuation, token_ids
+from context_qa.dataset import Pairing, continuation
 from context_qa.provenance import run_record
 from data.demo.domains import DOMAINS, Domain
 from data.demo.make_demo import Passage, make_passage, sentence
@@ -40,6 +40,7 @@ from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
 from mamba_lm.prefix_suffix import Continuation
+from mamba_lm.tokenizer import token_ids
 from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_arguments import training_arguments
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_parts

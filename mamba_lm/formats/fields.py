@@ -76,9 +76,7 @@ EPSILON = used("a number of 0 or more", is_not_negative)
 DEVIATION = Field(Role.INITIAL, "a number of 0 or more", is_not_negative, "of the embedding")
 
 
-def check_fields(
-    raw: Mapping, table: Table, path: Path, is_random: bool, place: str = ""
-) -> None:
+def check_fields(raw: Mapping, table: Table, path: Path, is_random: bool, place: str = "") -> None:
     """UserError, with the field's name, unless the table knows all fields of a config and accepts
     their values. Weights that come from files are not asked how they were to start.
 
@@ -109,7 +107,7 @@ def require(raw: Mapping, names: tuple[str, ...], path: Path) -> None:
 
 def _is_same(value: object, other: object) -> bool:
     """Equal, and true is no 1."""
-    return type(value) is type(other) and value == other or (
+    return (type(value) is type(other) and value == other) or (
         {type(value), type(other)} == {int, float} and value == other
     )
 

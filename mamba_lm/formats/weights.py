@@ -28,7 +28,7 @@ class WeightFiles(NamedTuple):
 
     tensors: tuple[Path, ...]
     index: Path | None = None
-    place_of: Mapping[str, Path] = {}  # noqa: RUF012 - of each name in the index
+    place_of: Mapping[str, Path] = {}
 
 
 def find_weights(folder: Path) -> WeightFiles:

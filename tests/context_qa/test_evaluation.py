@@ -8,7 +8,7 @@ import pytest
 
 import eval_mamba_with_context
 import eval_n_shot_mamba
-from context_qa.copies import is_copy
+from context_qa.negatives import is_copy
 from context_qa.results import read_results, read_summary
 from context_qa.shots import n_shot_prompt
 from errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from context_qa import metrics
-from context_qa.copies import unanswerable_copies
+from context_qa.negatives import unanswerable_copies
 from context_qa.results import Answer, result_row
 from squad_utils import NO_ANSWER, Example
 

@@ -1,0 +1,183 @@
+"""Negatives: the data's own questions, paired with contexts on which "I don't know." is right."""
+
+import functools
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from errors import UserError
+from squad_utils import UNSPACED, Example, fold, normalize_answer
+
+NEGATIVE_KINDS = ("random", "same_article", "hard")
+NEAREST = 10  # contexts that `hard` draws from
+# Words of questions that say nothing about what is asked, besides bm25s's list of such words.
+_ASKING_WORDS = ("could", "give", "many", "may", "might", "much", "name", "tell", "whose", "would")
+
+
+class NegativeSampler:
+    """Draws for each example a context that does not answer it: asked there, NO_ANSWER is right.
+
+    `random` draws from all (`contexts`, else the examples'), `same_article` from the article's,
+    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit. A fit
+    context neither contains an answer nor is one on which the data asks the same question; for
+    `same_article` and `hard` no sentence of it `seems_to_answer` the question. Seed, epoch, the
+    example's id, how often that was there before, and the examples decide alone.
+    """
+
+    def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
+        if kind not in NEGATIVE_KINDS:
+            raise UserError(f"negatives {kind!r}: choose from {', '.join(NEGATIVE_KINDS)}")
+        self.examples, self.seed = examples, seed
+        self.pool = sorted(set(contexts) or {example.context for example in examples})
+        self._word_forms = functools.cache(_word_forms)
+        self._sentences = functools.cache(_sentences)
+        self._asked = {self._question_on(example.context, example) for example in examples}
+        self._repeats = _repeats(examples)
+        self.preferred: list[list[str]] = [[] for _ in examples]
+        if kind == "same_article":
+            self.preferred = self._same_article()
+        elif kind == "hard":
+            self.preferred = self._nearest()
+
+    def contexts(self, epoch: int) -> list[str | None]:
+        """One context per example, in their order; None where no context at all is fit."""
+        return [self._draw(place, epoch) for place in range(len(self.examples))]
+
+    def _draw(self, place: int, epoch: int) -> str | None:
+        example, preferred = self.examples[place], self.preferred[place]
+        # A string seed is hashed by SHA-512: the same draw in every process, on every machine.
+        rng = random.Random(f"{self.seed}/{epoch}/{example.id}{self._repeats[place]}")
+        likely = rng.sample(preferred, len(preferred))
+        drawn = next(self._unlike_answers(self._fit(likely, example), example), None)
+        drawn = drawn or next(self._fit(rng.choices(self.pool, k=8), example), None)
+        # Rarely none of them is fit: only then is shuffling the whole pool worth it.
+        return drawn or next(self._fit(rng.sample(self.pool, len(self.pool)), example), None)
+
+    def _fit(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
+        answers = [self._word_forms(answer) for answer in example.answers]
+        for context in contexts:
+            joined, parted = self._word_forms(context)
+            is_answer_in = any(one in joined or other in parted for one, other in answers)
+            if not is_answer_in and self._question_on(context, example) not in self._asked:
+                yield context
+
+    def _unlike_answers(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
+        words = question_words(example.question)
+        return (c for c in contexts if not seems_to_answer(self._sentences(c), *words))
+
+    def _question_on(self, context: str, example: Example) -> tuple[str, str]:
+        return self._word_forms(context)[0], self._word_forms(example.question)[0]
+
+    def _same_article(self) -> list[list[str]]:
+        contexts: dict[str, list[str]] = {}
+        for context, article in sorted({(e.context, e.article or "") for e in self.examples}):
+            contexts.setdefault(article, []).append(context)
+        if set(contexts) <= {""}:
+            raise UserError("negatives same_article need titles: give SQuAD JSON or a Hub data set")
+        return [contexts[example.article or ""] for example in self.examples]
+
+    def _nearest(self) -> list[list[str]]:
+        import bm25s
+
+        index, words = bm25s.BM25(), bm25s.tokenize(self.pool, show_progress=False)
+        if not words.vocab:
+            return self.preferred
+        index.index(words, show_progress=False)
+        questions = [example.question for example in self.examples]
+        queries = bm25s.tokenize(questions, return_ids=False, show_progress=False)
+        ranking = index.retrieve(queries, k=min(50, len(self.pool))).documents  # shows an ETA
+        nearest = []
+        for example, ranks in zip(self.examples, ranking, strict=True):
+            fit = self._unlike_answers(self._fit((self.pool[i] for i in ranks), example), example)
+            nearest.append(list(itertools.islice(fit, NEAREST)))
+        return nearest
+
+
+def _repeats(examples: Sequence[Example]) -> list[str]:
+    """What tells rows of one id apart: nothing for the first of them."""
+    seen: Counter[str] = Counter()
+    repeats = []
+    for example in examples:
+        repeats.append(f"/repeat {seen[example.id]}" if seen[example.id] else "")
+        seen[example.id] += 1
+    return repeats
+
+
+def _word_forms(text: str) -> tuple[str, str]:
+    """Folded and normalised words between blanks, twice ("U.S.": us, u s), since either reading may
+    match."""
+    text = UNSPACED.sub(r" \g<0> ", text)
+    parted = re.sub(r"[\W_]+", " ", fold(re.sub(r"[\u200b-\u200f\u2060\ufeff]", " ", text)))
+    return f" {normalize_answer(fold(text))} ", f" {normalize_answer(parted)} "
+
+
+@functools.cache
+def _function_words() -> frozenset[str]:
+    from bm25s.stopwords import STOPWORDS_EN_PLUS
+
+    return frozenset((*STOPWORDS_EN_PLUS, *_ASKING_WORDS))
+
+
+def question_words(question: str) -> tuple[set[str], set[str]]:
+    """What a question is about, as its names and figures, folded, and the beginnings of its other
+    content words."""
+    names, others = set(), set()
+    for place, word in enumerate(re.findall(r"[^\W_]+", question)):
+        folded = fold(word)
+        if folded in _function_words():
+            continue
+        if word[0].isdigit() or (word[0].isupper() and place > 0):
+            names.add(folded)
+        else:
+            others.add(_beginning(folded))
+    return names, others
+
+
+def seems_to_answer(
+    sentences: Iterable[tuple[set[str], set[str]]], names: set[str], others: set[str]
+) -> bool:
+    """Whether one sentence states what a question asks, as far as its words tell: it has all of the
+    question's names and half of its other content words, by their beginnings ("owner", "owned").
+    Of a question without names it has four fifths of them, and two at least.
+
+    sentences: as `_sentences` gives them; names, others: as `question_words` does. Paraphrases
+    ("who runs", "its manager is") and pronouns in place of names are not recognised.
+    """
+    needed = max(1, round(len(others) / 2)) if names else max(2, round(0.8 * len(others)))
+    needed = min(needed, len(others)) if names else needed
+    return any(
+        names <= words and len(others & beginnings) >= needed for words, beginnings in sentences
+    )
+
+
+def _sentences(context: str) -> list[tuple[set[str], set[str]]]:
+    """Of each sentence its words, folded, and their beginnings."""
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", context):
+        words = set(re.findall(r"[^\W_]+", fold(sentence)))
+        found.append((words, {_beginning(word) for word in words}))
+    return found
+
+
+def _beginning(word: str) -> str:
+    return word[:4]
+
+
+def unanswerable_copies(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
+    """Each answerable question once more, on a context that does not answer it: of an unanswerable
+    one nothing is known that could rule a context out.
+
+    Those on one context stand together, contexts in the order of the examples', so that each is
+    read once. A question is left out for which no context is fit. See NegativeSampler. The id ends
+    in #KIND, for people; that it is a copy is known by its place after all of the examples.
+    """
+    contexts = NegativeSampler(examples, kind, seed).contexts(epoch=0)
+    copies = [
+        Example(f"{example.id}#{kind}", context, example.question, (), example.article)
+        for example, context in zip(examples, contexts, strict=True)
+        if example.is_answerable and context
+    ]
+    order = {e.context: place for place, e in enumerate(examples)}
+    return sorted(copies, key=lambda copy: order[copy.context])
