@@ -438,6 +438,113 @@ def test_nan_passes_the_convolution(kernels, d, name, w):
     )
 
 
+# Rows of a batch share weights, and work space: lanes beyond n or d, which meet zeros there, and
+# 0 times NaN or infinity is NaN.
+
+SHARED = ("A", "D", "weight", "bias")
+
+
+def assert_rows_stay_apart(function, inputs, names, layout="whole", grad=True, at_once=False):
+    """Results and gradients of `function`, of inputs of four rows, are the same bits in all rows
+    but one, whatever that has in an input of `names`, or meets where gradients come from."""
+    inputs = {name: v for name, v in inputs.items() if v is not None}
+    l = inputs["x"].shape[1]
+    inputs["factor"] = torch.ones(4, l, 1)
+    settings, real = {}, None
+    if layout == "padded":
+        settings["lengths"] = torch.tensor([l, l - 1, 0, l // 2])
+    elif layout == "packed":
+        settings["lengths"] = torch.tensor([l // 2, l, 0, l - 1])
+        real = torch.arange(l) < settings["lengths"][:, None]
+
+    def apply(factor, **inputs):
+        if real is not None:
+            inputs = {name: v[real] if name in PACKED else v for name, v in inputs.items()}
+        results = function(**inputs, **settings)
+        y, *state = results if isinstance(results, tuple) else (results,)
+        if real is not None:
+            y = y.new_zeros(4, l, y.shape[1]).index_put(real.nonzero(as_tuple=True), y)
+        return y * factor, *state
+
+    def found(inputs):
+        if grad:
+            return gradients(apply, inputs)
+        with torch.no_grad():
+            return dict(enumerate(apply(**inputs)))
+
+    want, names = found(inputs), [*names, "factor"]
+    for spoilt, value in itertools.product(
+        [names] if at_once else [[name] for name in names], [math.nan, math.inf, -math.inf]
+    ):
+        dirty = inputs | {name: inputs[name].clone() for name in spoilt}
+        for name in spoilt:
+            dirty[name][1, 7 % dirty[name].shape[1], 0] = value
+        for key, got in found(dirty).items():
+            same = key in SHARED or torch.equal(got[[0, 2, 3]], want[key][[0, 2, 3]])
+            assert same, f"{value} in {spoilt} changes {key}"
+
+
+OF_ROWS = ("x", "delta", "B", "C", "z", "initial_state")
+APART = [
+    *itertools.product(
+        ["cpu"], [1, 3, 5, 7, 16, 17, 33], [131, 130], ["whole", "padded", "packed"]
+    ),
+    *itertools.product(["triton"], [5], [3, 4], ["whole", "padded", "packed"]),
+    *itertools.product(["reference"], [5], [3, 4], ["whole", "padded"]),
+]
+quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter
+
+
+@quiet
+@pytest.mark.parametrize("kernels, n, d, layout", APART, indirect=["kernels"])
+def test_rows_of_a_scan_stay_apart(kernels, n, d, layout):
+    inputs = scan_inputs(4, 36 if kernels is cpu else 9, d, n)
+    at_once = kernels is not cpu  # the interpreter is slow
+    assert_rows_stay_apart(kernels.selective_scan, inputs, OF_ROWS, layout, at_once=at_once)
+
+
+@quiet
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 16, 17, 33])
+@pytest.mark.parametrize("kernels", ["reference", "cpu", "triton"], indirect=True)
+def test_rows_of_a_step_stay_apart(kernels, d, n):
+    inputs = scan_inputs(4, 1, d, n)
+    at_once = kernels is not cpu
+    assert_rows_stay_apart(kernels.selective_scan, inputs, OF_ROWS, grad=False, at_once=at_once)
+
+
+@quiet
+def test_rows_in_spans_stay_apart(monkeypatch):
+    triton = pytest.importorskip("mamba_lm.selective_scan.triton")
+    monkeypatch.setattr(triton, "PROGRAMS", 12)
+    monkeypatch.setattr(triton, "LEAST_SPAN", 8)
+    assert_rows_stay_apart(triton.selective_scan, scan_inputs(4, 20, 3, 5), OF_ROWS, at_once=True)
+
+
+@quiet
+@pytest.mark.parametrize("d", [385, 64])
+@pytest.mark.parametrize("w", [2, 4, 5])
+@pytest.mark.parametrize(
+    "kernels, layout",
+    [*itertools.product(["cpu", "triton"], ["whole", "packed"]), ("reference", "whole")],
+    indirect=["kernels"],
+)
+def test_rows_of_a_convolution_stay_apart(kernels, w, d, layout):
+    inputs = conv_inputs(4, 12, d if kernels is cpu else d % 61, w)
+    names, at_once = ("x", "initial_tail"), kernels is not cpu
+    assert_rows_stay_apart(kernels.causal_conv1d, inputs, names, layout, at_once=at_once)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("l, k, out", [(1, 33, 7), (8, 33, 7), (9, 33, 130), (20, 768, 768)])
+def test_rows_of_products_and_norms_stay_apart(l, k, out, grad):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(4, l, k), "weight": torch.randn(out, k), "bias": torch.randn(out)}
+    assert_rows_stay_apart(cpu.linear, inputs, ["x"], grad=grad)
+    assert_rows_stay_apart(cpu.softplus_linear, inputs, ["x"], grad=grad)
+    norm = {"x": inputs["x"], "weight": torch.randn(k)}
+    assert_rows_stay_apart(lambda **v: cpu.rms_norm(**v, eps=1e-5), norm, ["x"], grad=grad)
+
+
 EXTREMES = [
     {"delta": 1e4}, {"delta": 1e30}, {"delta": 1e-30}, {"delta": 0.0},
     {"A": -1e30}, {"A": -1e-30}, {"A": -1e30, "delta": 1e-30}, {"A": -1e30, "delta": 1e30},
