@@ -306,14 +306,19 @@ def test_nothing_to_read(kernels, d):
     assert found["result 0"].shape == (2, 0, d) and not found["weight"].any()
 
 
+def with_nan_in_padding(inputs, lengths):
+    dirty = {name: v.clone() for name, v in inputs.items()}
+    for name in PACKED:
+        for row, length in enumerate(lengths):
+            dirty[name][row, length:] = float("nan")
+    return dirty
+
+
 def test_padding_is_exact_whatever_stands_there(kernels, d):
     inputs = scan_inputs(3, 20, d, 4)
     lengths = torch.tensor([20, 11, 0])
     clean = gradients(kernels.selective_scan, inputs, lengths=lengths)
-    dirty = {name: v.clone() for name, v in inputs.items()}
-    for name in ("x", "delta", "B", "C", "z"):
-        for row, length in enumerate(lengths):
-            dirty[name][row, length:] = float("nan")
+    dirty = with_nan_in_padding(inputs, lengths)
     assert_all_equal(gradients(kernels.selective_scan, dirty, lengths=lengths), clean)
     assert not clean["result 0"][1, 11:].any()
     assert not clean["x"][1, 11:].any()
@@ -323,6 +328,13 @@ def test_padding_is_exact_whatever_stands_there(kernels, d):
     inputs["initial_state"] = inputs["initial_state"][1:2]
     y, h = kernels.selective_scan(**inputs)
     assert torch.equal(y[0], clean["result 0"][1, :11]) and torch.equal(h[0], clean["result 1"][1])
+
+
+def test_padding_is_exact_in_the_reference_too():
+    inputs, lengths = scan_inputs(3, 20, 11, 4), torch.tensor([20, 11, 0])
+    clean = gradients(reference.selective_scan, inputs, lengths=lengths)
+    dirty = with_nan_in_padding(inputs, lengths)
+    assert_all_equal(gradients(reference.selective_scan, dirty, lengths=lengths), clean)
 
 
 def test_no_memory_is_read_before_it_is_written(kernels, d):
