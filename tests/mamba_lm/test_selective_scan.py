@@ -557,6 +557,23 @@ def test_rows_of_products_and_norms_stay_apart(l, k, out, grad):
     assert_rows_stay_apart(lambda **v: cpu.rms_norm(**v, eps=1e-5), norm, ["x"], grad=grad)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_lengths_beyond_a_row_end_with_it(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+    inputs, scan = scan_inputs(3, 9, 5, 3), selective_scan_module.selective_scan
+    got = gradients(scan, inputs, lengths=torch.tensor([14, -3, 5]))
+    assert_all_equal(got, gradients(scan, inputs, lengths=torch.tensor([9, 0, 5])))
+
+
+def test_lengths_of_another_shape_are_errors():
+    conv = conv_inputs(2, 9, 5, 4)
+    for x in (conv["x"], conv["x"][0]):
+        with pytest.raises(ValueError, match=r"lengths has shape \(2, 1\), expected \(2,\)"):
+            selective_scan_module.causal_conv1d(**conv | {"x": x}, lengths=torch.tensor([[4], [5]]))
+
+
 EXTREMES = [
     {"delta": 1e4}, {"delta": 1e30}, {"delta": 1e-30}, {"delta": 0.0},
     {"A": -1e30}, {"A": -1e-30}, {"A": -1e30, "delta": 1e-30}, {"A": -1e30, "delta": 1e30},
