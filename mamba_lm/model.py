@@ -407,7 +407,8 @@ class MambaLM(nn.Module):
         if mask is None:
             hidden, state = self.encode(input_ids, state)
         else:
-            order = torch.argsort(~mask.bool(), dim=1, stable=True)  # real tokens first, in order
+            mask = mask.bool()
+            order = torch.argsort(~mask, dim=1, stable=True)  # real tokens first, in order
             hidden, state = self.encode(input_ids.gather(1, order), state, mask.sum(1))
             back = torch.argsort(order, dim=1).unsqueeze(-1).expand_as(hidden)
             hidden = hidden.gather(1, back)

@@ -295,6 +295,17 @@ def test_lengths_of_another_shape_are_errors(lengths, backend, make_model):
         make_model().encode(random_ids(2, 4), lengths=torch.tensor(lengths))
 
 
+def test_a_mask_of_numbers_is_one_of_truths(backend, make_model):
+    """A sum of them would be lengths beyond the row."""
+    model, ids = make_model(), random_ids(2, 6)
+    mask = padding_mask("scattered", [6, 4], size=6)
+    logits, state = model(ids, mask=mask)
+    same, same_state = model(ids, mask=2 * mask.int())
+    assert torch.equal(same[mask], logits[mask])
+    for name, tensor in tensors(state).items():
+        assert torch.equal(tensors(same_state)[name], tensor), name
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("padded", [False, True])
