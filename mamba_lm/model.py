@@ -206,8 +206,8 @@ class MambaMixer(nn.Module):
 def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | None) -> Tensor:
     """The last `count` real inputs (b, count, d) of x (b, l, d), those in `before` included.
 
-    `lengths` (b,) counts each row's real inputs, all l by default; zeros stand before the first. x
-    may be (tokens, d), rows of these lengths back to back.
+    `lengths` (b,) counts each row's real inputs, all l by default and at most; zeros stand before
+    the first. x may be (tokens, d), rows of these lengths back to back.
     """
     d = x.shape[-1]
     if before is None:
@@ -219,10 +219,12 @@ def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | 
         return torch.cat([before[:, x.shape[1] :], x[:, max(x.shape[1] - count, 0) :]], dim=1)
     if x.dim() == 3:
         starts = torch.arange(len(x), device=x.device) * x.shape[1]
+        lengths = lengths.clamp(0, x.shape[1])
     else:
-        starts = lengths.cumsum(0) - lengths
+        # Empty rows at the end start behind the last token.
+        starts = (lengths.cumsum(0) - lengths).clamp(max=len(x) - 1)
     at = lengths[:, None] + torch.arange(-count, 0, device=x.device)  # (b, count), < 0: in `before`
-    places = (starts[:, None] + at.clamp(min=0)).clamp(max=x.shape[:-1].numel() - 1)
+    places = starts[:, None] + at.clamp(min=0)
     in_x = x.reshape(-1, d).index_select(0, places.flatten()).view_as(before)
     in_tail = (at + count).clamp(max=count - 1).unsqueeze(-1).expand_as(before)
     return torch.where((at >= 0).unsqueeze(-1), in_x, before.gather(1, in_tail))
@@ -310,15 +312,19 @@ class MambaLM(nn.Module):
     ) -> tuple[Tensor, MambaState | None]:
         """Read input_ids (b, l), from `state` on, into normed hidden states (b, l, m) and a state.
 
-        lengths (b,) int64: the real tokens of right-padded rows. Padding is exact: the state is
-        that after a row's last real token. Hidden states at padded positions mean nothing. Who
-        needs no state spares work on a GPU by keep_state=False, and gets None. There, lengths on
-        the CPU spare the host a wait for the GPU.
+        lengths (b,) int64: the real tokens of right-padded rows, all l where it is more and none
+        where it is less. Padding is exact: the state is that after a row's last real token. Hidden
+        states at padded positions mean nothing. Who needs no state spares work on a GPU by
+        keep_state=False, and gets None. There, lengths on the CPU spare the host a wait for the
+        GPU. Raises ValueError on lengths of another shape.
         """
+        if lengths is not None:
+            b, l = input_ids.shape
+            if lengths.shape != (b,):
+                raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected {(b,)}")
+            lengths = lengths.clamp(0, l)  # beyond, a row would go on in the next one
         packs = lengths is not None and reads_packed(self.lm_head.weight)
         if packs:  # padding is not even computed
-            b, l = input_ids.shape
-            lengths = lengths.clamp(0, l)
             is_real = torch.arange(l, device=lengths.device) < lengths[:, None]  # (b, l)
             places = is_real.flatten().nonzero().squeeze(1).to(input_ids.device)  # (tokens,)
             input_ids = input_ids.flatten().index_select(0, places)
@@ -407,7 +413,8 @@ class MambaLM(nn.Module):
         if mask is None:
             hidden, state = self.encode(input_ids, state)
         else:
-            order = torch.argsort(~mask.bool(), dim=1, stable=True)  # real tokens first, in order
+            mask = mask.bool()
+            order = torch.argsort(~mask, dim=1, stable=True)  # real tokens first, in order
             hidden, state = self.encode(input_ids.gather(1, order), state, mask.sum(1))
             back = torch.argsort(order, dim=1).unsqueeze(-1).expand_as(hidden)
             hidden = hidden.gather(1, back)

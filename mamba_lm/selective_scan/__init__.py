@@ -69,10 +69,10 @@ def selective_scan(
         h_t = exp(Δ_t A) ∘ h_{t-1} + Δ_t B_t x_t        y_t = (C_t h_t + D x_t) ∘ SiLU(z_t)
 
     Shapes: x, delta, z (b, l, d); A (d, n), negative; B, C (b, l, n); D (d,); initial_state
-    (b, n, d); lengths (b,) int64, the number of real positions of each right-padded row. Positions
-    from a row's length on leave the state alone and give y = 0. Where the backend `reads_packed`,
-    rows may also stand back to back: x, delta, z (tokens, d) and B, C (tokens, n), where lengths
-    sum to tokens.
+    (b, n, d); lengths (b,) int64, the number of real positions of each right-padded row: l where it
+    is more, 0 where it is less. Positions from a row's length on leave the state alone and give
+    y = 0. Where the backend `reads_packed`, rows may also stand back to back: x, delta, z
+    (tokens, d) and B, C (tokens, n), where lengths sum to tokens.
 
     Returns y in x's shape and dtype and the final state (b, n, d), in float32 or float64; None in
     its place without return_state, which spares some backends work.
@@ -110,7 +110,10 @@ def causal_conv1d(
     """
     d, w, b = x.shape[-1], weight.shape[-1], _rows(x, lengths)
     _check_shapes(
-        weight=(weight, (d, w)), bias=(bias, (d,)), initial_tail=(initial_tail, (b, w - 1, d))
+        weight=(weight, (d, w)),
+        bias=(bias, (d,)),
+        initial_tail=(initial_tail, (b, w - 1, d)),
+        lengths=(lengths, (b,)),
     )
     packed = {"lengths": lengths} if x.dim() == 2 else {}
     return _backend(x).causal_conv1d(x, weight, bias, initial_tail, **packed)

@@ -19,15 +19,18 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Algorithm 2 of Gu & Dao 2023; arguments and results as `mamba_lm.selective_scan`."""
     b, l = x.shape[:2]
+    real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
+    if lengths is not None:
+        real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
+        # Whatever stands in the padding would reach gradients: 0 times it may be NaN.
+        x, delta, B, C = (torch.where(real, tensor, 0) for tensor in (x, delta, B, C))
+        z = None if z is None else torch.where(real, z, 0)
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     output_dtype = x.dtype
     x, delta, A, B, C, D = (tensor.to(state_dtype) for tensor in (x, delta, A, B, C, D))
     A = A.T  # (n, d), as the state's
     h = x.new_zeros(b, *A.shape) if initial_state is None else initial_state.to(state_dtype)
 
-    real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
-    if lengths is not None:
-        real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
     outputs = []
     for t in range(l):
         delta_t = delta[:, t].unsqueeze(1)  # (b, 1, d)

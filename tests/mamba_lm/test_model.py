@@ -259,6 +259,101 @@ def test_last_inputs_by_definition(length, carried, padded, count):
         assert torch.equal(got[row], torch.cat([seen, x[row, : lengths[row]]])[-count:])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_last_inputs_of_a_row_are_its_own(count):
+    """Whatever `lengths` says: it counts no more than l inputs, and no fewer than none."""
+    x, before = torch.randn(4, 7, 5), torch.randn(4, count, 5)
+    got = last_inputs(x, before, count, torch.tensor([9, 7, -2, 4]))
+    assert torch.equal(got, last_inputs(x, before, count, torch.tensor([7, 7, 0, 4])))
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_lengths_beyond_a_row_end_with_it(carried, backend, make_model):
+    model, ids = make_model(), random_ids(4, 6)
+    state = model.encode(random_ids(4, 5))[1] if carried else None
+    hidden, after = model.encode(ids, state, torch.tensor([11, -3, 4, 7]))
+    wanted, wanted_after = model.encode(ids, state, torch.tensor([6, 0, 4, 6]))
+    assert torch.equal(hidden, wanted)
+    for name, tensor in tensors(wanted_after).items():
+        assert torch.equal(tensors(after)[name], tensor), name
+    _, alone = model.encode(ids[:1], None if state is None else state.fork(torch.tensor([0])))
+    for name, tensor in tensors(alone).items():
+        assert torch.allclose(tensors(after)[name][:1], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 3, 3], [[3], [3]]], ids=str)
+def test_lengths_of_another_shape_are_errors(lengths, backend, make_model):
+    with pytest.raises(ValueError, match=r"lengths has shape .*, expected \(2,\)"):
+        make_model().encode(random_ids(2, 4), lengths=torch.tensor(lengths))
+
+
+def test_a_mask_of_numbers_is_one_of_truths(backend, make_model):
+    """A sum of them would be lengths beyond the row."""
+    model, ids = make_model(), random_ids(2, 6)
+    mask = padding_mask("scattered", [6, 4], size=6)
+    logits, state = model(ids, mask=mask)
+    same, same_state = model(ids, mask=2 * mask.int())
+    assert torch.equal(same[mask], logits[mask])
+    for name, tensor in tensors(state).items():
+        assert torch.equal(tensors(same_state)[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_know_nothing_of_each_other(padded, value, backend, make_model):
+    """Nor of what stands in the padding: in results and gradients, to the bit."""
+    model, l = make_model(d_state=5, d_model=12), 9 if backend == "triton" else 34
+    ids, others = random_ids(4, l), [0, 2, 3]
+    lengths = torch.tensor([l, l - 1, 0, l // 2] if padded else [l] * 4)
+    real = torch.arange(l) < lengths[:, None]
+
+    def read(ids, state):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in state.tensors()]
+        hidden, after = model.encode(ids, MambaState.of(leaves), lengths if padded else None)
+        found = [hidden.where(real.unsqueeze(-1), 0), *after.tensors()]
+        torch.autograd.backward(found, [tensor.detach() for tensor in found])
+        return found + [leaf.grad for leaf in leaves]
+
+    _, state = model.encode(random_ids(4, 5))
+    wanted = read(ids, state)
+    spoilt = state.detach()._map(torch.clone)
+    spoilt.ssm[0][1] = spoilt.conv[0][1] = value
+    got = read(ids.where(real, random_ids(4, l)), spoilt)
+    assert not got[0][1, 0].isfinite().any()
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("d_state", [1, 5, 17])
+@torch.no_grad()
+def test_rows_of_a_step_know_nothing_of_each_other(d_state, make_model):
+    """In the kernel of one token; in that of a sequence, a token knows nothing of later ones."""
+    model, others = make_model(d_state=d_state), [0, 2, 3, 4, 5]
+    state, step = model.encode(random_ids(6, 5))[1], model.stepper()
+    token = random_ids(6)
+    wanted, wanted_after = step(token, state)
+    for part in (state.ssm[0], state.conv[1]):
+        part[1] = math.nan
+    got, after = step(token, state)
+    assert torch.equal(got[others], wanted[others]) and got[1].isnan().all()
+    for name, tensor in tensors(wanted_after).items():
+        assert torch.equal(tensors(after)[name][others], tensor[others]), name
+
+    ids, first = torch.tensor([3, 4, 5, 6, 7, 8]), state.fork(torch.tensor([0]))
+    wanted, _ = model.encode_each(ids, first)
+    model.backbone.embeddings.weight[7] = math.nan
+    got, _ = model.encode_each(ids, first)
+    assert torch.equal(got[:4], wanted[:4]) and got[4:].isnan().all()
+
+
 def test_right_pad():
     padded, lengths = right_pad([[1, 2, 3], [], [4]], value=9)
     assert padded.tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]]

@@ -306,14 +306,19 @@ def test_nothing_to_read(kernels, d):
     assert found["result 0"].shape == (2, 0, d) and not found["weight"].any()
 
 
+def with_nan_in_padding(inputs, lengths):
+    dirty = {name: v.clone() for name, v in inputs.items()}
+    for name in PACKED:
+        for row, length in enumerate(lengths):
+            dirty[name][row, length:] = float("nan")
+    return dirty
+
+
 def test_padding_is_exact_whatever_stands_there(kernels, d):
     inputs = scan_inputs(3, 20, d, 4)
     lengths = torch.tensor([20, 11, 0])
     clean = gradients(kernels.selective_scan, inputs, lengths=lengths)
-    dirty = {name: v.clone() for name, v in inputs.items()}
-    for name in ("x", "delta", "B", "C", "z"):
-        for row, length in enumerate(lengths):
-            dirty[name][row, length:] = float("nan")
+    dirty = with_nan_in_padding(inputs, lengths)
     assert_all_equal(gradients(kernels.selective_scan, dirty, lengths=lengths), clean)
     assert not clean["result 0"][1, 11:].any()
     assert not clean["x"][1, 11:].any()
@@ -323,6 +328,13 @@ def test_padding_is_exact_whatever_stands_there(kernels, d):
     inputs["initial_state"] = inputs["initial_state"][1:2]
     y, h = kernels.selective_scan(**inputs)
     assert torch.equal(y[0], clean["result 0"][1, :11]) and torch.equal(h[0], clean["result 1"][1])
+
+
+def test_padding_is_exact_in_the_reference_too():
+    inputs, lengths = scan_inputs(3, 20, 11, 4), torch.tensor([20, 11, 0])
+    clean = gradients(reference.selective_scan, inputs, lengths=lengths)
+    dirty = with_nan_in_padding(inputs, lengths)
+    assert_all_equal(gradients(reference.selective_scan, dirty, lengths=lengths), clean)
 
 
 def test_no_memory_is_read_before_it_is_written(kernels, d):
@@ -436,6 +448,130 @@ def test_nan_passes_the_convolution(kernels, d, name, w):
     assert_all_equal(
         {k: v.isnan() for k, v in got.items()}, {k: v.isnan() for k, v in want.items()}
     )
+
+
+# Rows of a batch share weights, and work space: lanes beyond n or d, which meet zeros there, and
+# 0 times NaN or infinity is NaN.
+
+SHARED = ("A", "D", "weight", "bias")
+
+
+def assert_rows_stay_apart(function, inputs, names, layout="whole", grad=True, at_once=False):
+    """Results and gradients of `function`, of inputs of four rows, are the same bits in all rows
+    but one, whatever that has in an input of `names`, or meets where gradients come from."""
+    inputs = {name: v for name, v in inputs.items() if v is not None}
+    l = inputs["x"].shape[1]
+    inputs["factor"] = torch.ones(4, l, 1)
+    settings, real = {}, None
+    if layout == "padded":
+        settings["lengths"] = torch.tensor([l, l - 1, 0, l // 2])
+    elif layout == "packed":
+        settings["lengths"] = torch.tensor([l // 2, l, 0, l - 1])
+        real = torch.arange(l) < settings["lengths"][:, None]
+
+    def apply(factor, **inputs):
+        if real is not None:
+            inputs = {name: v[real] if name in PACKED else v for name, v in inputs.items()}
+        results = function(**inputs, **settings)
+        y, *state = results if isinstance(results, tuple) else (results,)
+        if real is not None:
+            y = y.new_zeros(4, l, y.shape[1]).index_put(real.nonzero(as_tuple=True), y)
+        return y * factor, *state
+
+    def found(inputs):
+        if grad:
+            return gradients(apply, inputs)
+        with torch.no_grad():
+            return dict(enumerate(apply(**inputs)))
+
+    want, names = found(inputs), [*names, "factor"]
+    for spoilt, value in itertools.product(
+        [names] if at_once else [[name] for name in names], [math.nan, math.inf, -math.inf]
+    ):
+        dirty = inputs | {name: inputs[name].clone() for name in spoilt}
+        for name in spoilt:
+            dirty[name][1, 7 % dirty[name].shape[1], 0] = value
+        for key, got in found(dirty).items():
+            same = key in SHARED or torch.equal(got[[0, 2, 3]], want[key][[0, 2, 3]])
+            assert same, f"{value} in {spoilt} changes {key}"
+
+
+OF_ROWS = ("x", "delta", "B", "C", "z", "initial_state")
+APART = [
+    *itertools.product(
+        ["cpu"], [1, 3, 5, 7, 16, 17, 33], [131, 130], ["whole", "padded", "packed"]
+    ),
+    *itertools.product(["triton"], [5], [3, 4], ["whole", "padded", "packed"]),
+    *itertools.product(["reference"], [5], [3, 4], ["whole", "padded"]),
+]
+quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter
+
+
+@quiet
+@pytest.mark.parametrize("kernels, n, d, layout", APART, indirect=["kernels"])
+def test_rows_of_a_scan_stay_apart(kernels, n, d, layout):
+    inputs = scan_inputs(4, 36 if kernels is cpu else 9, d, n)
+    at_once = kernels is not cpu  # the interpreter is slow
+    assert_rows_stay_apart(kernels.selective_scan, inputs, OF_ROWS, layout, at_once=at_once)
+
+
+@quiet
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 16, 17, 33])
+@pytest.mark.parametrize("kernels", ["reference", "cpu", "triton"], indirect=True)
+def test_rows_of_a_step_stay_apart(kernels, d, n):
+    inputs = scan_inputs(4, 1, d, n)
+    at_once = kernels is not cpu
+    assert_rows_stay_apart(kernels.selective_scan, inputs, OF_ROWS, grad=False, at_once=at_once)
+
+
+@quiet
+def test_rows_in_spans_stay_apart(monkeypatch):
+    triton = pytest.importorskip("mamba_lm.selective_scan.triton")
+    monkeypatch.setattr(triton, "PROGRAMS", 12)
+    monkeypatch.setattr(triton, "LEAST_SPAN", 8)
+    assert_rows_stay_apart(triton.selective_scan, scan_inputs(4, 20, 3, 5), OF_ROWS, at_once=True)
+
+
+@quiet
+@pytest.mark.parametrize("d", [385, 64])
+@pytest.mark.parametrize("w", [2, 4, 5])
+@pytest.mark.parametrize(
+    "kernels, layout",
+    [*itertools.product(["cpu", "triton"], ["whole", "packed"]), ("reference", "whole")],
+    indirect=["kernels"],
+)
+def test_rows_of_a_convolution_stay_apart(kernels, w, d, layout):
+    inputs = conv_inputs(4, 12, d if kernels is cpu else d % 61, w)
+    names, at_once = ("x", "initial_tail"), kernels is not cpu
+    assert_rows_stay_apart(kernels.causal_conv1d, inputs, names, layout, at_once=at_once)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("l, k, out", [(1, 33, 7), (8, 33, 7), (9, 33, 130), (20, 768, 768)])
+def test_rows_of_products_and_norms_stay_apart(l, k, out, grad):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(4, l, k), "weight": torch.randn(out, k), "bias": torch.randn(out)}
+    assert_rows_stay_apart(cpu.linear, inputs, ["x"], grad=grad)
+    assert_rows_stay_apart(cpu.softplus_linear, inputs, ["x"], grad=grad)
+    norm = {"x": inputs["x"], "weight": torch.randn(k)}
+    assert_rows_stay_apart(lambda **v: cpu.rms_norm(**v, eps=1e-5), norm, ["x"], grad=grad)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_lengths_beyond_a_row_end_with_it(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
+    inputs, scan = scan_inputs(3, 9, 5, 3), selective_scan_module.selective_scan
+    got = gradients(scan, inputs, lengths=torch.tensor([14, -3, 5]))
+    assert_all_equal(got, gradients(scan, inputs, lengths=torch.tensor([9, 0, 5])))
+
+
+def test_lengths_of_another_shape_are_errors():
+    conv = conv_inputs(2, 9, 5, 4)
+    for x in (conv["x"], conv["x"][0]):
+        with pytest.raises(ValueError, match=r"lengths has shape \(2, 1\), expected \(2,\)"):
+            selective_scan_module.causal_conv1d(**conv | {"x": x}, lengths=torch.tensor([[4], [5]]))
 
 
 EXTREMES = [

@@ -31,7 +31,9 @@ from mamba_lm.selective_scan.cpu.packing import next_jobs, unpacked
 
 TILE = 128
 CHUNK = 32
-GROUP = 4  # states in a loop; those beyond n stay 0
+# States in a loop. Those beyond n start every job at 0 and stay there, but for inputs that are not
+# finite: 0 times those is NaN, which must not meet the next row.
+GROUP = 4
 
 # Rows of work space. Before it enters an inner loop, LLVM compares all its pointers with each
 # other, except those at fixed distances in one array: with two arrays for all, loops start sooner.
@@ -88,9 +90,9 @@ def _scan_forward(
         width = min(TILE, d - first)
         if row == 0 or job == jobs[0]:
             _load_decay_rates(own, A, n, first, width)
-        for i in range(n):
+        for i in range(groups * GROUP):
             h_i = own[i // GROUP, _H, i % GROUP]
-            if initial.size > 0:
+            if initial.size > 0 and i < n:
                 h_i[:width] = part(initial, row * n + i, d, first, width)
             else:
                 h_i[:] = f32(0.0)
@@ -185,9 +187,12 @@ def _scan_backward(
         gskip[:] = f32(0.0)
         if row == 0 or job == jobs[0]:
             _load_decay_rates(own, A, n, first, width)
-        for i in range(n):
+        for i in range(gs):
             own[i // GROUP, _GA, i % GROUP] = f32(0.0)
-            own[i // GROUP, _H, i % GROUP, :width] = part(gfinal, row * n + i, d, first, width)
+            if i < n:
+                own[i // GROUP, _H, i % GROUP, :width] = part(gfinal, row * n + i, d, first, width)
+            else:
+                own[i // GROUP, _H, i % GROUP] = f32(0.0)
         for chunk in range((lengths[row] + CHUNK - 1) // CHUNK - 1, -1, -1):
             step = starts[row] + chunk * CHUNK
             steps = min(CHUNK, lengths[row] - chunk * CHUNK)
