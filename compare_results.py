@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from context_qa.metrics import PARTS, SCORES, clusters, mean_intervals, parts
-from context_qa.results import articles_by_idx, read_results, read_summary
+from context_qa.copies import is_copy
+from context_qa.metrics import PARTS, SCORES, clusters, mcnemar, mean_intervals, parts
+from context_qa.results import articles_by_idx, has_made_id, read_results, read_summary
 from errors import UserError, run_script
 
 SAME = ("id", "context", "question", "answers")
@@ -59,8 +60,7 @@ def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int]:
     by_idx_a, by_idx_b = by_idx(path_a), by_idx(path_b)
     common = sorted(by_idx_a.keys() & by_idx_b.keys())
     for idx in common:
-        row_a, row_b = by_idx_a[idx], by_idx_b[idx]
-        different = [name for name in SAME if row_a[name] != row_b[name]]
+        different = differing_data(by_idx_a[idx], by_idx_b[idx])
         if different:
             raise UserError(
                 f"{path_a} and {path_b}: results of different data; "
@@ -72,8 +72,16 @@ def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int]:
     return [by_idx_a[idx] for idx in common], [by_idx_b[idx] for idx in common], left_out
 
 
+def differing_data(row_a: dict, row_b: dict) -> list[str]:
+    """What of their data differs. An older layout can lack the context; a made id adds nothing."""
+    skipped = {"context"} if None in (row_a["context"], row_b["context"]) else set()
+    if is_copy(row_a) == is_copy(row_b) and (has_made_id(row_a) or has_made_id(row_b)):
+        skipped.add("id")
+    return [name for name in SAME if name not in skipped and row_a[name] != row_b[name]]
+
+
 def by_idx(path: str) -> dict[int, dict]:
-    rows = read_results(path)
+    rows = read_results(path, warn=True)
     found = {row["idx"]: row for row in rows}
     if len(found) < len(rows):
         raise UserError(f"{path}: an idx is there twice; give the file of one run")
@@ -89,24 +97,11 @@ def differences(rows_a: Sequence[dict], rows_b: Sequence[dict], articles: dict[i
             for part in (part_a, parts_b[prefix])
         )
         intervals = mean_intervals(b - a, clusters(part_a, articles)) or [None] * len(SCORES)
-        for place, metric in enumerate(SCORES):
-            means = float(a[place].mean()), float(b[place].mean())
-            found[prefix + metric] = {
-                "a": means[0],
-                "b": means[1],
-                "difference": means[1] - means[0],
-                "interval": intervals[place],
-            }
+        means = a.mean(axis=1).tolist(), b.mean(axis=1).tolist()
+        for metric, of_a, of_b, interval in zip(SCORES, *means, intervals, strict=True):
+            values = {"a": of_a, "b": of_b, "difference": of_b - of_a, "interval": interval}
+            found[prefix + metric] = values
     return found
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
-    numbers that each has alone. It takes questions for independent, as intervals over articles do
-    not."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def flips(right: Sequence[dict], wrong: Sequence[dict], swapped: bool = False) -> list[dict]:

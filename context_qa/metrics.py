@@ -125,6 +125,15 @@ def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Int
     return [Interval(*map(float, pair)) for pair in zip(low, high, strict=True)]
 
 
+def mcnemar(only_a: int, only_b: int) -> float:
+    """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
+    numbers that each has alone. It takes questions for independent, as intervals over articles do
+    not."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
 def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     """How well the model knows what it does not know.
 

@@ -88,7 +88,7 @@ class ResultsFile:
         try:
             rows, size = whole_rows(data, str(self.path))
         except UserError as error:
-            raise UserError(f"{error}; or give another path or --overwrite") from error
+            raise UserError(f"{error}; to start again, give another path or --overwrite") from error
         if not rows:
             begun = b'{"idx": '
             if data[: len(begun)] != begun[: len(data)]:

@@ -184,8 +184,24 @@ def test_rows_of_an_unknown_run_are_refused(path, summary):
 def test_a_line_that_is_no_row_is_refused(path):
     write(path, *ROWS[:2])
     path.write_bytes(b"hello\n" + path.read_bytes())
-    with pytest.raises(UserError, match=r"results\.jsonl line 1: no results row.*--overwrite"):
+    with pytest.raises(UserError, match=r"results\.jsonl line 1: not a JSON object.*--overwrite"):
         opened(path)
+
+
+@pytest.mark.parametrize("missing", ["idx", "f1", "num_new_tokens"])
+def test_a_run_does_not_resume_another_layout(path, missing):
+    """Which its readers complete."""
+    write(path, *ROWS[:2])
+    older = {name: value for name, value in ROWS[1].items() if name != missing}
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(older) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        opened(path)
+    assert str(caught.value) == (
+        f"{path} line 2: another layout (columns: {', '.join(older)}); needed: "
+        f"{', '.join(ROWS[0])}; to start again, give another path or --overwrite"
+    )
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
