@@ -5,21 +5,24 @@
     python query_results.py results/a.jsonl results/b.jsonl --format csv \\
         "SELECT df.question, df.guess, df2.guess FROM df JOIN df2 USING (idx)"
 
-The first file is the table df, the next are df2, df3, ...; "DESCRIBE df" lists the columns. A query
-sees these tables alone: it reaches no other file and no network.
+The first file is the table df, the next are df2, df3, ...; "DESCRIBE df" lists the columns. Any
+JSONL of objects is read, results or not. A query sees these tables alone: it reaches no other file
+and no network.
 """
 
 import argparse
 import csv
 import json
+import re
 import sys
+from collections.abc import Iterable, Sequence
 
 import duckdb
 
-from context_qa.results import FIELDS, read_results
+from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
 from errors import UserError, run_script
 
-SQL_TYPES = {int: "BIGINT", str: "VARCHAR", list: "VARCHAR[]", bool: "BOOLEAN", float: "DOUBLE"}
+SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
 COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
 
 
@@ -27,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", metavar="RESULTS", nargs="+", help="JSONL, of an evaluation")
+    parser.add_argument("results", metavar="RESULTS", nargs="+", help="JSONL: results or other")
     parser.add_argument("sql", metavar="SQL", help="a query on df, df2, ...")
     about = "table (default) shortens what is long; csv and json, an object a line, do not"
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help=about)
@@ -49,14 +52,52 @@ def main(args: argparse.Namespace) -> None:
 
 
 def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> None:
-    """Make a table of a results file. A kill can tear its last line, which is then left out;
-    UserError names any other line that is no results row."""
-    lines = [json.dumps(row) for row in read_results(path)]
+    """Make a table of a JSONL file, its columns in the order in which they first appear, and warn
+    if it is the file of an incomplete run. UserError as `read_objects`, and without any column."""
+    objects, is_torn = read_objects(path)
+    warn_if_incomplete(path, len(objects), is_torn)
+    keys = list(dict.fromkeys(key for row in objects for key in row))
+    if not keys:
+        raise UserError(f"{path}: its objects are empty; a table needs at least one column")
+    values = {key: [row.get(key) for row in objects] for key in keys}
+    names = column_names(keys)
+    types = [sql_type(key, values[key]) for key in keys]
+    rows = (dict(zip(names, row, strict=True)) for row in zip(*values.values(), strict=True))
+    lines = [valid_text(json.dumps(row, ensure_ascii=False)) for row in rows]
     database.execute(
         f"CREATE TABLE {table} AS SELECT unnest(json_transform_strict(line, $columns)) "
         "FROM (SELECT unnest($lines) AS line)",
-        {"lines": lines, "columns": json.dumps(COLUMNS)},
+        {"lines": lines, "columns": json.dumps(dict(zip(names, types, strict=True)))},
     )
+
+
+def sql_type(name: str, values: Iterable) -> str:
+    """The type that all values of a column fit: that of FIELDS, else the first of SQL_TYPES, else
+    JSON. None, a missing value, fits all; a column of these alone is JSON."""
+    present = [value for value in values if value is not None]
+    kinds = [FIELDS[name]] if name in FIELDS else []
+    kinds += SQL_TYPES if present else []
+    fitting = (kind for kind in kinds if all(is_kind(value, kind) for value in present))
+    return SQL_TYPES.get(next(fitting, None), "JSON")
+
+
+def column_names(keys: Sequence[str]) -> list[str]:
+    """A name for each key that SQL can tell from the others: it ignores case, and has no empty
+    one."""
+    names: dict[str, str] = {}
+    for key in keys:
+        name = wanted = valid_text(key) or "_"
+        number = 1
+        while name.lower() in names:
+            number += 1
+            name = f"{wanted}_{number}"
+        names[name.lower()] = name
+    return list(names.values())
+
+
+def valid_text(text: str) -> str:
+    """The text, with the replacement character for each half of a surrogate pair."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from context_qa.report import report_page
-from context_qa.results import read_results, read_summary, summary_path
+from context_qa.results import read_objects, read_summary, results_rows, summary_path
 from errors import keep_inputs, run_script
 from files import write_whole
 
@@ -28,10 +28,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = read_results(args.results)
+    objects, is_torn = read_objects(args.results)
+    rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
     keep_inputs(output, args.results, str(summary_path(args.results)))
-    page = report_page(rows, read_summary(args.results), Path(args.results).name)
+    page = report_page(rows, read_summary(args.results), Path(args.results).name, is_torn)
     write_whole(output, page)
     print(output)
 

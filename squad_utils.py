@@ -130,10 +130,15 @@ def _example(row: object, place: str) -> Example:
     answers = [checked_text(answer, "answers", place) for answer in answers]
     answers = [answer for answer in answers if not is_no_answer(answer)]
     _check_is_impossible(row.get("is_impossible"), answers, place)
-    digest = hashlib.sha256(json.dumps([context, question, *answers]).encode()).hexdigest()
-    identifier = digest[:16] if row.get("id") is None else _checked_id(row["id"], place)
+    given = row.get("id")
+    identifier = made_id(context, question, answers) if given is None else _checked_id(given, place)
     article = None if row.get("title") is None else checked_text(row["title"], "title", place)
     return Example(identifier, context, question, tuple(answers), article)
+
+
+def made_id(context: str | None, question: str, answers: Sequence[str]) -> str:
+    """The id of a row that has none: a hash of its content."""
+    return hashlib.sha256(json.dumps([context, question, *answers]).encode()).hexdigest()[:16]
 
 
 def _check_is_impossible(value: object, answers: Sequence[str], place: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from context_qa.results import Answer
-from context_qa.spans import Spans, require_pieces
+from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
 from errors import UserError
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
@@ -51,7 +51,7 @@ class Answerer:
         max_new_tokens: int = 64,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         no_answer_threshold: float | None = None,
-        span_borders: str = "words",
+        span_borders: str = SPAN_BORDERS[0],
     ):
         self.span_borders = span_borders
         self.model, self.tokenizer = model, tokenizer

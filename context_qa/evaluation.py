@@ -3,24 +3,27 @@
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 from context_qa.answering import MAX_BATCH_TOKENS, Answerer
+from context_qa.data_warnings import data_warnings
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
 from context_qa.processes import from_first, in_step
-from context_qa.provenance import hash_or_name, run_record, sha256
+from context_qa.provenance import run_record, sha256
 from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
 from errors import UserError, keep_inputs, positive_int
-from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.checkpoint import find_model, load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
-from squad_utils import Example, read_examples
+from squad_utils import Example, read_examples, same_question
 
 Prompt = Callable[[Example], tuple[str, str]]
 
@@ -59,7 +62,8 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
     for output in (args.output, _tuning(args.output)):
         keep_inputs(output, args.data, args.tune_on)
     has_threshold = args.no_answer_threshold is not None or args.tune_on is not None
-    if args.model == SLIDING_WINDOW and (has_threshold or args.constrain_to_context):
+    is_baseline = args.model == SLIDING_WINDOW
+    if is_baseline and (has_threshold or args.constrain_to_context):
         raise UserError(
             f"{SLIDING_WINDOW}: has no probabilities and says spans alone; leave out "
             "--no_answer_threshold, --tune_on and --constrain_to_context"
@@ -69,17 +73,31 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
     if processes.num_processes > 1:
         device = processes.device
     run = _Run(args, prompt, processes, device)
-    examples = run.read(args.data, args.limit)
+    questions = run.read(args.data, args.limit)
     threshold = args.no_answer_threshold
     if args.tune_on:
-        threshold = run.tune(args.tune_on, examples)
-    summary, _ = run.answer(examples, args.data, args.output, threshold)
+        threshold = run.tune(args.tune_on, questions)
+    summary, _ = run.answer(questions, args.output, threshold)
     if processes.is_main_process:
         print_summary(summary)
 
 
 def _tuning(output: str) -> str:
     return f"{output}.tuning.jsonl"
+
+
+class _Questions(NamedTuple):
+    """What is asked: the questions of a file, then their unanswerable copies, if there are any."""
+
+    source: str
+    examples: list[Example]
+    first_negative: int | None
+
+    def own(self) -> list[Example]:
+        return self.examples[: self.first_negative]
+
+    def keys(self) -> set[tuple[str, str]]:
+        return {same_question(e.context, e.question) for e in self.examples}
 
 
 class _Run:
@@ -95,50 +113,53 @@ class _Run:
         self.args, self.prompt, self.processes, self.device = args, prompt, processes, device
         self.dtype = choose_dtype(args.dtype, device)
 
-    def read(self, source: str, limit: int | None = None) -> list[Example]:
+    def read(self, source: str, limit: int | None = None) -> _Questions:
         examples = read_examples(source)[:limit]
-        if self.args.negatives is not None:
-            examples += unanswerable_copies(examples, self.args.negatives)
-        return examples
+        if self.args.negatives is None:
+            return _Questions(source, examples, None)
+        copies = unanswerable_copies(examples, self.args.negatives)
+        return _Questions(source, examples + copies, len(examples))
 
-    def tune(self, source: str, scored: Sequence[Example]) -> float:
-        """The threshold that is best on another file, whose results stand beside OUTPUT."""
-        examples = self.read(source)
-        common = {(e.context, e.question) for e in examples} & {
-            (e.context, e.question) for e in scored
-        }
+    def tune(self, source: str, scored: _Questions) -> float:
+        """The threshold that is best on another file, whose results are written beside OUTPUT."""
+        questions = self.read(source)
+        common = questions.keys() & scored.keys()
         if common:
             raise UserError(
                 f"--tune_on {source}: {len(common)} of its questions are scored too; a threshold "
                 "is tuned on other questions"
             )
-        if len({example.is_answerable for example in examples}) < 2:
+        if len({example.is_answerable for example in questions.examples}) < 2:
             raise UserError(
                 f"--tune_on {source}: needs answerable and unanswerable questions; --negatives "
                 "adds unanswerable copies"
             )
         output = _tuning(self.args.output)
-        _, rows = self.answer(examples, source, output, threshold=1.0)  # none is to abstain
+        _, rows = self.answer(questions, output, threshold=1.0)  # none is to abstain
         threshold = from_first(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
             print(f"no-answer threshold {threshold:.6g}, tuned on {source}")
         return threshold
 
     def answer(
-        self, examples: list[Example], source: str, output: str, threshold: float | None
+        self, questions: _Questions, output: str, threshold: float | None
     ) -> tuple[dict, list[dict]]:
-        """Results at `output`, gone on with where they were cut off: summary and rows, in the first
+        """Results at `output`, resumed where they were cut off: summary and rows, in the first
         process; nothing in others."""
+        examples = questions.examples
         is_main = self.processes.is_main_process
         with contextlib.ExitStack() as stack:
             results = None
             if is_main:
-                record = self._record(source, threshold)
+                record = self._record(questions, threshold)
                 file = ResultsFile(output, examples, record, self.args.overwrite)
                 results = stack.enter_context(file)
             done = from_first(results.done if results else None)
             if len(done) < len(examples):
-                batches = self._answers(examples, done, threshold)
+                answerer = self._answerer(threshold)
+                if results is not None:
+                    results.record["warnings"] = self._warn(questions, answerer)
+                batches = self._answers(answerer, examples, done)
                 progress = tqdm(
                     total=len(examples), initial=len(done), unit="question", disable=not is_main
                 )
@@ -155,37 +176,67 @@ class _Run:
                         progress.update(len(rows))
             return (self._finished(results), results.rows) if results else ({}, [])
 
-    def _record(self, source: str, threshold: float | None) -> dict:
+    def _record(self, questions: _Questions, threshold: float | None) -> dict:
+        source = questions.source
         record = self._made_with | {"data_sha256": sha256(source)}
         chosen = ("max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
         settings = {
             "model": record["model_sha256"] or self.args.model,
-            "tokenizer": hash_or_name(self.args.tokenizer),
+            "tokenizer": record["tokenizer_sha256"],
             "data": record["data_sha256"] or source,
             "limit": self.args.limit if source == self.args.data else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "no_answer_threshold": threshold,
         }
-        return {"settings": settings | {name: getattr(self.args, name) for name in chosen}} | record
+        settings |= {name: getattr(self.args, name) for name in chosen}
+        if self.args.constrain_to_context:
+            settings["span_borders"] = self.args.span_borders
+        return {"settings": settings, "first_negative": questions.first_negative} | record
 
     @functools.cached_property
     def _made_with(self) -> dict:
         """What is the same for both files: weights are many bytes to hash."""
-        return run_record(self.args, self.args.model, self.args.data)
+        model = None if self.args.model == SLIDING_WINDOW else self.args.model
+        return run_record(self.args, model, self.args.data)
+
+    def _answerer(self, threshold: float | None) -> Answerer | None:
+        """None for a baseline."""
+        args = self.args
+        if args.model == SLIDING_WINDOW:
+            return None
+        return Answerer(
+            *self._model_and_tokenizer,
+            args.max_new_tokens,
+            args.max_batch_tokens,
+            threshold,
+            args.span_borders,
+        )
+
+    def _warn(self, questions: _Questions, answerer: Answerer | None) -> list[str]:
+        """What makes the scores mean less than they seem to, printed, and kept with them."""
+        warnings = []
+        if answerer is not None and find_model(self.args.model).is_random:
+            warnings.append(
+                f"{self.args.model} is a config file: the weights are RANDOM, and the scores say "
+                "nothing about a trained model"
+            )
+        decoding = ()
+        if answerer is not None and not self.args.constrain_to_context:
+            decoding = answerer.tokenizer, answerer.stop_ids, answerer.max_new_tokens
+        warnings += data_warnings(questions.own(), *decoding)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return warnings
 
     def _answers(
-        self, examples: list[Example], done: set[int], threshold: float | None
+        self, answerer: Answerer | None, examples: list[Example], done: set[int]
     ) -> Iterator[dict[int, Answer]]:
         """This process's share of the batches that are not done."""
-        args = self.args
         part, parts = self.processes.process_index, self.processes.num_processes
-        if args.model == SLIDING_WINDOW:
+        if answerer is None:
             return sliding_window_answers(examples, done) if part == 0 else iter(())
-        answerer = Answerer(
-            *self._model_and_tokenizer, args.max_new_tokens, args.max_batch_tokens, threshold
-        )
         prompts = [self.prompt(example) for example in examples]
-        contexts = [e.context for e in examples] if args.constrain_to_context else None
+        contexts = [e.context for e in examples] if self.args.constrain_to_context else None
         return answerer.answer(prompts, contexts, done, part, parts)
 
     @functools.cached_property
@@ -214,6 +265,11 @@ def print_summary(summary: Mapping) -> None:
                 f"{exact_match:5.1f} {_interval(intervals, prefix + 'exact_match'):15}"
                 f"{f1:5.1f} {_interval(intervals, prefix + 'f1'):15}{is_correct:5.1f}"
             )
+    if "folded_exact_match" in summary:
+        print(
+            f"exact match, Unicode forms and accents folded: {summary['folded_exact_match']:.1f} "
+            "(the official script compares characters as they are written)"
+        )
     if intervals:
         print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}")
     print()
@@ -222,6 +278,8 @@ def print_summary(summary: Mapping) -> None:
     for name in dict.fromkeys(name for part in parts for name in summary[part]):
         values = (summary[part].get(name) for part in parts)
         print(f"{name.replace('_', ' '):32}" + "".join(f"{_figure(v):>27}" for v in values))
+    for warning in summary.get("warnings", ()):
+        print(f"warning: {warning}")
 
 
 def _interval(intervals: Mapping, name: str) -> str:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from context_qa.negatives import is_copy
-from squad_utils import abstains
+from squad_utils import folded_answer, is_no_answer, is_scored_as_empty
 
 SCORES = ("exact_match", "f1", "is_correct")
 PARTS = {  # of the results, by the beginning of their scores' names
@@ -43,50 +42,73 @@ class Bins(NamedTuple):
     counts: np.ndarray
 
 
-def parts(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+def is_negative(row: Mapping, first_negative: int | None) -> bool:
+    """Whether a row is of an unanswerable copy, which come after the data's own questions, from the
+    idx first_negative on; None: there are none."""
+    return first_negative is not None and row["idx"] >= first_negative
+
+
+def parts(rows: Iterable[Mapping], first_negative: int | None = None) -> dict[str, list[Mapping]]:
     """The rows of each of PARTS that has any: all of the data's own, those with and without an
-    answer, and the unanswerable copies."""
+    answer, and the unanswerable copies (see `is_negative`)."""
     own, copies = [], []
     for row in rows:
-        (copies if is_copy(row) else own).append(row)
+        (copies if is_negative(row, first_negative) else own).append(row)
     answered = [row for row in own if row["answers"]]
     unanswerable = [row for row in own if not row["answers"]]
     found = zip(PARTS, (own, answered, unanswerable, copies), strict=True)
     return {name: part for name, part in found if part}
 
 
-def summarize(rows: Sequence[Mapping], articles: Mapping[int, str]) -> dict:
+def summarize(
+    rows: Sequence[Mapping], articles: Mapping[int, str], first_negative: int | None = None
+) -> dict:
     """scores, their intervals, what these were resampled over; abstention on the data's own
-    questions and, where there are unanswerable copies, on both together."""
-    own = parts(rows).get("", rows)  # all, where there are copies alone
+    questions and, where there are unanswerable copies, on both together. Where guesses differ from
+    references in nothing but the form of their characters, folded_exact_match counts these too."""
+    own = parts(rows, first_negative).get("", rows)  # all, where there are copies alone
     unit = "articles" if all(row["idx"] in articles for row in own) else "questions"
     summary = {
-        "scores": scores(rows),
-        "intervals": score_intervals(rows, articles),
+        "scores": scores(rows, first_negative),
+        "intervals": score_intervals(rows, articles, first_negative),
         "intervals_over": f"{len(set(clusters(own, articles)))} {unit}",
         "abstention": abstention(own),
     }
     if len(own) < len(rows):
         summary["abstention_with_negatives"] = abstention(rows)
+    if any(map(_matches_folded, own)):
+        right = sum(row["exact_match"] or _matches_folded(row) for row in own)
+        summary["folded_exact_match"] = 100 * right / len(own)
     return summary
 
 
-def scores(rows: Iterable[Mapping]) -> dict[str, float | int]:
+def _matches_folded(row: Mapping) -> bool:
+    """Whether a guess is wrong by the official script and equal to a reference once both are folded
+    (`squad_utils.fold`): it is the same answer in other characters."""
+    if row["exact_match"] or (row["guess"].isascii() and all(map(str.isascii, row["answers"]))):
+        return False
+    guess = folded_answer(row["guess"])
+    return bool(guess) and guess in map(folded_answer, row["answers"])
+
+
+def scores(rows: Iterable[Mapping], first_negative: int | None = None) -> dict[str, float | int]:
     """The official SQuAD 2.0 scores and the raw match, in percent, and the number of questions."""
     found: dict[str, float | int] = {}
-    for prefix, part in parts(rows).items():
+    for prefix, part in parts(rows, first_negative).items():
         for metric in SCORES:
             found[prefix + metric] = 100 * sum(row[metric] for row in part) / len(part)
         found[f"{prefix}num_questions"] = len(part)
     return found
 
 
-def score_intervals(rows: Sequence[Mapping], articles: Mapping[int, str]) -> dict[str, Interval]:
+def score_intervals(
+    rows: Sequence[Mapping], articles: Mapping[int, str], first_negative: int | None = None
+) -> dict[str, Interval]:
     """95 % confidence intervals of `scores`, by a bootstrap over articles; over questions where
     not every row has its article in `articles`, by idx. A part of one question or article has none.
     """
     found = {}
-    for prefix, part in parts(rows).items():
+    for prefix, part in parts(rows, first_negative).items():
         values = np.array([[100 * row[metric] for row in part] for metric in SCORES], float)
         intervals = mean_intervals(values, clusters(part, articles))
         found |= {prefix + metric: i for metric, i in zip(SCORES, intervals, strict=False)}
@@ -125,18 +147,31 @@ def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Int
     return [Interval(*map(float, pair)) for pair in zip(low, high, strict=True)]
 
 
+def mcnemar(only_a: int, only_b: int) -> float:
+    """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
+    numbers that each has alone. It takes questions for independent, as intervals over articles do
+    not."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
 def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     """How well the model knows what it does not know.
 
-    Precision, recall and F1 of abstaining where there is no answer; and, if the rows have
+    To abstain is to say NO_ANSWER. What is scored as the empty answer too, silence, punctuation and
+    articles alone, is counted apart, num_empty. Precision, recall and F1 of abstaining where there
+    is no answer; and, if the rows have
     confidences, the area under `risk_coverage`, the expected calibration error (Guo et al. 2017)
     and the average precision of `answerability`. What would divide by nothing is left out.
     """
-    abstained = np.array([abstains(row["guess"]) for row in rows])
+    abstained = np.array([is_no_answer(row["guess"]) for row in rows])
+    empty = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(abstained.sum())
     unanswerable = np.array([not row["answers"] for row in rows])
     right = int((abstained & unanswerable).sum())
     found: dict[str, float | int] = {
         "num_abstained": int(abstained.sum()),
+        "num_empty": empty,
         "num_unanswerable": int(unanswerable.sum()),
     }
     if abstained.any():

@@ -6,34 +6,34 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from mamba_lm.checkpoint import files_read
 from squad_utils import PROMPT_ORDERS
 
 RECORD = "training_args.json"  # in a trained model's folder
-_MODEL_FILES = (
-    *("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json", "vocab.json"),
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-)
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 
-def run_record(args: argparse.Namespace, model: str, data: str) -> dict:
-    """JSON-ready: every argument, git commit, versions, and SHA-256 of local model and data."""
+def run_record(args: argparse.Namespace, model: str | None, data: str) -> dict:
+    """JSON-ready: every argument, git commit, versions, and SHA-256 of local data and of all files
+    that loading the model and its tokenizer (args.tokenizer) reads. model: None for a baseline."""
+    files, others = files_read(model, args.tokenizer) if model else ([], [])
     return {
         "arguments": vars(args),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "model_sha256": sha256(model),
+        "model_sha256": sha256_of(files),
+        "tokenizer_sha256": sha256_of(others),  # None: the tokenizer belongs to the model's files
         "data_sha256": sha256(data),
     }
 
 
 def hash_or_name(name: str | None) -> str | None:
-    """What tells a local file or folder from others; the name of what is on the Hub."""
+    """What tells a local data file from others; the name of what is on the Hub."""
     return name and (sha256(name) or name)
 
 
@@ -62,10 +62,12 @@ def trained_prompt_order(model: str) -> str:
 
 
 def sha256(name: str) -> str | None:
-    """Hash of a file, or of a model folder's weights, configuration and tokenizer; None for what is
-    not local."""
-    path = Path(name)
-    files = [path] if path.is_file() else sorted(f for g in _MODEL_FILES for f in path.glob(g))
+    """Hash of a local file; None for what is not one."""
+    return sha256_of([Path(name)]) if Path(name).is_file() else None
+
+
+def sha256_of(files: Sequence[Path]) -> str | None:
+    """Hash of the contents of files, in their order; None where there are none."""
     if not files:
         return None
     digest = hashlib.sha256()

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from context_qa import metrics
-from context_qa.negatives import is_copy
+from context_qa.metrics import is_negative
 from context_qa.report_charts import charts
-from context_qa.results import articles_by_idx
+from context_qa.results import articles_by_idx, find_first_negative, incompleteness
 from errors import UserError
 from squad_utils import NO_ANSWER, is_no_answer
 
@@ -60,17 +60,18 @@ LENGTH_GROUPS = 5
 ROUND_STEPS = (1, 5, 10, 50, 100, 500, 1000)
 
 
-def report_page(rows: Sequence[Mapping], summary: Mapping, name: str) -> str:
+def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: bool = False) -> str:
     """The page of a results file called `name`, of its rows and the summary beside it, which may be
-    empty. Raises UserError if the rows are unanswerable copies alone."""
-    articles = articles_by_idx(summary)
-    own = metrics.parts(rows).get("")
+    empty; is_torn: whether its last line is. Raises UserError if the rows are unanswerable copies
+    alone."""
+    articles, first_negative = articles_by_idx(summary), find_first_negative(summary, rows)
+    own = metrics.parts(rows, first_negative).get("")
     if own is None:
         raise UserError(f"{name}: unanswerable copies alone; give it the data's own questions too")
-    found = metrics.summarize(rows, articles)
+    found = metrics.summarize(rows, articles, first_negative)
     filled = {
         "title": _title(summary, name),
-        "notice": _notice(rows, summary),
+        "notice": _notice(rows, summary, is_torn),
         "about": _about(rows, found["scores"], name),
         "settings": _settings(summary),
         "scores": _score_table(found),
@@ -78,19 +79,16 @@ def report_page(rows: Sequence[Mapping], summary: Mapping, name: str) -> str:
         "charts": charts(rows, own),
         "groups": "\n".join(
             _group_table(title, group(own), articles)
-            for title, group in (
-                ("Tokens of the prompt, context included", by_prompt_length),
-                ("Words of the first reference", by_answer_length),
-                ("Question word", by_question_word),
-            )
+            for title, group in GROUPS.items()
+            if group is not by_prompt_length or all(row["num_tokens"] is not None for row in own)
         ),
-        "data": embedded_json(table_data(rows)),
+        "data": embedded_json(table_data(rows, first_negative)),
     }
     # In one pass: what is filled in is not looked at again.
     return re.sub(r"{{(\w+)}}", lambda place: filled[place[1]], TEMPLATE.read_text("utf-8"))
 
 
-def table_data(rows: Iterable[Mapping]) -> dict:
+def table_data(rows: Iterable[Mapping], first_negative: int | None = None) -> dict:
     """What the page's table shows: the fields' names, a list of values for each row, and the
     distinct contexts, to which the rows' `context` points."""
     contexts: dict[str, int] = {}
@@ -98,9 +96,9 @@ def table_data(rows: Iterable[Mapping]) -> dict:
         {
             **{name: row[name] for name in ("idx", "id", "question", "answer", "guess")},
             "answers": list(dict.fromkeys(row["answers"])),
-            "context": contexts.setdefault(row["context"], len(contexts)),
+            "context": contexts.setdefault(row["context"] or "", len(contexts)),
             "abstains": is_no_answer(row["guess"]),
-            "negative": is_copy(row),
+            "negative": is_negative(row, first_negative),
             **{name: row[name] for name in ("is_correct", "num_tokens", "num_new_tokens")},
             **{
                 name: row[name] if row[name] is None else float(f"{row[name]:.5g}")
@@ -156,6 +154,13 @@ def by_answer_length(rows: Sequence[Mapping]) -> Groups:
     return _grouped(rows, titles, ANSWER_LENGTHS)
 
 
+GROUPS = {
+    "Tokens of the prompt, context included": by_prompt_length,
+    "Words of the first reference": by_answer_length,
+    "Question word": by_question_word,
+}
+
+
 def _question_word(question: str) -> str:
     found = QUESTION_WORD.search(" ".join(question.lower().split()))
     return SAME_WORD.get(found[0], found[0]) if found else "other"
@@ -178,12 +183,11 @@ def _title(summary: Mapping, name: str) -> str:
     return escape(f"{arguments['model']} on {arguments['data']}")
 
 
-def _notice(rows: Sequence[Mapping], summary: Mapping) -> str:
-    if summary.get("complete") is not False:
+def _notice(rows: Sequence[Mapping], summary: Mapping, is_torn: bool) -> str:
+    found = incompleteness(len(rows), summary, is_torn)
+    if not found:
         return ""
-    asked = summary.get("num_questions")
-    there = f"{len(rows):,} of {asked:,}" if type(asked) is int else f"{len(rows):,}"
-    text = f"Incomplete run: the figures are those of the {there} questions that it has answered."
+    text = f"Incomplete run: the figures are those of the {found}."
     return f'<p class="notice" role="note">{text}</p>'
 
 
@@ -198,8 +202,9 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
         for prefix, kind in kinds.items()
         if f"{prefix}num_questions" in scores
     ]
-    contexts = len({row["context"] for row in rows})
-    text = f"{name}: {len(rows):,} questions on {contexts:,} contexts; {', '.join(counts)}."
+    contexts = {row["context"] for row in rows} - {None}
+    where = f" on {len(contexts):,} contexts" if contexts else ""
+    text = f"{name}: {len(rows):,} questions{where}; {', '.join(counts)}."
     return f"<p>{escape(text)}</p>"
 
 
@@ -210,6 +215,9 @@ def _settings(summary: Mapping) -> str:
     made_with = ("device", "git_commit", "model_sha256", "data_sha256", "wall_seconds")
     settings = summary.get("arguments", {}) | resolved
     settings |= {name: summary[name] for name in made_with if name in summary}
+    makers = summary.get("made_by", ())
+    if len(makers) > 1:
+        settings["made_by"] = "; ".join(map(_maker, makers))
     items = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(_setting(value))}</dd></div>"
         for name, value in settings.items()
@@ -222,6 +230,12 @@ def _settings(summary: Mapping) -> str:
 
 def _setting(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _maker(entry: object) -> str:
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    return ", ".join(f"{name} {value}" for name, value in entry.items())
 
 
 def _score_table(found: Mapping) -> str:

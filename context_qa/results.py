@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from squad_utils import Example, exact_match, f1_score, is_correct
+from squad_utils import Example, exact_match, f1_score, is_correct, is_no_answer, made_id
 
 # A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.
 FIELDS = {
@@ -29,8 +31,16 @@ FIELDS = {
     "num_new_tokens": int,
     "tokens_per_sec": float,
 }
+KINDS = {
+    int: "a whole number",
+    str: "text",
+    list: "a list of texts",
+    bool: "true or false",
+    float: "a number",
+}
 NULLABLE = ("confidence", "no_answer_probability")  # of a baseline that has no probabilities
 SHARES = ("exact_match", "f1", *NULLABLE)  # from 0 to 1
+OLDER_NAMES = {"prompt": "question", "response": "answer"}  # those of the Oxen data
 
 
 @dataclass(frozen=True)
@@ -52,89 +62,189 @@ class Answer:
 
 def result_row(idx: int, example: Example, answer: Answer) -> dict:
     """One line of the results file."""
-    values = (
-        idx,
-        example.id,
-        example.context,
-        example.question,
-        example.target,
-        list(example.answers),
-        answer.text,
-        is_correct(answer.text, example.target),
-        exact_match(answer.text, example.answers),
-        f1_score(answer.text, example.answers),
-        answer.confidence,
-        answer.no_answer_probability,
-        answer.seconds,
-        answer.num_tokens,
-        answer.num_new_tokens,
-        answer.num_new_tokens / answer.seconds,
-    )
-    return dict(zip(FIELDS, values, strict=True))
+    return {
+        "idx": idx,
+        **_reference(example),
+        "guess": answer.text,
+        **_scores(answer.text, example),
+        "confidence": answer.confidence,
+        "no_answer_probability": answer.no_answer_probability,
+        "time": answer.seconds,
+        "num_tokens": answer.num_tokens,
+        "num_new_tokens": answer.num_new_tokens,
+        "tokens_per_sec": answer.num_new_tokens / answer.seconds,
+    }
 
 
-def read_results(path: str) -> list[dict]:
-    """The rows of a results file. A kill can tear its last line, which is then left out; UserError
-    names any other line that is no row."""
+def _reference(example: Example) -> dict:
+    return {
+        "id": example.id,
+        "context": example.context,
+        "question": example.question,
+        "answer": example.target,
+        "answers": list(example.answers),
+    }
+
+
+def _scores(guess: str, example: Example) -> dict:
+    return {
+        "is_correct": is_correct(guess, example.target),
+        "exact_match": exact_match(guess, example.answers),
+        "f1": f1_score(guess, example.answers),
+    }
+
+
+# Reading: any JSON objects, then rows of this layout or of an older one, or of this layout alone.
+
+
+def read_results(path: str, warn: bool = False) -> list[dict]:
+    """The rows of a results file: see `read_objects`, `results_rows` and, where `warn` is true,
+    `warn_if_incomplete`."""
+    objects, is_torn = read_objects(path)
+    rows = results_rows(objects, path)
+    if warn:
+        warn_if_incomplete(path, len(rows), is_torn)
+    return rows
+
+
+def read_objects(path: str) -> tuple[list[dict], bool]:
+    """The JSON objects of a JSONL file, one from each line, and whether its last line is torn.
+
+    A kill can tear the last line, which is then skipped. UserError names any other line that is not
+    a JSON object, and a file without any.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    rows, size = whole_rows(data, path)
-    last = _parsed_row(data[size:])
+    objects, size = _whole_objects(data, path)
+    last = _parsed(data[size:])
     if last is not None:
-        rows.append(last)
-    if not rows:
-        raise UserError(f"{path} line 1: no results row; an evaluation writes such a file")
+        objects.append(last)
+    if not objects:
+        raise UserError(f"{path} line 1: not a JSON object; give JSONL, as an evaluation writes it")
+    return objects, last is None and size < len(data)
+
+
+def results_rows(objects: Iterable[dict], path: str) -> list[dict]:
+    """The rows that the objects of a results file are, each with all of FIELDS.
+
+    A row of an older layout needs a question, a guess and a reference. It gets its place in the
+    file as idx, an id as `read_examples` makes them, scores as a run computes them, and None for
+    what is not known. UserError names a line without these columns, or with a value that does not
+    fit its column.
+    """
+    rows = []
+    for idx, found in enumerate(objects):
+        place = f"{path} line {idx + 1}"
+        if found.keys() >= FIELDS.keys():
+            _check_values(found, place)
+            rows.append(found)
+        else:
+            rows.append(_older_row(found, idx, place))
     return rows
 
 
 def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
-    """Rows of the lines that end in a newline, and the size of these lines in bytes."""
+    """Rows of the lines that end in a newline, and the size of these lines in bytes. UserError
+    names a line that is not a row of exactly this layout."""
+    rows, size = _whole_objects(data, path)
+    for number, row in enumerate(rows, start=1):
+        place = f"{path} line {number}"
+        if not row.keys() >= FIELDS.keys():
+            raise _other_layout(row, place, ", ".join(FIELDS))
+        _check_values(row, place)
+    return rows, size
+
+
+def _whole_objects(data: bytes, path: str) -> tuple[list[dict], int]:
     *lines, torn = data.split(b"\n")
-    rows = []
+    objects = []
     for number, line in enumerate(lines, start=1):
-        row = _parsed_row(line)
-        if row is None:
-            needed = ", ".join(FIELDS)
-            complaint = (
-                f"{path} line {number}: no results row; mend or remove it, it needs {needed}"
-            )
-            raise UserError(complaint)
-        rows.append(row)
-    return rows, len(data) - len(torn)
+        found = _parsed(line)
+        if found is None:
+            raise UserError(f"{path} line {number}: not a JSON object; correct or remove the line")
+        objects.append(found)
+    return objects, len(data) - len(torn)
 
 
-def _parsed_row(line: bytes) -> dict | None:
+def _parsed(line: bytes) -> dict | None:
     try:
-        row = json.loads(line)
+        value = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and all(
-        name in row and _fits(row[name], kind, name) for name, kind in FIELDS.items()
-    )
-    return row if is_row else None
+    return value if isinstance(value, dict) else None
+
+
+def _finite(text: str) -> float:
+    """The number; ValueError for NaN, Infinity and what is too large, which JSON does not have."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _older_row(found: Mapping, idx: int, place: str) -> dict:
+    renamed = {name: found[older] for older, name in OLDER_NAMES.items() if older in found}
+    values = {**renamed, **found}
+    row = {name: values[name] for name in FIELDS if values.get(name) is not None}
+    if "answer" in row:
+        row.setdefault("answers", [row["answer"]])
+    if not row.keys() >= {"question", "answers", "guess"}:
+        raise _other_layout(found, place, "question, guess, and answers or answer")
+    if type(row.get("id")) is int:
+        row["id"] = str(row["id"])
+    for name in ("is_correct", "exact_match", "f1"):  # defined in another way, perhaps
+        row.pop(name, None)
+    _check_values(row, place)
+    context, question = row.get("context"), row["question"]
+    answers = [answer for answer in row["answers"] if not is_no_answer(answer)]
+    identifier = row.get("id", made_id(context, question, answers))
+    example = Example(identifier, context, question, tuple(answers))
+    known = {"idx": idx} | row | _reference(example) | _scores(row["guess"], example)
+    return dict.fromkeys(FIELDS) | known
+
+
+def has_made_id(row: Mapping) -> bool:
+    """Whether the data gave no id, so that the row's is a hash of context, question and answers."""
+    return row["id"] == made_id(row["context"], row["question"], row["answers"])
+
+
+def _other_layout(row: Mapping, place: str, needed: str) -> UserError:
+    columns = ", ".join(name for name, value in row.items() if value is not None)
+    columns = textwrap.shorten(columns, 200, placeholder=" ...") or "none"
+    return UserError(f"{place}: another layout (columns: {columns}); needed: {needed}")
+
+
+def _check_values(row: Mapping, place: str) -> None:
+    for name, kind in FIELDS.items():
+        if name in row and not _fits(row[name], kind, name):
+            wanted = "a number from 0 to 1" if name in SHARES else KINDS[kind]
+            raise UserError(f"{place}: {name!r} is {row[name]!r:.40}; it must be {wanted}")
 
 
 def _fits(value: object, kind: type, name: str) -> bool:
     if value is None:
         return name in NULLABLE
-    if kind is list:
-        return type(value) is list and all(_is_text(text) for text in value)
-    if kind is str:
-        return _is_text(value)
-    if name in SHARES:
-        return type(value) in (float, int) and 0 <= value <= 1
-    if kind is float and type(value) is float:
-        return math.isfinite(value)
-    is_whole = type(value) is int and abs(value) < 2**63
-    return type(value) is bool if kind is bool else is_whole
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is a string that UTF-8 can hold: half a surrogate pair is none."""
-    if type(value) is not str:
+    if not is_kind(value, kind):
         return False
+    if kind in (str, list):
+        return _is_text("".join(value))
+    return name not in SHARES or 0 <= value <= 1
+
+
+def is_kind(value: object, kind: type) -> bool:
+    """Whether a JSON value is of a kind of FIELDS without loss: a list is one of texts, a float may
+    be written without a decimal point, an int has 64 bits."""
+    if kind is list:
+        return type(value) is list and all(type(text) is str for text in value)
+    if kind is float and type(value) is int:
+        return abs(value) <= 2**53
+    return type(value) is kind and (kind is not int or -(2**63) <= value < 2**63)
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: half a surrogate pair it cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -142,8 +252,11 @@ def _is_text(value: object) -> bool:
     return True
 
 
+# The summary
+
+
 def summary_path(path: str | Path) -> Path:
-    """Where the summary of a results file stands."""
+    """The path of a results file's summary."""
     return Path(path).with_name(f"{Path(path).name}.summary.json")
 
 
@@ -154,9 +267,49 @@ def read_summary(path: str | Path) -> dict:
         summary = json.loads(summary_path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    shapes = {"settings": dict, "arguments": dict, "articles": list}
+    shapes = {
+        "settings": dict,
+        "arguments": dict,
+        "articles": list,
+        "num_questions": int,
+        "first_negative": int,
+        "made_by": list,
+    }
     items = summary.items() if isinstance(summary, dict) else ()
     return {name: v for name, v in items if isinstance(v, shapes.get(name, object))}
+
+
+def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> str | None:
+    """How much a results file has of its run, such as "12 of 100 questions", if that is not the
+    whole of a run that has ended. None if it is, or where a summary does not say."""
+    asked = summary.get("num_questions")
+    has_ended = summary.get("complete", True) is True
+    if has_ended and not is_torn and asked in (None, num_rows):
+        return None
+    share = f"{num_rows:,} questions" if asked is None else f"{num_rows:,} of {asked:,} questions"
+    if is_torn:
+        return f"{share}; its last line is torn"
+    return f"{share}; the run has not ended" if num_rows == asked else share
+
+
+def warn_if_incomplete(path: str, num_rows: int, is_torn: bool) -> None:
+    """One line on stderr where a results file that is read is not the whole of its run."""
+    found = incompleteness(num_rows, read_summary(path), is_torn)
+    if found:
+        print(f"warning: {path} is incomplete: {found}", file=sys.stderr)
+
+
+def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None:
+    """The idx of the first unanswerable copy, which is after all of the data's own questions; None
+    where there is no copy, or no summary that says so."""
+    kind = summary.get("settings", {}).get("negatives")
+    if kind is None or "first_negative" in summary:
+        return summary.get("first_negative")
+    # Summaries of earlier versions name the kind alone, and copies are those whose ids end in it.
+    ordered = sorted(rows, key=lambda row: row["idx"], reverse=True)
+    is_copy = (row["id"].endswith(f"#{kind}") and not row["answers"] for row in ordered)
+    copies = list(itertools.takewhile(bool, is_copy))
+    return ordered[len(copies) - 1]["idx"] if copies else None
 
 
 def articles_by_idx(summary: Mapping) -> dict[int, str]:

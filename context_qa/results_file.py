@@ -1,5 +1,7 @@
-"""The results file as it is written: whatever kills the run, its whole lines are valid and stay."""
+"""The results file as it is written: whatever kills the run, its whole lines are valid and stay;
+whatever another program does to the file, the run writes its rows again."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,11 +11,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from context_qa.metrics import summarize
 from context_qa.provenance import differences
 from context_qa.results import (
     Answer,
     articles_by_idx,
+    incompleteness,
     read_summary,
     result_row,
     summary_path,
@@ -23,13 +28,19 @@ from errors import UserError
 from files import is_at, locked, named_errors, replaced, write_at, write_whole
 from squad_utils import Example
 
+VERSIONS = ("git_commit", "python", "packages")  # of what made a row
+
 
 class ResultsFile:
-    """The results of one run over `examples`, which goes on where it was cut off.
+    """The results of one run over `examples`, which is resumed where it was cut off.
 
     record["settings"] is what decides the rows, in words: the file of a run with others is refused,
     by a UserError that says what differs, as are a path that cannot be written and one that another
     process is writing. Rows come in any order; `finish` puts them in that of the examples.
+
+    The rows are kept in memory too. Where another program changes, removes or replaces the file
+    during the run, a warning says so and all rows are written again: the size is compared at each
+    write and at the end of the `with` block, the content in `finish`.
     """
 
     def __init__(
@@ -40,11 +51,12 @@ class ResultsFile:
         articles = [[article, len(list(run))] for article, run in runs]
         self.record = record | {"num_questions": len(examples), "articles": articles}
         self.rows: list[dict] = []
-        self.size = 0  # of the whole lines, in bytes
+        self.size, self.hash = 0, hashlib.sha256()  # of the whole lines, in bytes
+        self.record["made_by"] = []  # the rows of earlier runs
         self.descriptor = self._open()
         try:
             if not overwrite:
-                self._go_on()
+                self._resume()
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -59,10 +71,14 @@ class ResultsFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        is_empty = os.fstat(self.descriptor).st_size == 0
-        if self.is_new and is_empty and is_at(self.descriptor, self.path):
-            self.path.unlink()
-        os.close(self.descriptor)
+        try:
+            with named_errors(self.path):
+                if self.rows:
+                    self._write_again_if_changed()
+                elif self.is_new and self._is_in_place() and self._size_now() == 0:
+                    self.path.unlink()
+        finally:
+            os.close(self.descriptor)
 
     def _open(self) -> int:
         if os.path.isdir(summary_path(self.path)):  # else told only after all is computed
@@ -79,22 +95,26 @@ class ResultsFile:
                     return descriptor
                 os.close(descriptor)
                 if not is_ours:
-                    raise UserError(f"{self.path}: another run is writing it; give another path")
+                    raise self._is_of_another_run()
             raise UserError(f"{self.path}: does not stay in its place; give another path")
 
-    def _go_on(self) -> None:
+    def _is_of_another_run(self) -> UserError:
+        return UserError(f"{self.path}: another run is writing it; give another path")
+
+    def _resume(self) -> None:
         """Take over the rows that are there, if they are this run's."""
         data = self.path.read_bytes()
         try:
             rows, size = whole_rows(data, str(self.path))
         except UserError as error:
-            raise UserError(f"{error}; or give another path or --overwrite") from error
+            raise UserError(f"{error}; to start again, give another path or --overwrite") from error
         if not rows:
             begun = b'{"idx": '
             if data[: len(begun)] != begun[: len(data)]:
                 raise self._refusal("something else than results")
             return
-        other = read_summary(self.path).get("settings")
+        summary = read_summary(self.path)
+        other = summary.get("settings")
         if not isinstance(other, dict):
             raise self._refusal(f"results of an unknown run: no {summary_path(self.path).name}")
         different = differences(other, self.record["settings"])
@@ -112,9 +132,25 @@ class ResultsFile:
                     f"in line {line} what is not of the data's idx {idx}, or edited"
                 )
             seen.add(idx)
-        self.rows, self.size = rows, size
+        self.rows, self.size, self.hash = rows, size, hashlib.sha256(data[:size])
         with named_errors(self.path):
             os.ftruncate(self.descriptor, size)
+        self.record["made_by"] = _made_by(summary, len(rows))
+        if len(rows) < len(self.examples):
+            self._warn_of_other_versions()
+
+    def _warn_of_other_versions(self) -> None:
+        found = (
+            difference
+            for entry in self.record["made_by"]
+            for difference in differences(_flat(entry), _flat(self.record))
+        )
+        different = "; ".join(dict.fromkeys(found))
+        if different:
+            self._warn(f"continues rows that other versions made ({different})")
+
+    def _warn(self, message: str) -> None:
+        tqdm.write(f"warning: {self.path}: {message}", file=sys.stderr)  # above a progress bar
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(f"{self.path}: holds {reason}; give another path or --overwrite")
@@ -126,34 +162,82 @@ class ResultsFile:
             return
         data = _lines(rows).encode()
         with named_errors(self.path):
-            self._check_place()
-            if not self.rows:  # what was there goes now that there are new results
-                summary_path(self.path).unlink(missing_ok=True)
-                os.ftruncate(self.descriptor, 0)
-                self._write_summary({"complete": False} | self.record)
+            self._write_again_if_changed()
+            self._write_first_summary()
             try:
                 write_at(self.descriptor, data, self.size)
             except BaseException:
                 os.ftruncate(self.descriptor, self.size)
                 raise
         self.size += len(data)
+        self.hash.update(data)
         self.rows += rows
 
-    def _check_place(self) -> None:
-        if not is_at(self.descriptor, self.path):
-            raise UserError(
-                f"{self.path}: was removed or replaced while it was written; run it again"
-            )
+    def _write_first_summary(self) -> None:
+        """What the run must leave if it is killed: with this run's first row, or where it is
+        missing."""
+        summary = summary_path(self.path)
+        if not self.rows:  # what was there goes now that there are new results
+            summary.unlink(missing_ok=True)
+            os.ftruncate(self.descriptor, 0)
+        if len(self.rows) == self.num_resumed or not summary.exists():
+            self._write_summary({"complete": False} | self.record)
+
+    def _write_again_if_changed(self, compare_content: bool = False) -> None:
+        """Write all rows again if the file is not the one that this run has written."""
+        is_in_place = self._is_in_place()
+        if is_in_place and (not self.rows or self._is_unchanged(compare_content)):
+            return
+        what = "changed" if is_in_place else "removed"
+        if not is_in_place and os.path.lexists(os.path.realpath(self.path)):
+            what = f"replaced (by what is now {self._set_aside()})"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write_all()
+        self._warn(f"was {what} during the run; its {len(self.rows):,} rows are written again")
+
+    def _is_in_place(self) -> bool:
+        return is_at(self.descriptor, self.path)
+
+    def _size_now(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def _is_unchanged(self, compare_content: bool) -> bool:
+        if self._size_now() != self.size:
+            return False
+        if not compare_content:
+            return True
+        return hashlib.sha256(self.path.read_bytes()).digest() == self.hash.digest()
+
+    def _set_aside(self) -> Path:
+        """Rename the file that another program has put in this one's place, unless it is one that
+        another run is writing; its new path."""
+        path = Path(os.path.realpath(self.path))
+        names = (f"{path.name}.replaced{number or ''}" for number in itertools.count())
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe does not block it
+        try:
+            if not locked(descriptor):
+                raise self._is_of_another_run()
+            path.rename(aside)
+        finally:
+            os.close(descriptor)
+        return aside
+
+    def _write_all(self) -> None:
+        text = _lines(self.rows)
+        before, self.descriptor = self.descriptor, replaced(self.path, text)
+        os.fchmod(self.descriptor, os.fstat(before).st_mode)
+        os.close(before)
+        self.size, self.hash = len(text.encode()), hashlib.sha256(text.encode())
 
     def finish(self, **measured: object) -> dict:
         """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
         them again. `measured`, the time and the memory go into it where this run was needed."""
         with named_errors(self.path):
-            self._check_place()
+            self._write_again_if_changed(compare_content=True)
             if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
                 self.rows.sort(key=lambda row: row["idx"])
-                before, self.descriptor = self.descriptor, replaced(self.path, _lines(self.rows))
-                os.close(before)
+                self._write_all()
         about = read_summary(self.path)
         if self.num_resumed < len(self.rows) or not about.get("complete"):
             about = {
@@ -164,9 +248,15 @@ class ResultsFile:
                 * (1 if sys.platform == "darwin" else 1024),
                 **measured,
             }
-        found = summarize(self.rows, articles_by_idx(self.record))
-        others = {name: value for name, value in about.items() if name not in found}
-        summary = {"complete": True, **found, **others}
+        own = {"rows": len(self.rows) - self.num_resumed} | _versions(self.record)
+        about["made_by"] = _merged([*self.record["made_by"], own])
+        missing = incompleteness(len(self.rows), {"num_questions": len(self.examples)})
+        if missing:
+            self._warn(f"is incomplete: {missing}")
+        found = {"complete": not missing} | summarize(
+            self.rows, articles_by_idx(self.record), self.record.get("first_negative")
+        )
+        summary = found | {name: value for name, value in about.items() if name not in found}
         self._write_summary(summary)
         return summary
 
@@ -185,3 +275,42 @@ def _is_of(row: Mapping, example: Example) -> bool:
         return False
     written = result_row(row["idx"], example, Answer(row["guess"], *(row[n] for n in names)))
     return written == {name: row[name] for name in written}
+
+
+def _versions(record: Mapping) -> dict:
+    return {name: record.get(name) for name in VERSIONS}
+
+
+def _flat(record: Mapping) -> dict:
+    """The versions, packages beside the others."""
+    versions = _versions(record)
+    packages = versions.pop("packages")
+    return versions | (packages if isinstance(packages, dict) else {})
+
+
+def _made_by(summary: Mapping, num_rows: int) -> list[dict]:
+    """How many of a file's rows each commit with its versions made, in the order of the runs.
+
+    A run's own rows are in its summary's `made_by` only once it has ended: rows that are not
+    counted there are those of the run that wrote the summary.
+    """
+    counted = summary.get("made_by", [])
+    entries, left = [], num_rows
+    for entry in counted if all(map(_is_count, counted)) else ():
+        rows = min(entry["rows"], left)
+        entries.append({"rows": rows} | _versions(entry))
+        left -= rows
+    return _merged([*entries, {"rows": left} | _versions(summary)])
+
+
+def _is_count(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("rows")) is int and entry["rows"] >= 0
+
+
+def _merged(entries: Iterable[dict]) -> list[dict]:
+    """The entries that have rows, those of one maker in a row as one."""
+    found = []
+    filled = (entry for entry in entries if entry["rows"])
+    for versions, group in itertools.groupby(filled, key=_versions):
+        found.append({"rows": sum(entry["rows"] for entry in group)} | versions)
+    return found

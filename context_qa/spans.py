@@ -28,9 +28,9 @@ _WORD = regex.compile(
 )
 _ADDED = len(answer_text(""))
 _PROBES = (  # words, figures, marks and accents next to each other, with blanks of several kinds
-    "The \"Wild Swan\" (built in 1998) has 2,150 rooms; Ana's costs $19.75, don't they?",
-    "Zo\u00e9  Br\u00fbl\u00e9 \u2013 na\u00efve, 50% of it...\n\tU.S.A., St. John's\u2019 well-known 3-2 win!",
-    "unbelievably internationalisation 12345678 \u6771\u4eac\u30bf\u30ef\u30fc 3\u4e07\u4eba. Jos\u0065\u0301 said",
+    "The \"Wild Swan\" (built in 1998) has 2,150 rooms; it's $19.75, isn't it?",
+    "Zo\u00e9  Br\u00fbl\u00e9 \u2013 na\u00efve, 50% of it...\n\tU.S.A., St. John's 3-2 win!",
+    "unbelievable internationalisation 12345678 \u6771\u4eac\u30bf\u30ef\u30fc. Jose\u0301 said",
 )
 
 

@@ -154,6 +154,54 @@ def test_files_without_a_common_question_are_refused(fail, tmp_path):
     assert "twice: an idx is there twice" in fail(a, twice)
 
 
+@pytest.mark.parametrize("rest", [["context"], [], ["context", "num_tokens"]])
+def test_an_older_layout_is_compared_with_this_one(run, tmp_path, rest):
+    """The ids that this one has need not be those of the data that the other was made of."""
+    b = rows(B)
+    names = ("idx", "question", "answer", "guess", *rest)
+    older = [{name: row[name] for name in names} for row in b]
+    new = compared(run, write(tmp_path / "a", rows(A)), write(tmp_path / "b", b))
+    found = compared(run, write(tmp_path / "a", rows(A)), write(tmp_path / "b", older))
+    for name in ("num_questions", "num_left_out", "differences", "mcnemar_p"):
+        assert found[name] == new[name]
+    for name in ("only_a_right", "only_b_right"):
+        assert [row | {"id": ""} for row in found[name]] == [row | {"id": ""} for row in new[name]]
+    found = compared(run, tmp_path / "b", tmp_path / "b")
+    assert found["num_questions"] == 9 and found["mcnemar_p"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["context", "question", "answer"])
+def test_an_older_layout_of_different_data_is_refused(fail, tmp_path, name):
+    older = [{n: row[n] for n in ("context", "question", "answer", "guess")} for row in rows(B)]
+    older[4][name] = "other"
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", older)
+    different = "answers" if name == "answer" else name
+    assert f"results of different data; at idx 4 there is another {different}\n" in fail(a, b)
+
+
+def test_unanswerable_copies_are_not_taken_for_what_has_no_id(fail, tmp_path):
+    copies = rows([NO_ANSWER] * 3, copies=True)
+    older = [{n: row[n] for n in ("context", "question", "answer", "guess")} for row in copies]
+    a, b = write(tmp_path / "a", copies), write(tmp_path / "b", older)
+    assert "at idx 0 there is another id\n" in fail(a, b)
+
+
+def test_another_layout_is_named(fail, tmp_path):
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", [{"prompt": "x", "score": 1}])
+    complaint = fail(a, b)
+    assert complaint.startswith(f"error: {b} line 1: another layout (columns: prompt, score); need")
+
+
+def test_incomplete_files_are_called_so(monkeypatch, capsys, tmp_path):
+    a, b = write(tmp_path / "a", rows(A)), write(tmp_path / "b", rows(B[:4]))
+    for path in (a, b):
+        summary = {"complete": path == a, "num_questions": 9}
+        path.with_name(f"{path.name}.summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(sys, "argv", ["compare_results.py", str(a), str(b)])
+    compare_results.main(compare_results.parse_args())
+    assert capsys.readouterr().err == f"warning: {b} is incomplete: 4 of 9 questions\n"
+
+
 def test_the_table_says_all_in_eighty_columns(run, tmp_path):
     out = run(write(tmp_path / "a", rows(A * 9)), write(tmp_path / "b", rows(B * 9)))
     assert "all: exact match" in out and "McNemar's exact test: p = 1\n" in out

@@ -198,6 +198,57 @@ def test_an_incomplete_run_says_so(report):
     assert "Incomplete run: the figures are those of the 2 of 6 questions" in html
 
 
+@pytest.mark.parametrize(
+    ("rows", "summary", "notice"),
+    [
+        (ROWS[:2], SUMMARY, "2 of 6 questions."),
+        (ROWS, SUMMARY | {"complete": None}, "6 of 6 questions; the run has not ended."),
+        (ROWS, {"complete": False}, "6 questions."),
+    ],
+)
+def test_what_is_not_the_whole_of_its_run_says_so(report, rows, summary, notice):
+    html = report(rows, summary)
+    assert f"Incomplete run: the figures are those of the {notice}</p>" in html
+
+
+@pytest.mark.parametrize("summary", [SUMMARY, None])
+def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
+    path = write(tmp_path / "torn.jsonl", ROWS, summary)
+    path.write_bytes(path.read_bytes()[:-9])
+    run(monkeypatch, path)
+    html = path.with_suffix(".html").read_text("utf-8")
+    share = "5 of 6 questions" if summary else "5 questions"
+    assert f"Incomplete run: the figures are those of the {share}; its last line is torn." in html
+
+
+def test_rows_of_several_commits_are_said_to_be(report):
+    one, other = ({"rows": n, "git_commit": HOSTILE + str(n), "python": "3.11"} for n in (2, 4))
+    html = report(ROWS, SUMMARY | {"made_by": [one, other], "git_commit": "c1"})
+    text = f"rows 2, git_commit {HOSTILE}2, python 3.11; rows 4, git_commit {HOSTILE}4, python 3.11"
+    assert text in Page(html).text
+    assert "made_by" not in Page(report(ROWS, SUMMARY | {"made_by": [one]})).text
+    report(ROWS, SUMMARY | {"made_by": [1, "x"]})
+
+
+@pytest.mark.parametrize("has_context", [True, False])
+def test_results_of_the_original_project(report, has_context):
+    """Of its two scripts: one writes contexts, the other one token counts."""
+    names = ("idx", "question", "answer", "guess", "time")
+    names += ("context",) if has_context else ("num_tokens", "tokens_per_sec")
+    older = [{name: row[name] for name in names} | {"is_correct": False} for row in ROWS[:5]]
+    html = report(older)
+    new = report(ROWS[:5])
+    assert table(html, "Scores") == table(new, "Scores")  # its own is_correct may be another one
+    assert ("5 questions on 2 contexts;" in html) is has_context
+    assert ("5 questions; 3 with an answer" in html) is not has_context
+    assert ("Tokens of the prompt" in html) is not has_context
+    assert "Question word" in html and "No charts" in html and "Incomplete" not in html
+    data = data_of(html)
+    assert data["contexts"] == ([OSLO, ROME] if has_context else [""])
+    shown = dict(zip(data["fields"], data["rows"][0], strict=True))
+    assert (shown["num_tokens"], shown["num_new_tokens"]) == (None if has_context else 40, None)
+
+
 def test_a_baseline_without_confidences(report):
     html = report([row(0, "Oslo", confidence=None), row(1, "", (), confidence=None)])
     assert "<svg" not in html and "these results hold no confidences" in html
@@ -264,8 +315,10 @@ def test_outputs_that_cannot_be_written(fail, results, tmp_path):
 def test_files_without_results(fail, results, tmp_path):
     assert "missing.jsonl: cannot be read (No such file" in fail(tmp_path / "missing.jsonl")
     assert "cannot be read (Is a directory)" in fail("/")
-    results.write_text("{}\n")
-    assert f"{results} line 1: no results row" in fail(results)
+    results.write_text('{"prompt": "x", "score": 1}\n')
+    assert f"{results} line 1: another layout (columns: prompt, score); needed: " in fail(results)
+    results.write_text("[]\n")
+    assert f"{results} line 1: not a JSON object" in fail(results)
     write(results, ROWS[5:])
     assert "results.jsonl: unanswerable copies alone" in fail(results)
     assert not results.with_suffix(".html").exists()

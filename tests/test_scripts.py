@@ -366,7 +366,9 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
     results = tmp_path / "results.jsonl"
     results.write_text('{"idx": 0}\n')
     arguments = reading(script, trained.model, trained.data, results)
-    assert "results.jsonl line 1: no results row; mend" in fail(script, *arguments)
+    complaint = fail(script, *arguments)
+    assert "results.jsonl line 1: another layout (columns: idx); needed: idx, id, " in complaint
+    assert complaint.endswith("; to start again, give another path or --overwrite")
     results.write_text("notes")
     assert "results.jsonl: holds something else than results" in fail(script, *arguments)
     results.write_text('{"idx": 0}\n')

@@ -1,6 +1,7 @@
-"""The format of results: rows, and the summary that stands beside them."""
+"""The format of results: rows, those of older layouts, and the summary beside them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,13 +9,18 @@ from context_qa.results import (
     FIELDS,
     Answer,
     articles_by_idx,
+    incompleteness,
+    read_objects,
     read_results,
     read_summary,
     result_row,
     summary_path,
 )
-from squad_utils import NO_ANSWER, Example
+from errors import UserError
+from squad_utils import NO_ANSWER, Example, read_examples
 
+ROOT = Path(__file__).parents[2]
+SQUAD = ROOT.parent / "shared/data/squad/squad_val_1k.jsonl"
 BO = Example("q7", "Bo is\u2028a “cat”.", "What is Bo?", ("a cat", "small cat"))
 UNKNOWN = Example("q8", "Bo is a cat.", "Who is Ann?", ())
 
@@ -72,6 +78,213 @@ def test_rows_read_back(tmp_path):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     assert read_results(str(path)) == rows
     assert [list(row) for row in rows] == [list(FIELDS)] * 2
+
+
+def write(path: Path, objects: list[dict]) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in objects))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"is_correct": "perhaps"}, "'is_correct' is 'perhaps'; it must be true or false"),
+        ({"answers": "Oslo"}, "'answers' is 'Oslo'; it must be a list of texts"),
+        ({"answers": [1]}, "'answers' is [1]; it must be a list of texts"),
+        ({"guess": None}, "'guess' is None; it must be text"),
+        ({"guess": "\ud800"}, "'guess' is '\\ud800'; it must be text"),
+        ({"f1": 1.5}, "'f1' is 1.5; it must be a number from 0 to 1"),
+        ({"time": "1 s"}, "'time' is '1 s'; it must be a number"),
+        ({"num_tokens": 40.5}, "'num_tokens' is 40.5; it must be a whole number"),
+        ({"num_tokens": 10**400}, f"'num_tokens' is 1{'0' * 39}; it must be a whole number"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_line(tmp_path, changed, complaint):
+    row = result_row(0, BO, answer("x"))
+    path = write(tmp_path / "results.jsonl", [row, row | changed])
+    with pytest.raises(UserError) as caught:
+        read_results(path)
+    assert str(caught.value) == f"{path} line 2: {complaint}"
+
+
+# Older layouts
+
+WITH_CONTEXT = {  # as the original project's eval_mamba_with_context.py writes it
+    "idx": 0,
+    "context": BO.context,
+    "question": BO.question,
+    "answer": "a cat",
+    "guess": "The Cat",
+    "is_correct": False,
+    "time": 0.5,
+}
+N_SHOT = {  # as its eval_n_shot_mamba.py does
+    "idx": 0,
+    "question": BO.question,
+    "answer": NO_ANSWER,
+    "guess": NO_ANSWER,
+    "is_correct": True,
+    "time": 0.5,
+    "num_tokens": 90,
+    "tokens_per_sec": 180.0,
+}
+NOT_MEASURED = {"confidence": None, "no_answer_probability": None, "num_new_tokens": None}
+
+
+def test_rows_of_the_original_project_are_completed(tmp_path):
+    path = write(tmp_path / "results.jsonl", [WITH_CONTEXT, N_SHOT])
+    first, second = read_results(path)
+    assert list(first) == list(second) == list(FIELDS)
+    made = {"answers": ["a cat"], "exact_match": 1.0, "f1": 1.0, "id": first["id"]}
+    rest = {"num_tokens": None, "tokens_per_sec": None}
+    assert first == WITH_CONTEXT | made | NOT_MEASURED | rest
+    made = {"answers": [], "exact_match": 1.0, "f1": 1.0, "id": second["id"], "context": None}
+    assert second == N_SHOT | made | NOT_MEASURED
+    assert read_objects(path) == ([WITH_CONTEXT, N_SHOT], False)
+
+
+def test_ids_are_those_of_the_data(tmp_path):
+    data = [
+        {"context": "Bo is a cat.", "prompt": "What is Bo?", "response": "a cat"},
+        {"context": "Bo is a cat.", "prompt": "Who is Ann?", "response": "i don't know"},
+    ]
+    examples = read_examples(write(tmp_path / "data.jsonl", data))
+    rows = [
+        {"context": d["context"], "question": d["prompt"], "answer": d["response"], "guess": "x"}
+        for d in data
+    ]
+    named_as_data = [d | {"guess": "x"} for d in data]
+    for objects in (rows, named_as_data):
+        found = read_results(write(tmp_path / "results.jsonl", objects))
+        assert [(r["idx"], r["id"]) for r in found] == [(i, e.id) for i, e in enumerate(examples)]
+        assert [r["answer"] for r in found] == [e.target for e in examples]
+        assert [r["answers"] for r in found] == [list(e.answers) for e in examples]
+        assert [r["question"] for r in found] == [e.question for e in examples]
+
+
+def test_what_a_row_of_an_older_layout_has_is_kept_but_for_its_scores(tmp_path):
+    row = result_row(7, BO, answer("small cat"))
+    older = {name: value for name, value in row.items() if name not in ("f1", "tokens_per_sec")}
+    older |= {"exact_match": "yes", "is_correct": "perhaps", "id": 12}
+    [found] = read_results(write(tmp_path / "results.jsonl", [older]))
+    assert found == row | {"id": "12", "tokens_per_sec": None}
+
+
+@pytest.mark.parametrize("missing", ["question", "guess", "answer"])
+@pytest.mark.parametrize("is_null", [False, True])
+def test_another_layout_is_told_by_its_columns(tmp_path, missing, is_null):
+    row = {name: value for name, value in WITH_CONTEXT.items() if name != missing}
+    bad = WITH_CONTEXT | {missing: None} if is_null else row
+    path = write(tmp_path / "results.jsonl", [WITH_CONTEXT, bad])
+    with pytest.raises(UserError) as caught:
+        read_results(path)
+    columns = ", ".join(row)
+    needed = "question, guess, and answers or answer"
+    assert str(caught.value) == (
+        f"{path} line 2: another layout (columns: {columns}); needed: {needed}"
+    )
+
+
+def test_the_columns_of_another_layout_are_one_short_line(tmp_path):
+    objects = [{f"column\n{i}": i for i in range(1000)}]
+    with pytest.raises(UserError) as caught:
+        read_results(write(tmp_path / "a.jsonl", objects))
+    assert "column 0, column 1" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    with pytest.raises(UserError, match=r"another layout \(columns: none\)"):
+        read_results(write(tmp_path / "a.jsonl", [{}]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"guess": 7}, "'guess' is 7; it must be text"),
+        ({"answer": ["a"]}, "'answer' is ['a']; it must be text"),
+        ({"answers": {"text": ["a"]}}, "'answers' is {'text': ['a']}; it must be a list of texts"),
+        ({"context": 1}, "'context' is 1; it must be text"),
+        ({"idx": "0"}, "'idx' is '0'; it must be a whole number"),
+        ({"time": "0.5 s"}, "'time' is '0.5 s'; it must be a number"),
+        ({"confidence": 99}, "'confidence' is 99; it must be a number from 0 to 1"),
+    ],
+)
+def test_a_value_of_an_older_layout_that_does_not_fit_is_named(tmp_path, changed, complaint):
+    path = write(tmp_path / "results.jsonl", [WITH_CONTEXT | changed])
+    with pytest.raises(UserError) as caught:
+        read_results(path)
+    assert str(caught.value) == f"{path} line 1: {complaint}"
+
+
+def test_scores_of_an_older_layout_are_those_of_a_run(tmp_path):
+    """On real questions, guessed rightly, wrongly, in part and not at all."""
+    if not SQUAD.exists():
+        pytest.skip(f"needs {SQUAD}")
+    examples = read_examples(str(SQUAD))
+    guesses = [
+        (e.target, e.context.split(".")[0], f"the {e.target} of", NO_ANSWER, "")[idx % 5]
+        for idx, e in enumerate(examples)
+    ]
+    rows = [
+        result_row(i, e, answer(g)) for i, (e, g) in enumerate(zip(examples, guesses, strict=True))
+    ]
+    names = ("context", "question", "answer", "guess", "time")
+    older = [{name: row[name] for name in names} for row in rows]
+    found = read_results(write(tmp_path / "results.jsonl", older))
+    unknown = dict.fromkeys(("num_tokens", "tokens_per_sec")) | NOT_MEASURED
+    assert found == [row | unknown for row in rows]
+
+
+# The summary
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "summary", "is_torn", "expected"),
+    [
+        (12, {}, False, None),
+        (12, {"articles": []}, False, None),
+        (12, {"complete": True}, False, None),
+        (12, {"complete": True, "num_questions": 12}, False, None),
+        (12, {"complete": False, "num_questions": 100}, False, "12 of 100 questions"),
+        (12, {"complete": True, "num_questions": 100}, False, "12 of 100 questions"),
+        (120, {"complete": True, "num_questions": 100}, False, "120 of 100 questions"),
+        (1200, {"complete": None}, False, "1,200 questions"),
+        (
+            12,
+            {"complete": 0, "num_questions": 12},
+            False,
+            "12 of 12 questions; the run has not ended",
+        ),
+        (12, {}, True, "12 questions; its last line is torn"),
+        (
+            12,
+            {"complete": True, "num_questions": 12},
+            True,
+            "12 of 12 questions; its last line is torn",
+        ),
+    ],
+)
+def test_incompleteness(num_rows, summary, is_torn, expected):
+    assert incompleteness(num_rows, summary, is_torn) == expected
+
+
+def test_whether_the_last_line_is_torn(tmp_path):
+    path = Path(write(tmp_path / "results.jsonl", [WITH_CONTEXT] * 2))
+    whole = path.read_bytes()
+    for end, torn in (
+        (len(whole), False),
+        (-1, False),
+        (-2, True),
+        (whole.index(b"\n") + 1, False),
+    ):
+        path.write_bytes(whole[:end])
+        assert read_objects(str(path))[1] is torn, end
+
+
+def test_a_summary_without_what_is_out_of_shape(tmp_path):
+    good = {"complete": True, "num_questions": 3, "made_by": []}
+    bad = {"settings": [], "num_questions": "3", "made_by": {}, "articles": None}
+    for summary, expected in ((good, good), (bad, {})):
+        summary_path(tmp_path / "a.jsonl").write_text(json.dumps(summary))
+        assert read_summary(tmp_path / "a.jsonl") == expected
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\xff"])

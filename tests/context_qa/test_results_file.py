@@ -5,12 +5,14 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from context_qa.evaluation import print_summary
 from context_qa.provenance import run_record, sha256
@@ -184,8 +186,24 @@ def test_rows_of_an_unknown_run_are_refused(path, summary):
 def test_a_line_that_is_no_row_is_refused(path):
     write(path, *ROWS[:2])
     path.write_bytes(b"hello\n" + path.read_bytes())
-    with pytest.raises(UserError, match=r"results\.jsonl line 1: no results row.*--overwrite"):
+    with pytest.raises(UserError, match=r"results\.jsonl line 1: not a JSON object.*--overwrite"):
         opened(path)
+
+
+@pytest.mark.parametrize("missing", ["idx", "f1", "num_new_tokens"])
+def test_a_run_does_not_resume_another_layout(path, missing):
+    """Which its readers complete."""
+    write(path, *ROWS[:2])
+    older = {name: value for name, value in ROWS[1].items() if name != missing}
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(older) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        opened(path)
+    assert str(caught.value) == (
+        f"{path} line 2: another layout (columns: {', '.join(older)}); needed: "
+        f"{', '.join(ROWS[0])}; to start again, give another path or --overwrite"
+    )
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -198,18 +216,128 @@ def test_rows_that_were_edited_are_refused(path, edited):
         opened(path)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_is_removed_or_replaced_on_the_way_is_told(path, replaced):
+# Another program changes the file during a run
+
+ORDERS = {"in order": ROWS, "not in order": [ROWS[1], ROWS[3], ROWS[0], ROWS[4], ROWS[2]]}
+
+
+def overwritten(path: Path) -> None:
+    """Other bytes, as many as there were."""
+    path.write_bytes(path.read_bytes().replace(b"dogs", b"cats").swapcase())
+
+
+CHANGES = {
+    "truncated": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 5),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b'{"idx": 7}\n'),
+    "other": overwritten,
+    "removed": lambda path: path.unlink(),
+    "replaced": lambda path: (path.unlink(), path.write_text("notes")),
+    "renamed": lambda path: path.rename(path.with_name("moved")),
+}
+
+
+@pytest.mark.parametrize("rows", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("last", [False, True], ids=["on the way", "before the end"])
+def test_a_file_that_is_changed_is_written_again(path, capfd, rows, change, last):
+    with opened(path) as results:
+        results.write(rows[:2])
+        if not last:
+            change(path)
+        results.write(rows[2:4])
+        results.write(rows[4:])
+        if last:
+            change(path)
+        summary = results.finish()
+    assert read_results(str(path)) == ROWS
+    assert summary["complete"] is True and read_summary(path) == json.loads(json.dumps(summary))
+    warning = capfd.readouterr().err
+    assert re.fullmatch(
+        rf"warning: {path}: was (changed|removed|replaced \(by .*\)) during the run; "
+        r"its \d rows are written again\n",
+        warning,
+    )
+
+
+@pytest.mark.parametrize("change", [c for name, c in CHANGES.items() if name != "other"])
+def test_a_run_that_is_cut_off_after_a_change_loses_nothing(path, change):
+    with pytest.raises(KeyboardInterrupt), opened(path) as results:
+        results.write(ROWS[:2])
+        change(path)
+        raise KeyboardInterrupt
+    assert read_results(str(path)) == ROWS[:2]
+    with opened(path) as results:
+        assert results.done == {0, 1}
+
+
+def test_a_change_is_noticed_in_a_resumed_file_too(path, capfd):
+    """Of which a user has formatted a line: that was before the run."""
+    write(path, *ROWS[:2])
+    path.write_bytes(path.read_bytes().replace(b'{"idx": 0, ', b'{  "idx":0,'))
+    with opened(path) as results:
+        results.write(ROWS[2:4])
+        assert capfd.readouterr().err == ""
+        os.truncate(path, 100)
+        results.write(ROWS[4:])
+        results.finish()
+    assert read_results(str(path)) == ROWS
+    assert capfd.readouterr().err.count("its 4 rows are written again\n") == 1
+
+
+def test_another_programs_file_is_kept(path):
+    with opened(path) as results:
+        for number, text in enumerate(["notes", "more"]):
+            results.write(ROWS[number : number + 1])
+            path.unlink()
+            path.write_text(text)
+        results.write(ROWS[2:])
+        results.finish()
+    assert read_results(str(path)) == ROWS
+    assert path.with_name("results.jsonl.replaced").read_text() == "notes"
+    assert path.with_name("results.jsonl.replaced1").read_text() == "more"
+
+
+def test_a_file_that_another_run_writes_in_its_place_is_left_alone(path):
+    results = opened(path)
+    results.write(ROWS[:2])
+    path.unlink()
+    with opened(path) as other:
+        other.write(ROWS[:1])
+        for again in (lambda: results.write(ROWS[2:]), results.finish, results.__exit__):
+            with pytest.raises(UserError, match="another run is writing it"):
+                again()
+    assert read_results(str(path)) == ROWS[:1]
+
+
+def test_a_folder_that_is_removed_is_made_again(tmp_path):
+    path = tmp_path / "folder" / "results.jsonl"
     with opened(path) as results:
         results.write(ROWS[:2])
+        shutil.rmtree(path.parent)
+        results.write(ROWS[2:3])
+    assert read_results(str(path)) == ROWS[:3]
+    with opened(path) as results:  # which the summary alone allows
+        assert results.done == {0, 1, 2}
+
+
+def test_a_file_that_is_removed_before_the_first_row(path):
+    write(path, *ROWS[:2], model="other")
+    with opened(path, overwrite=True) as results:
         path.unlink()
-        if replaced:
-            path.write_text("notes")
-        for again in (lambda: results.write(ROWS[2:]), results.finish):
-            with pytest.raises(UserError, match="was removed or replaced while it was written"):
-                again()
-    assert not replaced or path.read_text() == "notes"
-    assert read_summary(path)["complete"] is False
+        results.write(ROWS)
+        results.finish()
+    assert read_results(str(path)) == ROWS
+
+
+def test_the_progress_bar_does_not_cut_the_warning(path, capfd):
+    with opened(path) as results, tqdm(total=5) as progress:
+        results.write(ROWS[:2])
+        progress.update(2)
+        os.truncate(path, 0)
+        results.write(ROWS[2:])
+    lines = re.split("[\r\n]", capfd.readouterr().err)
+    assert [line for line in lines if "warning" in line and line.startswith("warning: ")]
 
 
 def test_the_lock_outlives_the_sorting(path, monkeypatch):
@@ -272,6 +400,16 @@ def test_overwriting_waits_for_the_first_row(path):
         assert read_summary(path)["settings"]["model"] == "abc"
 
 
+def test_a_run_that_does_not_answer_all_is_not_complete(path, capfd):
+    with opened(path) as results:
+        results.write(ROWS[:3])
+        assert results.finish()["complete"] is False
+    assert capfd.readouterr().err == f"warning: {path}: is incomplete: 3 of 5 questions\n"
+    with opened(path) as results:
+        results.write(ROWS[3:])
+        assert results.finish()["complete"] is True
+
+
 def test_two_runs_do_not_write_one_file(path):
     with opened(path), pytest.raises(UserError, match="another run is writing it"):
         opened(path)
@@ -319,7 +457,8 @@ def fill(path: Path) -> None:
     for _ in range(2):
         with opened(path, examples=many) as results:
             count = len(results.rows)
-            with pytest.raises(UserError, match=r"results\.jsonl: cannot be written \(.+\); mend"):
+            complaint = r"results\.jsonl(\.summary\.json)?: cannot be written \(.+\); mend"
+            with pytest.raises(UserError, match=complaint):
                 for idx in range(count, len(many), 7):
                     results.write(rows[idx : idx + 7])
             written = list(results.rows)
@@ -390,6 +529,108 @@ def summary(tmp_path) -> dict:
         returned = results.finish(device="cpu")
     assert json.loads(json.dumps(returned)) == read_summary(path)
     return read_summary(path)
+
+
+# The versions that made the rows
+
+OLD = {"git_commit": "a1", "python": "3.11.7", "packages": {"torch": "2.11", "numba": "0.6"}}
+NEW = {"git_commit": "b2", "python": "3.12.1", "packages": {"torch": "2.13", "numba": "0.6"}}
+NEWEST = NEW | {"git_commit": "c3"}
+
+
+def run_by(versions: dict, path: Path, rows: list[dict], ends: bool = False) -> dict:
+    """A run of these versions that writes these rows, one by one, and ends or is killed; its
+    summary."""
+    results = ResultsFile(str(path), EXAMPLES, {"settings": SETTINGS} | versions)
+    for row in rows:
+        results.write([row])
+    if ends:
+        results.finish()
+    os.close(results.descriptor)
+    return read_summary(path)
+
+
+def made(*entries: tuple[int, dict]) -> list[dict]:
+    return [{"rows": rows} | versions for rows, versions in entries]
+
+
+def test_a_summary_names_all_versions_that_made_its_rows(path):
+    assert run_by(OLD, path, ROWS[:2])["made_by"] == []  # known when the next run begins
+    assert run_by(NEW, path, ROWS[2:3])["made_by"] == made((2, OLD))
+    summary = run_by(NEWEST, path, ROWS[3:], ends=True)
+    assert summary["made_by"] == made((2, OLD), (1, NEW), (2, NEWEST))
+    assert summary["git_commit"] == "c3" and summary["rows_of_earlier_runs"] == 3
+
+
+def test_runs_of_the_same_versions_in_a_row_are_one_entry(path):
+    for versions, rows in ((OLD, ROWS[:1]), (OLD, ROWS[1:2]), (NEW, ROWS[2:3]), (OLD, ROWS[3:4])):
+        run_by(versions, path, rows)
+    summary = run_by(OLD, path, ROWS[4:], ends=True)
+    assert summary["made_by"] == made((2, OLD), (1, NEW), (2, OLD))
+
+
+def test_a_run_that_adds_no_row_has_no_entry(path):
+    run_by(OLD, path, ROWS[:2])
+    run_by(NEW, path, [])
+    run_by(NEW, path, ROWS[2:])
+    summary = run_by(NEWEST, path, [], ends=True)
+    assert summary["made_by"] == made((2, OLD), (3, NEW))
+    again = run_by(OLD, path, [], ends=True)
+    assert again == summary
+
+
+def test_a_run_that_overwrites_made_all_rows(path):
+    run_by(OLD, path, ROWS[:2])
+    record = {"settings": SETTINGS} | NEW
+    with ResultsFile(str(path), EXAMPLES, record, overwrite=True) as results:
+        results.write(ROWS)
+        assert results.finish()["made_by"] == made((5, NEW))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_the_rows_of_an_older_summary_are_of_its_versions(path, ended):
+    """Which has no made_by."""
+    run_by(OLD, path, ROWS[: 5 if ended else 3], ends=ended)
+    summary_file = path.with_name("results.jsonl.summary.json")
+    old = read_summary(path)
+    del old["made_by"]
+    summary_file.write_text(json.dumps(old))
+    summary = run_by(NEW, path, ROWS[5 if ended else 3 :], ends=True)
+    assert summary["made_by"] == (made((5, OLD)) if ended else made((3, OLD), (2, NEW)))
+
+
+@pytest.mark.parametrize("made_by", [None, {}, [1], [{"rows": "2"}], [{"rows": -1}], [{}]])
+def test_a_made_by_that_is_out_of_shape_is_ignored(path, made_by):
+    run_by(OLD, path, ROWS[:3])
+    edited = read_summary(path) | {"made_by": made_by}
+    path.with_name("results.jsonl.summary.json").write_text(json.dumps(edited))
+    assert run_by(NEW, path, ROWS[3:], ends=True)["made_by"] == made((3, OLD), (2, NEW))
+
+
+def test_lines_that_are_gone_were_the_last_ones(path):
+    """As after a disk that lost them."""
+    run_by(OLD, path, ROWS[:2])
+    run_by(NEW, path, ROWS[2:4])
+    run_by(NEWEST, path, ROWS[4:], ends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    summary = run_by(NEWEST, path, ROWS[3:4])
+    assert summary["made_by"] == made((2, OLD), (1, NEW)) and summary["complete"] is False
+
+
+def test_a_run_that_continues_the_rows_of_other_versions_warns(path, capfd):
+    run_by(OLD, path, ROWS[:2])
+    run_by(OLD, path, ROWS[2:3])
+    assert capfd.readouterr().err == ""
+    run_by(NEW, path, ROWS[3:4])
+    assert capfd.readouterr().err == (
+        f"warning: {path}: continues rows that other versions made (git commit: a1 there, b2 now; "
+        "python: 3.11.7 there, 3.12.1 now; torch: 2.11 there, 2.13 now)\n"
+    )
+    run_by(NEW, path, ROWS[4:], ends=True)
+    assert capfd.readouterr().err.count("\n") == 1
+    run_by(NEWEST, path, [], ends=True)  # which continues nothing
+    assert capfd.readouterr().err == ""
 
 
 def test_summary_scores(summary):
