@@ -3,9 +3,8 @@
     python eval_mamba_with_context.py models/demo data/demo/validation.jsonl results/demo.jsonl
     python eval_mamba_with_context.py MODEL data/Mamba-Fine-Tune/squad_val_1k.jsonl results/1k.jsonl
 
-Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end. The same
-command again goes on where it was cut off. MODEL may be sliding-window, a baseline that learns
-nothing; --prompt_order question_only is another: a model that does not see the context.
+Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json. The same command
+resumes a run. Baselines: MODEL sliding-window, and --prompt_order question_only (no context).
 """
 
 import argparse
@@ -39,7 +38,8 @@ def parse_args() -> argparse.Namespace:
         "--span_borders",
         choices=SPAN_BORDERS,
         default=SPAN_BORDERS[0],
-        help=f"where such spans end: of words or of characters (default: {SPAN_BORDERS[0]})",
+        metavar="KIND",
+        help="of words, where such spans end, or of characters (default: words)",
     )
     threshold = parser.add_mutually_exclusive_group()
     threshold.add_argument(

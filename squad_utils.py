@@ -128,7 +128,7 @@ def _example(row: object, place: str) -> Example:
         question = checked_text(row.get("prompt"), "prompt", place)
         answers = [checked_text(row.get("response"), "response", place)]
     answers = [checked_text(answer, "answers", place) for answer in answers]
-    answers = [answer for answer in answers if not is_no_answer(answer)]
+    answers = [answer for answer in answers if not abstains(answer)]
     _check_is_impossible(row.get("is_impossible"), answers, place)
     given = row.get("id")
     identifier = made_id(context, question, answers) if given is None else _checked_id(given, place)
@@ -232,7 +232,7 @@ def folded_answer(text: str) -> str:
     return normalize_answer(fold(text))
 
 
-def is_no_answer(text: str) -> bool:
+def abstains(text: str) -> bool:
     """Whether a text says NO_ANSWER, whatever its case, quotes and final mark."""
     return folded_answer(text) == NORMALIZED_NO_ANSWER
 
@@ -265,7 +265,7 @@ def is_scored_as_empty(guess: str) -> bool:
 
 def _scored(text: str) -> str:
     """The normalised text, "" for NO_ANSWER: to say it is to give the empty answer."""
-    return "" if is_no_answer(text) else normalize_answer(text)
+    return "" if abstains(text) else normalize_answer(text)
 
 
 def _references(answers: Sequence[str]) -> list[str]:

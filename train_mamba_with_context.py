@@ -10,12 +10,12 @@ The same command goes on where it was cut off. Several processes: torchrun --npr
 
 import argparse
 import functools
-import sys
-from typing import TextIO
 
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
+from context_qa.answering import stop_tokens
+from context_qa.data_warnings import data_warnings
 from context_qa.dataset import GroupedBatches, continuation
 from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.training_data import data_report, within_length
@@ -90,10 +90,10 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     examples, scored = read_examples(args.data_path), None
     if args.eval_data:
         scored = examples_to_score(read_examples(args.eval_data), negatives)
-        for doubt in doubts(scored, examples):
-            say(f"warning: {doubt}", file=sys.stderr)
+        run.warn(doubts(scored, examples))
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
+    run.warn(data_warnings(examples, tokenizer, stop_tokens(tokenizer)))
 
     data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
     batches = GroupedBatches(
@@ -128,9 +128,9 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     run.finish(report, state, kept_step)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def say(text: str) -> None:
     """Print once, of several processes."""
-    PartialState().print(text, file=file, flush=True)
+    PartialState().print(text, flush=True)
 
 
 def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:

@@ -58,9 +58,7 @@ class Answerer:
         self.max_new_tokens, self.max_batch_tokens = max_new_tokens, max_batch_tokens
         self.no_answer_threshold = no_answer_threshold
         self.vocab_size = vocabulary_bound(tokenizer)
-        texts = tokenizer.batch_decode([[i] for i in range(self.vocab_size)])
-        self.stop_ids = {i for i, text in enumerate(texts) if "\n" in text}
-        self.stop_ids.add(tokenizer.eos_token_id)
+        self.stop_ids = stop_tokens(tokenizer)
         self.no_answer_ids = token_ids(tokenizer, answer_text(NO_ANSWER))
 
     def answer(
@@ -239,6 +237,12 @@ class Answerer:
             _Guess(one.text(token_ids) or NO_ANSWER, log_prob, len(token_ids))
             for one, (token_ids, log_prob) in zip(spans, generations, strict=True)
         ]
+
+
+def stop_tokens(tokenizer) -> set[int]:
+    """The tokens before which an answer ends: end-of-text, and those that contain a newline."""
+    texts = tokenizer.batch_decode([[i] for i in range(vocabulary_bound(tokenizer))])
+    return {tokenizer.eos_token_id, *(i for i, text in enumerate(texts) if "\n" in text)}
 
 
 def as_probability(log_prob: float) -> float:

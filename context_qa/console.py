@@ -25,7 +25,7 @@ from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler
 from mamba_lm.tokenizer import require_offsets, token_ids
-from squad_utils import is_no_answer, prompt_parts
+from squad_utils import abstains, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -163,7 +163,7 @@ class Console:
 def _doubts(answer: StreamedAnswer) -> str:
     """How sure the model is; where it abstains, how likely an answer was."""
     confidence, no_answer = answer.confidence, answer.no_answer_probability
-    if is_no_answer(answer.text):
+    if abstains(answer.text):
         return f"confidence {confidence:.2f}, an answer {1 - no_answer:.2f}"
     return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
 

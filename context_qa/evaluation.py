@@ -197,7 +197,7 @@ class _Run:
     def _made_with(self) -> dict:
         """What is the same for both files: weights are many bytes to hash."""
         model = None if self.args.model == SLIDING_WINDOW else self.args.model
-        return run_record(self.args, model, self.args.data)
+        return run_record(self.args, model, self.args.data, self.args.tokenizer)
 
     def _answerer(self, threshold: float | None) -> Answerer | None:
         """None for a baseline."""

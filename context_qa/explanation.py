@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mamba_lm.tokenizer import encode_with_offsets
-from squad_utils import UNSPACED, fold, is_no_answer
+from squad_utils import UNSPACED, abstains, fold
 
 LEVELS = 5
 BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
@@ -89,7 +89,7 @@ def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
     """Where the answer is in the context, as words of its own where these are written apart,
     whatever the blanks and in whatever form the characters are (`squad_utils.fold`); nowhere if it
     is NO_ANSWER or blank."""
-    if is_no_answer(answer) or not answer.strip():
+    if abstains(answer) or not answer.strip():
         return []
     pattern = r"\s+".join(map(re.escape, fold(answer).split()))
     if not UNSPACED.search(answer):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from squad_utils import folded_answer, is_no_answer, is_scored_as_empty
+from squad_utils import abstains, folded_answer, is_scored_as_empty
 
 SCORES = ("exact_match", "f1", "is_correct")
 PARTS = {  # of the results, by the beginning of their scores' names
@@ -147,15 +147,6 @@ def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Int
     return [Interval(*map(float, pair)) for pair in zip(low, high, strict=True)]
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
-    numbers that each has alone. It takes questions for independent, as intervals over articles do
-    not."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
 def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     """How well the model knows what it does not know.
 
@@ -165,7 +156,7 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     confidences, the area under `risk_coverage`, the expected calibration error (Guo et al. 2017)
     and the average precision of `answerability`. What would divide by nothing is left out.
     """
-    abstained = np.array([is_no_answer(row["guess"]) for row in rows])
+    abstained = np.array([abstains(row["guess"]) for row in rows])
     empty = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(abstained.sum())
     unanswerable = np.array([not row["answers"] for row in rows])
     right = int((abstained & unanswerable).sum())

@@ -17,10 +17,12 @@ RECORD = "training_args.json"  # in a trained model's folder
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 
-def run_record(args: argparse.Namespace, model: str | None, data: str) -> dict:
+def run_record(
+    args: argparse.Namespace, model: str | None, data: str, tokenizer: str | None = None
+) -> dict:
     """JSON-ready: every argument, git commit, versions, and SHA-256 of local data and of all files
-    that loading the model and its tokenizer (args.tokenizer) reads. model: None for a baseline."""
-    files, others = files_read(model, args.tokenizer) if model else ([], [])
+    that loading the model and its tokenizer reads. model: None for a baseline."""
+    files, others = files_read(model, tokenizer) if model else ([], [])
     return {
         "arguments": vars(args),
         "git_commit": _git_commit(),

@@ -18,7 +18,7 @@ from context_qa.metrics import is_negative
 from context_qa.report_charts import charts
 from context_qa.results import articles_by_idx, find_first_negative, incompleteness
 from errors import UserError
-from squad_utils import NO_ANSWER, is_no_answer
+from squad_utils import NO_ANSWER, abstains
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 Groups = dict[str, list[Mapping]]
@@ -97,7 +97,7 @@ def table_data(rows: Iterable[Mapping], first_negative: int | None = None) -> di
             **{name: row[name] for name in ("idx", "id", "question", "answer", "guess")},
             "answers": list(dict.fromkeys(row["answers"])),
             "context": contexts.setdefault(row["context"] or "", len(contexts)),
-            "abstains": is_no_answer(row["guess"]),
+            "abstains": abstains(row["guess"]),
             "negative": is_negative(row, first_negative),
             **{name: row[name] for name in ("is_correct", "num_tokens", "num_new_tokens")},
             **{

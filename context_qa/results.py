@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from squad_utils import Example, exact_match, f1_score, is_correct, is_no_answer, made_id
+from squad_utils import Example, abstains, exact_match, f1_score, is_correct, made_id
 
 # A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.
 FIELDS = {
@@ -198,7 +198,7 @@ def _older_row(found: Mapping, idx: int, place: str) -> dict:
         row.pop(name, None)
     _check_values(row, place)
     context, question = row.get("context"), row["question"]
-    answers = [answer for answer in row["answers"] if not is_no_answer(answer)]
+    answers = [answer for answer in row["answers"] if not abstains(answer)]
     identifier = row.get("id", made_id(context, question, answers))
     example = Example(identifier, context, question, tuple(answers))
     known = {"idx": idx} | row | _reference(example) | _scores(row["guess"], example)

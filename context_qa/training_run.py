@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from accelerate import PartialState
@@ -22,8 +22,13 @@ from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError
 from files import MODEL_FILES, locked, named_errors, write_whole
-from mamba_lm.checkpoint import NOTE, read_config
-from mamba_lm.training_checkpoints import checkpoints, newest_checkpoint
+from mamba_lm.checkpoint import NOTE, files_read, read_config
+from mamba_lm.training_checkpoints import (
+    checkpoints,
+    describe_files,
+    find_change,
+    newest_checkpoint,
+)
 from mamba_lm.training_progress import LOG, PLOT
 
 CARD = "README.md"
@@ -55,6 +60,7 @@ class TrainingRun:
         self._lock: int | None = None
         self.is_complete = False
         self.checkpoint: Path | None = None  # what it goes on from
+        self.warnings: list[str] = []  # on its data
 
     def __enter__(self) -> "TrainingRun":
         try:
@@ -73,7 +79,8 @@ class TrainingRun:
                 self.folder.rmdir()
 
     def _open(self) -> tuple[bool, Path | None]:
-        record = run_record(self.args, self.args.model, self.args.data_path)
+        args = self.args
+        record = run_record(args, args.model, args.data_path, args.tokenizer)
         self.record = {"settings": settings(self.args, record, self.processes.num_processes)}
         self.record |= record
         with named_errors(self.folder):
@@ -88,8 +95,11 @@ class TrainingRun:
             self._keep_inputs()
             return False, None
         self._compare(before)
-        if before.get("complete") and _is_whole(self.folder / "model.safetensors"):
-            return True, None
+        if before.get("complete"):
+            change = self._change(before)
+            if change is None:
+                return True, None
+            print(f"warning: {self.folder}: {change}; it is written again", file=sys.stderr)
         self._compare_code(before)
         return False, newest_checkpoint(self.folder)
 
@@ -115,6 +125,13 @@ class TrainingRun:
             if os.path.exists(name) and Path(name).resolve().is_relative_to(folder):
                 raise UserError(f"{name}: is read too and would be lost; give another --output")
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Print lines on the data, and keep them for the record."""
+        new = list(warnings)
+        self.warnings += new
+        for warning in new:
+            self.processes.print(f"warning: {warning}", file=sys.stderr, flush=True)
+
     def begin(self) -> None:
         """Write down what is to be done, now that nothing more can be wrong with it. With
         args.overwrite, what a run or a model has left there goes now."""
@@ -125,21 +142,34 @@ class TrainingRun:
                 self._write(complete=False)
 
     def finish(self, report: DataReport, state: TrainerState, step: int) -> None:
-        """Write what goes with the model, that of this step: card, note, and the record with what
-        was found."""
+        """Write what goes with the model, that of this step: the card, and the record with what was
+        found."""
         if not self.processes.is_main_process:
             return
         steps = {"steps": state.global_step, "epochs": state.epoch, "step_of_model": step}
         scores = scores_at(state, step)
         write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))
-        note = Path(self.args.model) / NOTE
-        if note.is_file():
-            shutil.copy(note, self.folder)
         found = {"data": dataclasses.asdict(report), "scores": scores}
-        self._write(complete=True, **steps, **found)
+        files = describe_files(self._model_files())
+        self._write(complete=True, **steps, **found, files=files)
+
+    def _model_files(self) -> list[Path]:
+        """The files of the finished model, and of its tokenizer."""
+        return files_read(str(self.folder))[0]
+
+    def _change(self, before: Mapping) -> str | None:
+        """What is no longer as the finished run left it, in words; None if all of its model is."""
+        try:
+            if isinstance(before.get("files"), dict):
+                return find_change(self.folder, before["files"])
+            self._model_files()  # of earlier versions, which did not describe them
+        except (UserError, KeyError, TypeError, OSError) as error:
+            return str(error)
+        return None if _is_whole(self.folder / "model.safetensors") else "its weights are broken"
 
     def _write(self, **more: object) -> None:
-        write_whole(self.folder / RECORD, json.dumps(self.record | more, indent=2) + "\n")
+        record = self.record | {"warnings": self.warnings} | more
+        write_whole(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
 
     def _before(self) -> dict:
         """The record of the run that is there; that of a model without one says nothing."""
@@ -211,7 +241,7 @@ def settings(args: argparse.Namespace, record: Mapping, num_processes: int) -> d
     others = {n: v for n, v in vars(args).items() if n not in (*NAMED, "output", "overwrite")}
     hashes = {
         "model": record["model_sha256"] or args.model,
-        "tokenizer": hash_or_name(args.tokenizer),
+        "tokenizer": record["tokenizer_sha256"],
         "data_path": record["data_sha256"] or args.data_path,
         "eval_data": hash_or_name(args.eval_data),
     }

@@ -11,7 +11,7 @@ from context_qa.negatives import unanswerable_copies
 from context_qa.processes import in_step
 from context_qa.results import result_row
 from mamba_lm.model import MambaLM
-from squad_utils import Example, prompt_parts
+from squad_utils import Example, prompt_parts, same_question
 
 SCORES = (
     "exact_match",
@@ -37,8 +37,8 @@ def doubts(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[st
         yield "no question of --eval_data has an answer: the best model will be one that abstains"
     if num_answerable == len(scored):
         yield "all of --eval_data have answers: the best model will be one that never abstains"
-    known = {(example.context, example.question) for example in trained}
-    if num_known := sum((example.context, example.question) in known for example in scored):
+    known = {same_question(example.context, example.question) for example in trained}
+    if num_known := sum(same_question(e.context, e.question) in known for e in scored):
         yield f"{num_known:,} of {len(scored):,} questions of --eval_data are also trained on"
 
 

@@ -80,8 +80,7 @@ def load_model(
     if files.is_random:
         return MambaLM(config).to(device, dtype).eval()
     folder = files.config.parent
-    weights = model_names(read_weights(files.weights), folder)
-    config = _tie(config, weights, files.config)
+    weights, config = read_model_weights(folder, config)
     with torch.device("meta"):
         model = MambaLM(config)
     model.to_empty(device="cpu")
@@ -90,6 +89,13 @@ def load_model(
     load_weights(model, weights, source=folder)
     model.generation = _read_generation(files)
     return model.to(device, dtype).eval()
+
+
+def read_model_weights(folder: Path, config: MambaConfig) -> tuple[dict[str, Tensor], MambaConfig]:
+    """The weights in a folder by the names of `MambaLM`, and the config, untied where they are.
+    Raises UserError."""
+    weights = model_names(read_weights(find_weights(folder)), folder)
+    return weights, _tie(config, weights, folder / "config.json")
 
 
 def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaConfig:

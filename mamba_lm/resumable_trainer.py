@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from errors import UserError
-from mamba_lm.checkpoint import load_weights, read_weights, save_model, writing_tensors
+from mamba_lm.checkpoint import load_weights, read_model_weights, save_model, writing_tensors
 from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
 from mamba_lm.training_arguments import blaming_arguments
@@ -207,9 +207,10 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         own = self.language_model.state_dict()
+        read, _ = read_model_weights(folder, self.language_model.config)
         weights = {
             name: like(own[name], weight) if name in own else weight
-            for name, weight in read_weights(folder).items()
+            for name, weight in read.items()
         }
         load_weights(self.language_model, weights, folder)
 

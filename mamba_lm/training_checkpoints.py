@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from errors import UserError
@@ -27,10 +28,9 @@ def partial_folder(output: str | Path) -> Path:
 def seal(folder: Path, checkpoint: Path) -> None:
     """Make the files of a folder the checkpoint of this name, in one step. Raises UserError."""
     with named_errors(checkpoint):
-        files = {}
-        for path in sorted(folder.iterdir()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _to_disk(path)
+        files = describe_files(sorted(folder.iterdir()))
+        for name in files:
+            _to_disk(folder / name)
         manifest = folder / MANIFEST
         manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
         _to_disk(manifest)
@@ -42,16 +42,32 @@ def seal(folder: Path, checkpoint: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def describe_files(paths: Iterable[Path]) -> dict[str, dict]:
+    """Size and hash of each file, by its name: what `find_change` compares it with later."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+
+
+def find_change(folder: Path, files: Mapping[str, Mapping]) -> str | None:
+    """The first of these files that is missing or not what was written, in words; None if each is
+    as `describe_files` described it."""
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+        if _sha256(folder / name) != expected["sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if a run can go on from it."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
-            size = (checkpoint / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-            if _sha256(checkpoint / name) != expected["sha256"]:
-                return f"{name} is not what was written"
+        change = find_change(checkpoint, files)
+        if change is not None:
+            return change
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -272,7 +272,9 @@ def main(args: argparse.Namespace) -> None:
     training = PrefixSuffixTrainer(model, arguments, curriculum, lambda example: example, tokenizer)
     answerer = Answerer(model, tokenizer, max_new_tokens=16)
     training.add_callback(Promotion(answerer, curriculum, 250, training.save_model))
-    record = run_record(args, args.model or CONFIG, "data/demo/tokenizer/tokenizer.json")
+    record = run_record(
+        args, args.model or CONFIG, "data/demo/tokenizer/tokenizer.json", "data/demo/tokenizer"
+    )
     (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
     (output / NOTE).write_text(KNOWS_ONLY_THE_DEMO)
     training.train()
