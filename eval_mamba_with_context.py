@@ -12,7 +12,6 @@ import argparse
 from context_qa.evaluation import evaluate, parse_evaluation_args
 from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.provenance import trained_prompt_order
-from context_qa.spans import SPAN_BORDERS
 from errors import probability, run_script
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
@@ -33,13 +32,6 @@ def parse_args() -> argparse.Namespace:
         "--constrain_to_context",
         action="store_true",
         help="guess spans of the context, or abstain (default: any text)",
-    )
-    parser.add_argument(
-        "--span_borders",
-        choices=SPAN_BORDERS,
-        default=SPAN_BORDERS[0],
-        metavar="KIND",
-        help="of words, where such spans end, or of characters (default: words)",
     )
     threshold = parser.add_mutually_exclusive_group()
     threshold.add_argument(

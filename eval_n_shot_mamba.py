@@ -18,7 +18,7 @@ from squad_utils import prompt_parts
 def parse_args() -> argparse.Namespace:
     parser = parse_evaluation_args(__doc__)
     parser.set_defaults(prompt_order="n_shot", negatives=None, constrain_to_context=False)
-    parser.set_defaults(no_answer_threshold=None, tune_on=None, span_borders="words")
+    parser.set_defaults(no_answer_threshold=None, tune_on=None)
     return parser.parse_args()
 
 

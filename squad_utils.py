@@ -130,6 +130,7 @@ def _example(row: object, place: str) -> Example:
     answers = [checked_text(answer, "answers", place) for answer in answers]
     answers = [answer for answer in answers if not abstains(answer)]
     _check_is_impossible(row.get("is_impossible"), answers, place)
+    answers = [] if row.get("is_impossible") else answers  # they are plausible, not right
     given = row.get("id")
     identifier = made_id(context, question, answers) if given is None else _checked_id(given, place)
     article = None if row.get("title") is None else checked_text(row["title"], "title", place)
@@ -142,12 +143,11 @@ def made_id(context: str | None, question: str, answers: Sequence[str]) -> str:
 
 
 def _check_is_impossible(value: object, answers: Sequence[str], place: str) -> None:
-    """UserError for a flag that is no boolean or that the answers contradict."""
+    """UserError for a flag that is no boolean, or false where there is no answer."""
     if value is not None and type(value) is not bool:
         raise UserError(f"{place}: 'is_impossible' is {value!r:.40}; it must be true or false")
-    if value is not None and value == bool(answers):
-        found = f"there are answers ({answers[0]!r:.40})" if answers else "there is no answer"
-        raise UserError(f"{place}: 'is_impossible' is {str(value).lower()}, but {found}")
+    if value is False and not answers:
+        raise UserError(f"{place}: 'is_impossible' is false, but there is no answer")
 
 
 def _checked_id(value: object, place: str) -> str:

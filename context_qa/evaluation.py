@@ -20,6 +20,7 @@ from context_qa.provenance import run_record, sha256
 from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
+from context_qa.spans import SPAN_BORDERS
 from errors import UserError, keep_inputs, positive_int
 from mamba_lm.checkpoint import find_model, load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
@@ -190,7 +191,7 @@ class _Run:
         }
         settings |= {name: getattr(self.args, name) for name in chosen}
         if self.args.constrain_to_context:
-            settings["span_borders"] = self.args.span_borders
+            settings["span_borders"] = SPAN_BORDERS[0]
         return {"settings": settings, "first_negative": questions.first_negative} | record
 
     @functools.cached_property
@@ -205,11 +206,7 @@ class _Run:
         if args.model == SLIDING_WINDOW:
             return None
         return Answerer(
-            *self._model_and_tokenizer,
-            args.max_new_tokens,
-            args.max_batch_tokens,
-            threshold,
-            args.span_borders,
+            *self._model_and_tokenizer, args.max_new_tokens, args.max_batch_tokens, threshold
         )
 
     def _warn(self, questions: _Questions, answerer: Answerer | None) -> list[str]:

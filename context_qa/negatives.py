@@ -128,7 +128,7 @@ def question_words(question: str) -> tuple[set[str], set[str]]:
         folded = fold(word)
         if folded in _function_words():
             continue
-        if word[0].isdigit() or (word[0].isupper() and place > 0):
+        if (word[0].isupper() and place > 0) or any(map(str.isdigit, word)):
             names.add(folded)
         else:
             others.add(_beginning(folded))
@@ -140,12 +140,12 @@ def seems_to_answer(
 ) -> bool:
     """Whether one sentence states what a question asks, as far as its words tell: it has all of the
     question's names and half of its other content words, by their beginnings ("owner", "owned").
-    Of a question without names it has four fifths of them, and two at least.
+    Of a question without names it has four fifths of them, and three at least.
 
     sentences: as `_sentences` gives them; names, others: as `question_words` does. Paraphrases
     ("who runs", "its manager is") and pronouns in place of names are not recognised.
     """
-    needed = max(1, round(len(others) / 2)) if names else max(2, round(0.8 * len(others)))
+    needed = max(1, round(len(others) / 2)) if names else max(3, round(0.8 * len(others)))
     needed = min(needed, len(others)) if names else needed
     return any(
         names <= words and len(others & beginnings) >= needed for words, beginnings in sentences

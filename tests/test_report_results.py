@@ -40,6 +40,7 @@ ROWS = [
 SUMMARY = {
     "complete": True,
     "num_questions": 6,
+    "first_negative": 5,
     "articles": [["Norway", 2], ["Italy", 4]],
     "arguments": {"model": "models/demo", "data": "some.jsonl", "dtype": "auto", "limit": None},
     "settings": {"model": "1f0c", "dtype": "float32"},
@@ -190,7 +191,7 @@ def test_what_was_evaluated(report):
 def test_without_a_summary(report):
     html = report(ROWS)
     assert "<h1>made.jsonl</h1>" in html and "No summary stands beside" in html
-    assert "bootstrap over 5 questions" in html
+    assert "bootstrap over 6 questions" in html  # none of them known to be a copy
 
 
 def test_an_incomplete_run_says_so(report):
@@ -319,7 +320,7 @@ def test_files_without_results(fail, results, tmp_path):
     assert f"{results} line 1: another layout (columns: prompt, score); needed: " in fail(results)
     results.write_text("[]\n")
     assert f"{results} line 1: not a JSON object" in fail(results)
-    write(results, ROWS[5:])
+    write(results, ROWS[5:], SUMMARY)
     assert "results.jsonl: unanswerable copies alone" in fail(results)
     assert not results.with_suffix(".html").exists()
 

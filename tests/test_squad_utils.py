@@ -23,6 +23,7 @@ from squad_utils import (
     exact_match,
     f1_score,
     is_correct,
+    is_scored_as_empty,
     normalize_answer,
     prompt_parts,
     read_examples,
@@ -333,9 +334,11 @@ def test_draws_are_the_same_in_every_process(read, tmp_path):
     ]
     here = [NegativeSampler(read(*rows), kind, seed=3).contexts(1) for kind in NEGATIVE_KINDS]
     code = f"""
-import json, squad_utils as su
-examples = su.read_examples({str(tmp_path / "data.txt")!r})
-samplers = [su.NegativeSampler(examples, kind, seed=3) for kind in su.NEGATIVE_KINDS]
+import json
+from context_qa.negatives import NEGATIVE_KINDS, NegativeSampler
+from squad_utils import read_examples
+examples = read_examples({str(tmp_path / "data.txt")!r})
+samplers = [NegativeSampler(examples, kind, seed=3) for kind in NEGATIVE_KINDS]
 print(json.dumps([sampler.contexts(1) for sampler in samplers]))
 """
     for hash_seed in ("1", "2"):
@@ -583,14 +586,24 @@ def test_raw_match():
     assert not is_correct("", NO_ANSWER)
 
 
-@pytest.mark.parametrize("guess", [NO_ANSWER, "i dont know", "I don't know", "", " the ", "A."])
-def test_abstentions(guess):
-    assert abstains(guess)
+CURLY = ("I don’t know.", "I don‘t know", "I donʼt know.", "Ｉ don＇t know．", "I don\u2032t know!")
 
 
 @pytest.mark.parametrize(
-    "guess", ["I know.", "don't know", "0", "I don't know him", "I don’t know."]
+    "guess", [NO_ANSWER, "i dont know", "I don't know", " I DON'T KNOW", *CURLY]
 )
+def test_abstentions(guess):
+    assert abstains(guess) and is_scored_as_empty(guess)
+    assert exact_match(guess, []) == 1.0 and exact_match(guess, ["x"]) == 0.0
+
+
+@pytest.mark.parametrize("guess", ["", " the ", "A.", "::::", "+"])
+def test_silence_and_punctuation_are_scored_as_empty_and_are_no_abstentions(guess):
+    """As the official script scores them; a right answer "A" is not an abstention."""
+    assert is_scored_as_empty(guess) and not abstains(guess)
+    assert exact_match(guess, []) == 1.0
+
+
+@pytest.mark.parametrize("guess", ["I know.", "don't know", "0", "I don't know him"])
 def test_no_abstentions(guess):
-    """Nor is a typographic apostrophe, since the official script removes ASCII's alone."""
-    assert not abstains(guess)
+    assert not abstains(guess) and not is_scored_as_empty(guess)

@@ -33,10 +33,11 @@ EXAMPLES = [
 class WholeTextTokenizer:
     """Makes a token of the whole text, and a first one if special tokens are not declined."""
 
-    eos_token_id = "<eos>"
+    eos_token_id, unk_token_id, all_special_ids = "<eos>", None, ["<bos>", "<eos>"]
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
-        return {"input_ids": ["<bos>", text] if add_special_tokens else [text]}
+    def __call__(self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool):
+        first = ["<bos>"] if add_special_tokens else []
+        return {"input_ids": [[*first, text] for text in texts]}
 
 
 def pairings(examples, negatives=None, seed=0, epoch=0) -> list[Pairing]:

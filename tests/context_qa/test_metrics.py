@@ -49,8 +49,8 @@ def test_scores_are_split_by_whether_there_is_an_answer():
     }
     names = ("exact_match", "f1", "is_correct", "num_questions")
     flat = {p + n: v for p, part in expected.items() for n, v in zip(names, part, strict=True)}
-    assert metrics.scores(rows) == pytest.approx(flat)
-    assert list(metrics.scores(iter(rows))) == list(flat)
+    assert metrics.scores(rows, first_negative=4) == pytest.approx(flat)
+    assert list(metrics.scores(iter(rows), first_negative=4)) == list(flat)
     assert not any("no_answer" in name or "negatives" in name for name in metrics.scores(rows[:2]))
     assert not any("has_answer" in name for name in metrics.scores(rows[2:]))
 
@@ -106,9 +106,10 @@ def test_abstention_counts():
     guesses = [("x", NO_ANSWER), ("", NO_ANSWER), ("", "the"), ("", "x"), ("", "x"), ("x", "x")]
     rows = [row(i, [a] if a else [], guess) for i, (a, guess) in enumerate(guesses)]
     found = metrics.abstention(rows)
-    assert (found["num_abstained"], found["num_unanswerable"]) == (3, 4)
+    counts = found["num_abstained"], found["num_empty"], found["num_unanswerable"]
+    assert counts == (2, 1, 4)
     figures = found["precision"], found["recall"], found["f1"]
-    assert figures == pytest.approx((200 / 3, 200 / 4, 100 * 4 / 7))
+    assert figures == pytest.approx((100 / 2, 100 / 4, 100 * 2 / 6))
 
 
 def test_abstention_where_it_is_never_right_or_never_done():
@@ -122,7 +123,7 @@ def test_abstention_where_it_is_never_right_or_never_done():
 def test_a_baseline_without_probabilities_has_counts_only():
     rows = [row(0, ["x"], "x", None, None), row(1, [], NO_ANSWER, None, None)]
     assert set(metrics.abstention(rows)) == {
-        *("num_abstained", "num_unanswerable", "precision", "recall", "f1")
+        *("num_abstained", "num_empty", "num_unanswerable", "precision", "recall", "f1")
     }
 
 
@@ -265,7 +266,8 @@ def test_a_question_that_no_context_fits_has_no_copy():
     assert unanswerable_copies(examples, "random") == []
 
 
-def test_a_copy_is_told_by_its_id_and_its_lack_of_answers():
-    assert metrics.parts([row(0, [], id="q#hard")]).keys() == {"negatives_"}
-    assert metrics.parts([row(0, ["x"], id="q#hard")]).keys() == {"", "has_answer_"}
-    assert metrics.parts([row(0, [], id="hard")]).keys() == {"", "no_answer_"}
+def test_a_copy_is_known_by_its_place_and_not_by_its_id():
+    rows = [row(0, [], id="q#hard"), row(1, ["x"]), row(2, [], id="q")]
+    assert metrics.parts(rows).keys() == {"", "has_answer_", "no_answer_"}
+    parts = metrics.parts(rows, first_negative=2)
+    assert (parts["no_answer_"], parts["negatives_"]) == (rows[:1], rows[2:])

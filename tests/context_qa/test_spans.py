@@ -12,7 +12,7 @@ from context_qa.answering import Answerer
 from context_qa.spans import Spans
 from mamba_lm.checkpoint import load_model_and_tokenizer, load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
-from squad_utils import NO_ANSWER, abstains, prompt_parts, read_examples
+from squad_utils import NO_ANSWER, UNSPACED, is_scored_as_empty, prompt_parts, read_examples
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -49,8 +49,8 @@ def tokenizer(request):
 def test_all_that_can_be_said_stands_in_the_context(tokenizer, context, max_tokens):
     texts = said(tokenizer, context, max_tokens)
     assert all(text == text.strip() and text in context for text in texts)
-    assert not any(map(abstains, texts))
-    if abstains(context):
+    assert not any(map(is_scored_as_empty, texts))
+    if is_scored_as_empty(context):
         assert not texts
     elif max_tokens > 3:  # " x" can be two tokens
         assert texts
@@ -87,7 +87,7 @@ def test_no_span_ends_inside_a_letter(tokenizer):
 
 class Search:
     """Constrained greedy decoding by its definition: all spans as token sequences in one list, and
-    everything read anew for each token."""
+    everything read again for each token."""
 
     def __init__(self, answerer: Answerer, context: str):
         self.answerer = answerer
@@ -105,7 +105,8 @@ class Search:
                 # Byte for byte what stands there: no half of a letter.
                 span = rest[: offsets[count - 1][1]]
                 same = unicodedata.normalize("NFC", span) == text
-                if same and not abstains(span):
+                same = same and self._ends(answerer.span_borders, context, start + len(span) - 1)
+                if same and not is_scored_as_empty(span):
                     self.sequences.setdefault(tuple(ids[:count]), span.strip())
         abstention = tuple(tokenizer(" " + NO_ANSWER, add_special_tokens=False)["input_ids"])
         self.sequences.setdefault(abstention, NO_ANSWER)
@@ -115,6 +116,15 @@ class Search:
         is_word = context[i].isalnum() or context[i] == "_"
         was_word = i > 0 and (context[i - 1].isalnum() or context[i - 1] == "_")
         return not context[i].isspace() and not (is_word and was_word)
+
+    @staticmethod
+    def _ends(borders: str, context: str, end: int) -> bool:
+        """Not before an accent; by words not between two of their characters."""
+        before, after = context[end - 1], context[end : end + 1]
+        if after and unicodedata.combining(after):
+            return False
+        inside = all(c.isalnum() and not UNSPACED.match(c) for c in (before, after or " "))
+        return borders == "characters" or not inside
 
     @torch.no_grad()
     def guess(self, prompt: tuple[str, str]) -> str:
@@ -154,8 +164,9 @@ def wild() -> Answerer:
     return Answerer(model, tokenizer, max_new_tokens=12)
 
 
+@pytest.mark.parametrize("borders", ["words", "characters"])
 @pytest.mark.parametrize(("source", "count"), [("demo", 20), ("squad", 50)])
-def test_guesses_are_those_of_a_search_over_all_spans(wild, source, count):
+def test_guesses_are_those_of_a_search_over_all_spans(wild, source, count, borders):
     """On `count` contexts by a trained model, on as many others by random weights."""
     path = (
         ROOT / "data/demo/validation.jsonl" if source == "demo" else SHARED / "squad/dev-v1.1.json"
@@ -166,6 +177,7 @@ def test_guesses_are_those_of_a_search_over_all_spans(wild, source, count):
     trained = Answerer(*load_model_and_tokenizer(str(ROOT / "models/demo")), max_new_tokens=12)
     seen = set()
     for answerer, first in ((trained, 0), (wild, count)):
+        answerer = Answerer(answerer.model, answerer.tokenizer, 12, span_borders=borders)
         examples = list(by_context.values())[first : first + count]
         prompts = [prompt_parts(e.context, e.question) for e in examples]
         contexts = [e.context for e in examples]
@@ -186,7 +198,7 @@ def test_every_guess_on_strange_text_is_a_span_or_the_abstention(wild, threshold
         if threshold == 0.0:
             assert guess == NO_ANSWER
         elif threshold == 1.0:
-            assert not abstains(guess)
+            assert not is_scored_as_empty(guess)
 
 
 @needs_data
