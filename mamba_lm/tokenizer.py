@@ -67,6 +67,9 @@ def load_tokenizer_at(path: Path):
     try:
         if not file.is_file():
             loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            names = loaded.vocab_files_names.values()
+            if not any((folder / name).is_file() for name in names):  # it is then an empty one
+                raise ValueError(f"none of {', '.join(names)} is in it")
         elif file.name == "tokenizer.json" and (folder / "tokenizer_config.json").exists():
             loaded = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         else:

@@ -69,7 +69,8 @@ def test_files_are_what_the_generator_writes(tmp_path, train, validation):
         tmp_path / "train.jsonl",
         make_demo.training_passages(make_demo.TRAIN_SEED, 600, num_questions=6),
     )
-    make_demo.write_rows(tmp_path / "validation.jsonl", make_demo.validation_passages(300))
+    rows = (rows for _, rows in make_demo.validation_passages(300))
+    make_demo.write_rows(tmp_path / "validation.jsonl", rows)
     for name in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
     assert (DEMO / "train.jsonl").stat().st_size < 3_000_000

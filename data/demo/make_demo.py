@@ -26,6 +26,7 @@ from squad_utils import NO_ANSWER
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2560  # at most: training ends earlier once every word is one token
 TRAIN_SEED, VALIDATION_SEED, TOKENIZER_SEED = 1, 2, 3
+NUM_VALIDATION_PASSAGES = 300
 
 
 def split_of(phrase: str) -> str:
@@ -93,6 +94,16 @@ class Passage:
     def is_stated(self, entity: str, attribute: Attribute) -> bool:
         """Whether the passage gives this attribute of this entity."""
         return any(fact.entity == entity and fact.attribute is attribute for fact in self.facts)
+
+    def answer_to(self, prompt: str) -> str | None:
+        """The value that the passage gives to a question of its split, for whatever passage that
+        was made; None where it does not state it."""
+        for fact in self.facts:
+            mention = self.domain.mention.format(fact.entity)
+            templates = fact.attribute.frame.questions[self.split]
+            if any(sentence(template, e=mention) == prompt for template in templates):
+                return fact.value
+        return None
 
     def _values(self, type_: str) -> list[str]:
         return [fact.value for fact in self.facts if fact.attribute.type == type_]
@@ -239,19 +250,23 @@ def training_passages(
         yield passage.questions(rng, num_questions - n_unanswerable, n_unanswerable)
 
 
-def validation_passages(num_passages: int) -> Iterator[list[dict]]:
-    """Passages of 3 to 5 entities with 4 questions, each third question unanswerable on average.
+def validation_passages(
+    num_passages: int, seed: int = VALIDATION_SEED
+) -> Iterator[tuple[Passage, list[dict]]]:
+    """Passages of 3 to 5 entities, each with 4 questions as rows, of which every third one is
+    unanswerable on average.
 
     Every answerable question has at least two distractors of the type of its answer.
     """
-    rng = random.Random(VALIDATION_SEED)
+    rng = random.Random(seed)
     for index in range(num_passages):
         n_unanswerable = 2 if index % 3 == 0 else 1
         while True:
             passage = make_passage(rng, "validation", rng.randint(3, 5), rng.randint(2, 3))
             if passage.askable(min_distractors=2):
                 break
-        yield passage.questions(rng, 4 - n_unanswerable, n_unanswerable, min_distractors=2)
+        rows = passage.questions(rng, 4 - n_unanswerable, n_unanswerable, min_distractors=2)
+        yield passage, rows
 
 
 def train_tokenizer():
@@ -322,7 +337,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
-        write_rows(args.output / "validation.jsonl", validation_passages(300))
+        rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))
+        write_rows(args.output / "validation.jsonl", rows)
         write_tokenizer(args.output / "tokenizer")
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error

@@ -2,7 +2,9 @@
 
     python -m data.demo.score_demo models/demo
 
-Exact match on answerable and on unanswerable questions; then the model's by facts per passage.
+Exact match on answerable and on unanswerable questions: first on passages of ten fresh seeds, which
+no choice was made by; then on the file, the model's also by facts per passage. At the end, how many
+unanswerable copies (--negatives) their contexts answer, by what the generator knows of them.
 """
 
 import argparse
@@ -12,15 +14,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from context_qa.answering import Answerer
-from context_qa.negatives import NegativeSampler
+from context_qa.metrics import mean_intervals
+from context_qa.negatives import NegativeSampler, unanswerable_copies
 from data.demo.domains import DOMAINS
-from data.demo.make_demo import POOLS
-from errors import run_script
+from data.demo.make_demo import NUM_VALIDATION_PASSAGES as NUM_PASSAGES
+from data.demo.make_demo import POOLS, validation_passages
+from errors import positive_int, run_script
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, prompt_parts, read_examples
 
 DATA = "data/demo/validation.jsonl"
+FIRST_FRESH_SEED = 101
 HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, not by the generator
 
 
@@ -29,6 +36,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a model trained on the demo data")
+    about = f"passages of N other seeds, from {FIRST_FRESH_SEED} on (default: 10)"
+    parser.add_argument("--seeds", type=positive_int, default=10, metavar="N", help=about)
     return parser.parse_args()
 
 
@@ -37,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in Path(DATA).read_text(encoding="utf-8").splitlines()]
     tokenizer = load_tokenizer(args.model)
     answerer = Answerer(load_model(args.model), tokenizer, max_new_tokens=16)
+    print_fresh_seeds(answerer, range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + args.seeds))
     guesses = answers(answerer, [(e.context, e.question) for e in examples])
     blind = answers(answerer, [("", e.question) for e in examples])
 
@@ -65,6 +75,43 @@ def main(args: argparse.Namespace) -> None:
     for number in sorted(by_facts):
         group, said = zip(*by_facts[number], strict=True)
         print_row(f"{number:16d}", group, said, suffix=f"{len(group):9d}", width=16)
+
+    passages = {passage.context: passage for passage, _ in validation_passages(NUM_PASSAGES)}
+    print()
+    for kind in ("random", "hard"):
+        copies = unanswerable_copies(examples, kind)
+        answered = [passages[c.context].answer_to(c.question) is not None for c in copies]
+        print(f"{kind} copies that their context answers: {sum(answered)} of {len(copies)}")
+
+
+def print_fresh_seeds(answerer: Answerer, seeds: Sequence[int]) -> None:
+    """The mean over all questions with its 95 % interval, a bootstrap over passages, and the scores
+    of the best and the worst seed."""
+    of_seed, of_passage = [], []
+    for seed in seeds:
+        for passage, rows in validation_passages(NUM_PASSAGES, seed):
+            examples = [example_of(row) for row in rows]
+            of_seed += [(seed, example) for example in examples]
+            of_passage += [passage.context] * len(examples)
+    guesses = answers(answerer, [(e.context, e.question) for _, e in of_seed])
+    right = [exact_match(g, e.answers) for g, (_, e) in zip(guesses, of_seed, strict=True)]
+    print(f"{len(of_seed):,} questions of {len(seeds)} fresh seeds, {seeds[0]} to {seeds[-1]}")
+    for is_answerable in (True, False):
+        kept = [n for n, (_, e) in enumerate(of_seed) if e.is_answerable == is_answerable]
+        values = np.array([[100 * right[n] for n in kept]])
+        [(low, high)] = mean_intervals(values, [of_passage[n] for n in kept])
+        by_seed = [np.mean([100 * right[n] for n in kept if of_seed[n][0] == s]) for s in seeds]
+        print(
+            f"{'answerable' if is_answerable else 'unanswerable':24}{values.mean():12.1f} "
+            f"(95 % interval {low:.1f}-{high:.1f}; seeds from {min(by_seed):.1f} to "
+            f"{max(by_seed):.1f})"
+        )
+    print()
+
+
+def example_of(row: dict) -> Example:
+    answers = () if row["response"] == NO_ANSWER else (row["response"],)
+    return Example("", row["context"], row["prompt"], answers)
 
 
 def answers(answerer: Answerer, pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -73,7 +73,7 @@ SIZE = used("an integer of 1 or more", is_size)
 BOOL = used("true or false", is_bool)
 RANK = used('"auto" or an integer of 1 or more', is_rank)
 EPSILON = used("a number of 0 or more", is_not_negative)
-DEVIATION = Field(Role.INITIAL, "a number of 0 or more", is_not_negative, "of the embedding")
+DEVIATION = used("a number of 0 or more", is_not_negative, "of a random embedding")
 
 
 def check_fields(raw: Mapping, table: Table, path: Path, is_random: bool, place: str = "") -> None:
