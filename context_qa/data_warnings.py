@@ -43,6 +43,8 @@ def _unreachable_references(
     examples: Sequence[Example], tokenizer, stop_ids: Collection[int], max_new_tokens: int | None
 ) -> Iterator[str]:
     answers = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    if not answers:
+        return
     ids = encode(tokenizer, [answer_text(answer) for answer in answers])
     said = [_until_stop(row, stop_ids)[:max_new_tokens] for row in ids]
     written = dict(zip(answers, map(str.strip, tokenizer.batch_decode(said)), strict=True))

@@ -6,13 +6,24 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import regex
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from context_qa.answering import Answerer
-from context_qa.spans import Spans
+from context_qa.spans import Spans, require_pieces
+from errors import UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer, load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
-from squad_utils import NO_ANSWER, UNSPACED, is_scored_as_empty, prompt_parts, read_examples
+from mamba_lm.tokenizer import encode
+from squad_utils import (
+    NO_ANSWER,
+    UNSPACED,
+    answer_text,
+    is_scored_as_empty,
+    prompt_parts,
+    read_examples,
+)
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -217,3 +228,98 @@ def test_every_guess_on_a_thousand_real_questions_is_a_span_or_the_abstention():
     assert len(found) == 1000
     assert all(guess == NO_ANSWER or guess in c for guess, c in zip(found, contexts, strict=True))
     assert len(set(found)) > 300
+
+
+# Borders, and tokenizers whose pieces depend on what is around them
+
+ACCENTED = [
+    "Zoe\u0301 Bru\u0302le\u0301 runs it.",  # decomposed
+    "Zoé Brûlé runs it.",
+    "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}\ufe0f codes, he\u0308lp",
+    "नमस्ते दुनिया and नि",
+    "각 word 한국어",  # Hangul as jamo and as syllables
+    "e\u0301\u0323x 1\u20e3 ok",
+]
+
+
+def graphemes(text: str) -> set[int]:
+    """Where characters end, as people count them."""
+    return {match.end() for match in regex.finditer(r"\X", text)}
+
+
+@pytest.mark.parametrize("borders", ["words", "characters"])
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.NFD()], ids=str)
+def test_a_span_never_ends_within_a_character(normalizer, borders):
+    tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    for context in ACCENTED:
+        spans = Spans(tokenizer, context, 40, borders=borders).said()
+        assert spans
+        for text, _ in spans:
+            start = context.index(text)
+            assert start + len(text) in graphemes(context)
+            assert start == 0 or start in graphemes(context)
+    texts = {text.strip() for text, _ in Spans(tokenizer, ACCENTED[0], 40, borders=borders).said()}
+    assert "Zoe\u0301 Bru\u0302le\u0301" in texts and "Bru\u0302le\u0301" in texts
+
+
+def test_a_span_ends_within_a_word_only_if_asked(wild):
+    def said(borders: str) -> set[str]:
+        found = Spans(wild.tokenizer, "It is unfathomably 1234567 old.", 40, borders=borders).said()
+        return {text for text, _ in found}
+
+    words, characters = said("words"), said("characters")
+    assert words < characters
+    assert "unfathomably" in words and "1234567" in words
+    assert not any(text.endswith(("unf", "unfa", "12", "123")) for text in words)
+    assert any("unfathomably".startswith(text) and text != "unfathomably" for text in characters)
+
+
+def test_text_without_blanks_is_said_in_parts(wild):
+    texts = {text for text, _ in Spans(wild.tokenizer, "東京タワーは赤い。", 40).said()}
+    assert {"東京", "東京タワー", "赤い"} <= texts
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["demo", "neox"])
+def test_every_span_has_the_tokens_that_training_teaches(name):
+    path = NEOX if name == "neox" else ROOT / "data/demo/tokenizer"
+    tokenizer = load_tokenizer("", str(path))
+    require_pieces(tokenizer)
+    contexts = sorted({e.context for e in read_examples(str(SHARED / "squad/dev-v1.1.json"))})
+    for borders in ("words", "characters"):
+        spans = [
+            s for c in contexts[::200] for s in Spans(tokenizer, c, 30, borders=borders).said()
+        ]
+        wanted = encode(tokenizer, [answer_text(text) for text, _ in spans])
+        assert len(spans) > 10_000
+        assert [ids for _, ids in spans] == wanted
+
+
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_tokenizer_whose_pieces_depend_on_their_place_is_refused(prepend, split, wild, tmp_path):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=split)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend, split=split)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "</s>"], vocab_size=400, show_progress=False
+    )
+    tokenizer.train_from_iterator([(ROOT / "README.md").read_text("utf-8")], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer("", str(tmp_path))
+    answerer = Answerer(wild.model, loaded, max_new_tokens=4)
+    text = "The Wild Swan has 12 rooms."
+    try:
+        answers(answerer, [(text, "Q")], [text])
+    except UserError as error:
+        assert "tokenises a text otherwise within a longer one" in str(error)
+    else:  # then the spans are those of training
+        spans = Spans(loaded, text, 30).said()
+        assert [ids for _, ids in spans] == encode(loaded, [answer_text(t) for t, _ in spans])
+        assert (prepend, split) == ("never", True)
+    [batch] = answerer.answer([(text, "Q")])  # unconstrained it is as good as any
+    assert len(batch) == 1

@@ -1,0 +1,123 @@
+"""Contexts of negatives: none of them answers the question, as far as words tell."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from context_qa.negatives import (
+    NEGATIVE_KINDS,
+    NegativeSampler,
+    _sentences,
+    question_words,
+    seems_to_answer,
+    unanswerable_copies,
+)
+from data.demo.make_demo import NUM_VALIDATION_PASSAGES, validation_passages
+from squad_utils import Example, read_examples
+
+ROOT = Path(__file__).parents[2]
+
+# An answer, and a context that contains it in another form.
+FORMS = [
+    ("Zoé Brûlé", unicodedata.normalize("NFD", "It is Zoé Brûlé who runs it.")),
+    (unicodedata.normalize("NFD", "Zoé"), "Zoé runs it."),
+    ("1998", "Built in １９９８."),
+    ("1998", "Built in ١٩٩٨."),
+    ("New York", "It is in New\u200bYork."),
+    ("New York", "It is in N\u200bew Y\u2060ork."),
+    ("Newark", "It is in New\u00adark."),
+    ("New York", "It is in New\u00a0York."),
+    ("O'Neill", "Its owner is O’Neill."),
+    ("O’Neill", "Its owner is O'Neill."),
+    ("Anglo-Saxon", "It is Anglo\u2010Saxon."),
+    ("1990-95", "From 1990–95."),
+    ("ﬁve", "There are five."),
+    ("Straße", "In the STRASSE."),
+    ("İzmir", "In izmir."),
+    ("Henry IV", "Henry Ⅳ did."),
+    ("café", "At the cafe."),
+]
+
+
+@pytest.mark.parametrize("answer, context", FORMS, ids=str)
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_an_answer_in_another_form_is_one(kind, answer, context):
+    asked = Example("q", f"{answer} it is.", "Who is it?", (answer,), "T")
+    other = Example("o", context, "Is it?", (), "T")
+    drawn = [NegativeSampler([asked, other], kind, seed).contexts(0)[0] for seed in range(5)]
+    assert drawn == [None] * 5
+
+
+@pytest.mark.parametrize("kind", ["random", "hard"])
+def test_a_context_that_only_looks_alike_is_drawn(kind):
+    asked = Example("q", "Rue 1998.", "When?", ("1998",))
+    other = Example("o", "In 1999 or 19987 and 1 998.", "Is it?", ())
+    assert NegativeSampler([asked, other], kind).contexts(0)[0] == other.context
+
+
+def test_the_same_question_in_another_form_rules_a_context_out():
+    context, question = "Zoé is there.", "Who runs the café?"
+    asked = Example("a", "Bo is here.", question, ("Bo",))
+    same = Example("b", context, unicodedata.normalize("NFD", question.upper()), ("Zoé",))
+    assert NegativeSampler([asked, same]).contexts(0)[0] is None
+
+
+# Draws by row
+
+
+@pytest.mark.parametrize("kind", NEGATIVE_KINDS)
+def test_rows_of_one_id_are_drawn_apart(kind):
+    def example(identifier: str, n: int) -> Example:
+        return Example(identifier, f"Place{n} is red.", f"What is place{n}?", (f"red{n}",), "T")
+
+    same = [example("same", n) for n in range(40)]
+    drawn = NegativeSampler(same, kind, seed=1).contexts(0)
+    assert len(set(drawn)) > 10
+    others = [example(str(n) if n else "same", n) for n in range(40)]
+    assert NegativeSampler(others, kind, seed=1).contexts(0)[0] == drawn[0]  # the first of its id
+
+
+def test_copies_of_rows_with_one_id_are_all_made():
+    rows = [Example("same", f"Place{n} is red{n}.", f"What {n}?", (f"red{n}",)) for n in range(9)]
+    copies = unanswerable_copies(rows, "random")
+    assert len(copies) == 9 and len({copy.context for copy in copies}) > 3
+
+
+# Contexts that answer the question with another value
+
+
+@pytest.mark.parametrize(
+    "question, context, is_stated",
+    [
+        ("When does Rural Music meet?", "Hello. Rural Music meets on Friday noon.", True),
+        ("What is it that RURAL Music costs?", "They say Rural Music costs $20.", True),
+        ("Who is the owner of the Wild Swan?", "The Wild Swan is owned by Bo. It is old.", True),
+        ("Who owns the Wild Swan?", "The Wild Crown is owned by Bo.", False),  # another one
+        ("Who owns the Wild Swan?", "The Wild Swan has 12 rooms. Bo is its owner.", False),
+        ("Who owns the Wild Swan?", "The Wild Swan was built in 1902.", False),
+        ("Which of Zoé's songs won in 1998?", "In 1998 a song of Zoe's won.", True),
+        ("Which song won in 1999?", "In 1998 a song won.", False),
+        ("what is the largest river of the province", "Its largest province has a river.", True),
+        ("what is the largest river of the province", "The river is long.", False),
+        ("why?", "Because.", False),
+        ("", "Nothing.", False),
+    ],
+)
+def test_what_seems_to_answer(question, context, is_stated):
+    assert seems_to_answer(_sentences(context), *question_words(question)) == is_stated
+
+
+def test_few_hard_copies_of_the_demo_are_answered_by_their_context():
+    """By what the generator knows: 31 of 800 without looking at names and attributes."""
+    passages = {p.context: p for p, _ in validation_passages(NUM_VALIDATION_PASSAGES)}
+    path = ROOT / "data/demo/validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    examples = read_examples(str(path))
+    for row, example in zip(rows, examples, strict=True):  # the generator knows its own questions
+        answer = passages[example.context].answer_to(example.question)
+        assert answer == (row["response"] if example.is_answerable else None)
+    copies = unanswerable_copies(examples, "hard")
+    answered = [passages[c.context].answer_to(c.question) is not None for c in copies]
+    assert len(copies) == 800 and sum(answered) <= 5
