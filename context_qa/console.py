@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from context_qa.answering import Answerer
+from context_qa.data_warnings import model_warnings
 from context_qa.explanation import Explanation, answer_spans, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.terminal import Screen, typed
@@ -182,6 +183,8 @@ def load_console(
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
+    for warning in model_warnings(args.model):
+        print(f"warning: {warning}", file=sys.stderr)
     if explain:
         require_offsets(tokenizer)
     layers = delta_layers(args.model, model.config.n_layer) if explain else ()

@@ -1,8 +1,9 @@
-"""What in the data makes training or scores mean something else than they seem to, in words."""
+"""What makes training or scores mean something else than they seem to, in words."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
+from mamba_lm.checkpoint import find_model
 from mamba_lm.tokenizer import encode
 from squad_utils import Example, answer_text, exact_match, folded_answer, normalize_answer
 
@@ -20,6 +21,15 @@ def data_warnings(
     yield from _empty_references(examples)
     if tokenizer is not None:
         yield from _unreachable_references(examples, tokenizer, stop_ids, max_new_tokens)
+
+
+def model_warnings(model: str) -> Iterator[str]:
+    """A line if a model of this name has not been trained."""
+    if find_model(model).is_random:
+        yield (
+            f"{model} is a config file: the weights are RANDOM, and answers and scores say nothing "
+            "about a trained model"
+        )
 
 
 def _repeated_ids(examples: Sequence[Example]) -> Iterator[str]:

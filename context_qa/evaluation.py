@@ -12,7 +12,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from context_qa.answering import MAX_BATCH_TOKENS, Answerer
-from context_qa.data_warnings import data_warnings
+from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
 from context_qa.processes import from_first, in_step
@@ -22,7 +22,7 @@ from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
 from errors import UserError, keep_inputs, positive_int
-from mamba_lm.checkpoint import find_model, load_model_and_tokenizer
+from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples, same_question
 
@@ -211,12 +211,7 @@ class _Run:
 
     def _warn(self, questions: _Questions, answerer: Answerer | None) -> list[str]:
         """What makes the scores mean less than they seem to, printed, and kept with them."""
-        warnings = []
-        if answerer is not None and find_model(self.args.model).is_random:
-            warnings.append(
-                f"{self.args.model} is a config file: the weights are RANDOM, and the scores say "
-                "nothing about a trained model"
-            )
+        warnings = [] if answerer is None else [*model_warnings(self.args.model)]
         decoding = ()
         if answerer is not None and not self.args.constrain_to_context:
             decoding = answerer.tokenizer, answerer.stop_ids, answerer.max_new_tokens

@@ -22,6 +22,8 @@ from squad_utils import (
     answer_text,
     exact_match,
     f1_score,
+    fold,
+    folded_answer,
     is_correct,
     is_scored_as_empty,
     normalize_answer,
@@ -607,3 +609,36 @@ def test_silence_and_punctuation_are_scored_as_empty_and_are_no_abstentions(gues
 @pytest.mark.parametrize("guess", ["I know.", "don't know", "0", "I don't know him"])
 def test_no_abstentions(guess):
     assert not abstains(guess) and not is_scored_as_empty(guess)
+
+
+SAME = [
+    ("Zoé", "Zoe\u0301", "ZOE"),
+    ("１９９８", "1998", "١٩٩٨", "१९९८"),
+    ("co\u00adoperate", "cooperate", "co\u200boperate"),
+    ("I don’t", "I don't", "I donʼt", "I don\u2032t"),
+    ("1990–95", "1990-95", "1990\u2011 95".replace(" ", "")),
+    ("−3", "-3"),
+    ("ﬁve", "five"),
+    ("Straße", "STRASSE"),
+    ("a\u00a0b", "a b", "a\u3000b"),
+    ("“x”", "„x“", "«x»"),
+    ("❤\ufe0f", "❤"),
+]
+
+
+@pytest.mark.parametrize("texts", SAME, ids=str)
+def test_folding_makes_one_form(texts):
+    assert len({fold(text) for text in texts}) == 1
+    assert fold(fold(texts[0])) == fold(texts[0])
+
+
+@pytest.mark.parametrize("texts", [("1998", "1999"), ("হিন্দি", "হন্দ"), ("कि", "का"), ("ab", "a b")])
+def test_folding_keeps_what_is_another_word(texts):
+    """Vowel signs of Indian scripts are no accents."""
+    assert len({fold(text) for text in texts}) == len(texts)
+
+
+def test_folding_leaves_official_scores_alone():
+    composed, decomposed = "Zoé", "Zoe\u0301"
+    assert exact_match(composed, [decomposed]) == 0.0 == f1_score(composed, [decomposed])
+    assert folded_answer(composed) == folded_answer(decomposed)

@@ -161,3 +161,19 @@ def test_strengths_are_means_over_layers_at_each_tokens_place():
     assert strengths[0][0] == 0 and ends == sorted(ends) and ends[-1] == len(context)
     texts = [context[start:end].strip() for start, end, _ in strengths]
     assert "”" in texts and "hotel" in texts
+
+
+@pytest.mark.parametrize(
+    "context, answer, marked",
+    [
+        ("Zoe\u0301 Bru\u0302le\u0301 came.", "Zoé Brûlé", ["Zoe\u0301 Bru\u0302le\u0301"]),
+        ("Zoé Brûlé came.", "Zoe\u0301 Bru\u0302le\u0301", ["Zoé Brûlé"]),
+        ("O’Neill and O'Neill.", "O'Neill", ["O’Neill", "O'Neill"]),
+        ("In １９９８.", "1998", ["１９９８"]),
+        ("The e\u0301", "é", ["e\u0301"]),
+        ("ﬁve and five", "five", ["ﬁve", "five"]),
+        ("Zoés", "Zoé", []),
+    ],
+)
+def test_the_answer_is_marked_in_whatever_form_it_is_written(context, answer, marked):
+    assert [context[start:end] for start, end in answer_spans(context, answer)] == marked

@@ -271,3 +271,25 @@ def test_a_copy_is_known_by_its_place_and_not_by_its_id():
     assert metrics.parts(rows).keys() == {"", "has_answer_", "no_answer_"}
     parts = metrics.parts(rows, first_negative=2)
     assert (parts["no_answer_"], parts["negatives_"]) == (rows[:1], rows[2:])
+
+
+def test_guesses_in_another_unicode_form_are_counted_beside_the_official_score():
+    rows = [
+        row(0, ["Zoe\u0301"], "Zoé"),
+        row(1, ["x"], "x"),
+        row(2, [], NO_ANSWER),
+        row(3, ["Bo"], "Zoé"),
+        row(4, ["é", "Zoé"], "ZOE\u0301"),
+    ]
+    found = metrics.summarize(rows, {})
+    assert (found["scores"]["exact_match"], found["folded_exact_match"]) == (40.0, 80.0)
+    assert "folded_exact_match" not in metrics.summarize(rows[1:4], {})
+    copies = metrics.summarize(rows, {}, first_negative=1)  # of the data's own alone
+    assert copies["folded_exact_match"] == 100.0
+
+
+@pytest.mark.parametrize("guess", ["", "A", "...", "the", "::::"])
+def test_a_guess_that_is_scored_as_empty_is_no_abstention(guess):
+    found = metrics.abstention([row(0, [], guess), row(1, ["A"], guess), row(2, [], NO_ANSWER)])
+    assert (found["num_abstained"], found["num_empty"]) == (1, 2)
+    assert (found["precision"], found["recall"]) == (100.0, 50.0)
