@@ -217,7 +217,9 @@ class _Folding(dict):
             folded = str(unicodedata.decimal(character))
         elif category == "Pd" or character == "\u2212":  # minus
             folded = "-"
-        elif category in ("Pi", "Pf") or character in "\u02b9\u02bc\u2032\u201a\u201e":  # quotes, primes
+        elif (
+            category in ("Pi", "Pf") or character in "\u02b9\u02bc\u2032\u201a\u201e"
+        ):  # quotes, primes
             folded = "'"
         self[number] = folded
         return folded

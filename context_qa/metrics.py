@@ -162,8 +162,8 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     right = int((abstained & unanswerable).sum())
     found: dict[str, float | int] = {
         "num_abstained": int(abstained.sum()),
-        "num_empty": empty,
         "num_unanswerable": int(unanswerable.sum()),
+        "num_empty": empty,
     }
     if abstained.any():
         found["precision"] = 100 * right / abstained.sum()

@@ -26,6 +26,10 @@ Groups = dict[str, list[Mapping]]
 ABSTENTION = {  # the figures of metrics.abstention: their titles and what they mean
     "num_abstained": ("abstentions", f"questions answered “{NO_ANSWER}”"),
     "num_unanswerable": ("unanswerable", "questions without an answer"),
+    "num_empty": (
+        "empty guesses",
+        "scored as the empty answer without saying so: nothing, or punctuation and articles alone",
+    ),
     "precision": ("precision", "of the abstentions, how many were right"),
     "recall": ("recall", "of the unanswerable questions, on how many it abstained"),
     "f1": ("F1", "harmonic mean of precision and recall"),
@@ -185,10 +189,9 @@ def _title(summary: Mapping, name: str) -> str:
 
 def _notice(rows: Sequence[Mapping], summary: Mapping, is_torn: bool) -> str:
     found = incompleteness(len(rows), summary, is_torn)
-    if not found:
-        return ""
-    text = f"Incomplete run: the figures are those of the {found}."
-    return f'<p class="notice" role="note">{text}</p>'
+    texts = [f"Incomplete run: the figures are those of the {found}."] if found else []
+    texts += [f"Warning: {warning}." for warning in summary.get("warnings", ())]
+    return "\n".join(f'<p class="notice" role="note">{escape(text)}</p>' for text in texts)
 
 
 def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
@@ -252,7 +255,16 @@ def _score_table(found: Mapping) -> str:
         + f"<p>Below each score: its 95 % interval, by a bootstrap over {found['intervals_over']}. "
         "Exact match and F1 are those of SQuAD 2.0, the best over the references, where abstaining "
         "counts as the empty answer. Raw match: the very text of the first reference, but for "
-        "case.</p>"
+        f"case.{_folded(found)}</p>"
+    )
+
+
+def _folded(found: Mapping) -> str:
+    if "folded_exact_match" not in found:
+        return ""
+    return (
+        f" With guesses that differ from a reference in the form of their characters alone, exact "
+        f"match is {found['folded_exact_match']:.1f}."
     )
 
 

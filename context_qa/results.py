@@ -274,6 +274,7 @@ def read_summary(path: str | Path) -> dict:
         "num_questions": int,
         "first_negative": int,
         "made_by": list,
+        "warnings": list,
     }
     items = summary.items() if isinstance(summary, dict) else ()
     return {name: v for name, v in items if isinstance(v, shapes.get(name, object))}

@@ -194,6 +194,17 @@ def test_without_a_summary(report):
     assert "bootstrap over 6 questions" in html  # none of them known to be a copy
 
 
+def test_warnings_of_the_run_are_shown(report):
+    html = report(ROWS, SUMMARY | {"warnings": ["2 ids are <b>there</b> twice"]})
+    assert "Warning: 2 ids are &lt;b&gt;there&lt;/b&gt; twice." in html
+
+
+def test_the_folded_score_is_there_where_it_differs(report):
+    assert "form of their characters" not in report(ROWS)
+    rows = [*ROWS[:4], row(4, "Norwa\u0301y", ("Norwáy",))]
+    assert "in the form of their characters alone, exact match is 60.0." in report(rows)
+
+
 def test_an_incomplete_run_says_so(report):
     html = report(ROWS[:2], SUMMARY | {"complete": False})
     assert "Incomplete run: the figures are those of the 2 of 6 questions" in html
