@@ -157,13 +157,11 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     and the average precision of `answerability`. What would divide by nothing is left out.
     """
     abstained = np.array([abstains(row["guess"]) for row in rows])
-    empty = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(abstained.sum())
     unanswerable = np.array([not row["answers"] for row in rows])
     right = int((abstained & unanswerable).sum())
     found: dict[str, float | int] = {
         "num_abstained": int(abstained.sum()),
         "num_unanswerable": int(unanswerable.sum()),
-        "num_empty": empty,
     }
     if abstained.any():
         found["precision"] = 100 * right / abstained.sum()
@@ -177,6 +175,9 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
         found["expected_calibration_error"] = float(np.average(gaps, weights=bins.counts))
         if 0 < unanswerable.sum() < len(rows):
             found["answerability_average_precision"] = answerability(rows).area
+    found["num_empty"] = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(
+        abstained.sum()
+    )
     return {name: v if isinstance(v, int) else float(v) for name, v in found.items()}
 
 
