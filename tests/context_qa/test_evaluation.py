@@ -127,7 +127,6 @@ def test_baselines(run, data):
     assert {row["confidence"] for row in rows} == {None}
     assert summary["abstention"] == {
         "num_abstained": 0,
-        "num_empty": 0,
         "num_unanswerable": 20,
         "recall": 0,
         "f1": 0,

@@ -123,7 +123,7 @@ def test_abstention_where_it_is_never_right_or_never_done():
 def test_a_baseline_without_probabilities_has_counts_only():
     rows = [row(0, ["x"], "x", None, None), row(1, [], NO_ANSWER, None, None)]
     assert set(metrics.abstention(rows)) == {
-        *("num_abstained", "num_empty", "num_unanswerable", "precision", "recall", "f1")
+        *("num_abstained", "num_unanswerable", "precision", "recall", "f1")
     }
 
 
