@@ -163,6 +163,9 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
         "num_abstained": int(abstained.sum()),
         "num_unanswerable": int(unanswerable.sum()),
     }
+    empty = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(abstained.sum())
+    if empty:
+        found["num_empty"] = empty
     if abstained.any():
         found["precision"] = 100 * right / abstained.sum()
     if unanswerable.any():
@@ -175,9 +178,6 @@ def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
         found["expected_calibration_error"] = float(np.average(gaps, weights=bins.counts))
         if 0 < unanswerable.sum() < len(rows):
             found["answerability_average_precision"] = answerability(rows).area
-    empty = sum(is_scored_as_empty(row["guess"]) for row in rows) - int(abstained.sum())
-    if empty:
-        found["num_empty"] = empty
     return {name: v if isinstance(v, int) else float(v) for name, v in found.items()}
 
 

@@ -26,6 +26,10 @@ Groups = dict[str, list[Mapping]]
 ABSTENTION = {  # the figures of metrics.abstention: their titles and what they mean
     "num_abstained": ("abstentions", f"questions answered “{NO_ANSWER}”"),
     "num_unanswerable": ("unanswerable", "questions without an answer"),
+    "num_empty": (
+        "empty guesses",
+        "scored as the empty answer without saying so: nothing, or punctuation and articles alone",
+    ),
     "precision": ("precision", "of the abstentions, how many were right"),
     "recall": ("recall", "of the unanswerable questions, on how many it abstained"),
     "f1": ("F1", "harmonic mean of precision and recall"),
@@ -40,10 +44,6 @@ ABSTENTION = {  # the figures of metrics.abstention: their titles and what they 
     "answerability_average_precision": (
         "average precision of answerability",
         "telling which questions have an answer; higher is better",
-    ),
-    "num_empty": (
-        "empty guesses",
-        "scored as the empty answer without saying so: nothing, or punctuation and articles alone",
     ),
 }
 
