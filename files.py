@@ -12,7 +12,7 @@ from errors import UserError
 MODEL_FILES = (  # a model's configuration and weights, in one file or in several
     *("config.json", "model.safetensors", "model.safetensors.index.json"),
     *("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    "pytorch_model-*-of-*.bin",
+    *("pytorch_model-*-of-*.bin", "generation_config.json"),
 )
 
 

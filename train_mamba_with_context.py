@@ -93,7 +93,8 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
         run.warn(doubts(scored, examples))
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
-    run.warn(data_warnings(examples, tokenizer, stop_tokens(tokenizer)))
+    found = data_warnings(examples, tokenizer, stop_tokens(tokenizer))
+    run.warn(f"{args.data_path}: {warning}" for warning in found)
 
     data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
     batches = GroupedBatches(

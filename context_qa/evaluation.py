@@ -215,7 +215,8 @@ class _Run:
         decoding = ()
         if answerer is not None and not self.args.constrain_to_context:
             decoding = answerer.tokenizer, answerer.stop_ids, answerer.max_new_tokens
-        warnings += data_warnings(questions.own(), *decoding)
+        found = data_warnings(questions.own(), *decoding)
+        warnings += [f"{questions.source}: {warning}" for warning in found]
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return warnings

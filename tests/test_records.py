@@ -254,8 +254,8 @@ def test_training_warns_of_its_data(train, data, tmp_path):
     rows = [row | {"id": "same", "response": "two\nlines"} for row in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     said = train()
-    assert "warning: 1 ids are there more than once" in said
-    assert "warning: 3 questions have no reference that a guess can be" in said
+    assert f"warning: {data}: 1 ids are there more than once" in said
+    assert f"warning: {data}: 3 questions have no reference that a guess can be" in said
     record = json.loads((tmp_path / "out/training_args.json").read_text())
     assert len(record["warnings"]) == 2
 

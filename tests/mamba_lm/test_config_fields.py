@@ -285,3 +285,11 @@ def test_a_tokenizer_that_travels_along_gives_the_token_ids(make_model, tmp_path
     save_model(model, tmp_path / "model", tokenizer)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 0
+
+
+def test_settings_of_an_older_model_in_the_folder_are_not_kept(make_model, tmp_path):
+    model = make_model()
+    model.generation = {"max_new_tokens": 99}
+    save_model(model, tmp_path / "model")
+    save_model(make_model(seed=1), tmp_path / "model")
+    assert not (tmp_path / "model/generation_config.json").exists()
