@@ -1,18 +1,18 @@
-"""Files that are read with one complaint, and written whole or not at all; folders of a model."""
+"""Files that are read with one complaint, and files and folders that are written whole or not."""
 
 import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errors import UserError
 
 MODEL_FILES = (  # a model's configuration and weights, in one file or in several
-    *("config.json", "model.safetensors", "model.safetensors.index.json"),
-    *("model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    *("pytorch_model-*-of-*.bin", "generation_config.json"),
+    *("config.json", "generation_config.json"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 
 
@@ -99,12 +99,12 @@ def is_at(descriptor: int, path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, replaced: Sequence[str] = MODEL_FILES) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends without an error.
 
     A new folder appears whole, by one rename. In one that exists (it may hold checkpoints, or be a
     mount of its own) the old config.json goes first and the new one comes last: without it a folder
-    is not a model.
+    is not a model. What else matches the patterns `replaced` goes too.
     """
     folder = Path(folder).absolute()
     name = f".{folder.name}.partial-{os.getpid()}"
@@ -114,7 +114,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
         if partial.parent == folder:
             (folder / "config.json").unlink(missing_ok=True)
-            for pattern in MODEL_FILES:
+            for pattern in replaced:
                 for stale in folder.glob(pattern):
                     stale.unlink()
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):

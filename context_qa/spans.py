@@ -54,7 +54,7 @@ class Spans:
     ):
         self.context = context
         self.choices: list[Choice] = []
-        self._bounds: list[tuple[int, list[int]]] = []  # the start and the possible ends of each
+        self._bounds: list[tuple[int, list[int | None]]] = []  # the start and the ends of each
         self._holds_no_answer = NORMALIZED_NO_ANSWER in folded_answer(context)
         self._characters = [match.end() for match in _CHARACTER.finditer(context)]
         self._ends = {match.end() for match in _WORD.finditer(context)}
@@ -75,36 +75,40 @@ class Spans:
         first = list(itertools.accumulate((len(ids) for ids, _ in tails), initial=0))
         tail_ids = [token for ids, _ in tails for token in ids]
         tail_ends = [
-            self._character_end(piece.start() + end)
+            self._character_end(piece.start(), *place)
             for piece, (_, offsets) in zip(pieces, tails, strict=True)
-            for _, end in offsets
+            for place in offsets
         ]
         for (start, place), (ids, offsets) in zip(starts, encoded[len(pieces) :], strict=True):
             # One token more than can be said tells whether the last of them ends a character.
             rest = slice(first[place + 1], first[place + 1] + max(max_tokens + 1 - len(ids), 0))
-            own_ends = [self._character_end(start + end - _ADDED) for _, end in offsets]
+            own_ends = [self._character_end(start - _ADDED, *place) for place in offsets]
             self._add(start, ids + tail_ids[rest], own_ends + tail_ends[rest], max_tokens, stop_ids)
 
-    def _character_end(self, end: int) -> int:
+    def _character_end(self, shift: int, start: int, end: int) -> int | None:
         """Where the character ends in which a token does: tokenizers that normalise may count a
-        letter without the accent that follows it."""
-        return self._characters[bisect.bisect_left(self._characters, end)] if end > 0 else end
+        letter without the accent that follows it. None for a token without a character, such as a
+        blank of its own that is trimmed."""
+        if start == end or shift + end <= 0:
+            return None
+        return self._characters[bisect.bisect_left(self._characters, shift + end)]
 
     def _add(
         self,
         start: int,
         ids: list[int],
-        ends: list[int],
+        ends: list[int | None],
         max_tokens: int,
         stop_ids: Collection[int],
     ) -> None:
         length = next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))
         length = min(length, max_tokens)
-        # Tokens that share a character have one end: only the last of them ends it.
-        may_end = [
-            end > start and end != after and end in self._ends
-            for end, after in itertools.pairwise([*ends, -1])
-        ]
+        may_end, after = [False] * len(ids), -1
+        for n in reversed(range(len(ids))):
+            # Tokens that share a character have one end: only the last of them ends it.
+            if ends[n] is not None:
+                may_end[n] = start < ends[n] != after and ends[n] in self._ends
+                after = ends[n]
         for n in range(length):
             if may_end[n]:
                 may_end[n] = not is_scored_as_empty(self.context[start : ends[n]])

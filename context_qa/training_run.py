@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from context_qa.model_card import model_card
@@ -22,7 +21,8 @@ from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError
 from files import MODEL_FILES, locked, named_errors, write_whole
-from mamba_lm.checkpoint import NOTE, files_read, read_config
+from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
+from mamba_lm.tokenizer import TOKENIZER_FILES
 from mamba_lm.training_checkpoints import (
     checkpoints,
     describe_files,
@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when 
 )
 _OURS = (  # what a run leaves; what tells that it is a run's comes last
     *MODEL_FILES,
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *TOKENIZER_FILES,
     *(".*.partial*", "*.partial", NOTE, CARD, LOG, PLOT, RECORD),
 )
 
@@ -95,13 +95,20 @@ class TrainingRun:
             self._keep_inputs()
             return False, None
         self._compare(before)
-        if before.get("complete"):
-            change = self._change(before)
-            if change is None:
-                return True, None
-            print(f"warning: {self.folder}: {change}; it is written again", file=sys.stderr)
+        change = self._change(before) if before.get("complete") is True else None
+        if before.get("complete") is True and change is None:
+            return True, None
         self._compare_code(before)
-        return False, newest_checkpoint(self.folder)
+        checkpoint = newest_checkpoint(self.folder)
+        if change is not None and checkpoint is None:
+            raise UserError(
+                f"{self.folder}: {change}, and no checkpoint is left to write the model from; "
+                "--overwrite trains it again from the start"
+            )
+        if change is not None:
+            said = f"{change}; the model is written again from {checkpoint.name}"
+            print(f"warning: {self.folder}: {said}", file=sys.stderr)
+        return False, checkpoint
 
     def _require_shared_folder(self) -> None:
         """UserError where a process, on another machine, does not see what the first one writes."""
@@ -159,13 +166,19 @@ class TrainingRun:
 
     def _change(self, before: Mapping) -> str | None:
         """What is no longer as the finished run left it, in words; None if all of its model is."""
+        files = before.get("files")
         try:
-            if isinstance(before.get("files"), dict):
-                return find_change(self.folder, before["files"])
-            self._model_files()  # of earlier versions, which did not describe them
+            if not files or not isinstance(files, dict):  # of earlier versions
+                self._model_files()
+                read_model_weights(self.folder, read_config(self.folder / "config.json"))
+                return None
+            change = find_change(self.folder, files)
+            if change is not None:
+                return change
+            others = {path.name for path in self._model_files()} - files.keys()
         except (UserError, KeyError, TypeError, OSError) as error:
-            return str(error)
-        return None if _is_whole(self.folder / "model.safetensors") else "its weights are broken"
+            return f"its model is not whole ({error})"
+        return f"{min(others)} is not of the run, but loading reads it" if others else None
 
     def _write(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
@@ -217,14 +230,6 @@ def _code(record: Mapping) -> dict:
     """What ran, of a record: commit and versions."""
     versions = record.get("packages", {})
     return {name: record.get(name) for name in ("git_commit", "python")} | versions
-
-
-def _is_whole(weights: Path) -> bool:
-    try:
-        with safe_open(weights, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def _is_model(folder: Path) -> bool:

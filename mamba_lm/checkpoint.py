@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,23 +22,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
-from files import atomic_folder
+from files import MODEL_FILES, atomic_folder
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.tokenizer import (
     DEFAULT_TOKENIZER,
+    TOKENIZER_FILES,
     find_tokenizer,
     has_tokenizer,
     load_tokenizer_at,
     tokenizer_files,
     vocabulary_bound,
+    warn,
 )
 
 FORMATS = ("transformers", "state_spaces")
 NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 GENERATION = "generation_config.json"
-_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "merges.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
 
 
 class ModelFiles(NamedTuple):
@@ -65,6 +66,11 @@ def find_model(name: str) -> ModelFiles:
     if name.endswith(".json"):
         return ModelFiles(Path(name))
     folder = find_folder(name)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: an adapter, not a whole model; merge it into its "
+            "base model and save that"
+        )
     read_config(folder / "config.json")  # a folder of something else is refused by this, first
     generation = folder / GENERATION
     generation = generation if generation.is_file() else None
@@ -109,7 +115,7 @@ def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaCo
         found = head if embedding is None else embedding
         weights.update(dict.fromkeys(names, found) if found is not None else {})
         return config
-    if head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding):
+    if head.data_ptr() == embedding.data_ptr() or _are_equal(head, embedding):
         return config
     if not _is_transformers(_read_json(path)):
         raise UserError(
@@ -121,6 +127,11 @@ def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaCo
         "differ; both are kept, untied"
     )
     return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers, NaN in the same places."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
@@ -168,7 +179,7 @@ def read_config(path: Path, is_random: bool = False) -> MambaConfig:
             return transformers.read_config(raw, path, is_random)
         if "d_model" in raw and "model_type" not in raw:
             return state_spaces.read_config(raw, path, is_random)
-    except ValueError as error:  # sizes that do not fit together
+    except (ValueError, OverflowError) as error:  # sizes that do not fit together
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r:.40})")
 
@@ -197,10 +208,6 @@ def _read_generation(files: ModelFiles) -> dict:
     return ids | (_read_json(files.generation) if files.generation else {})
 
 
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def save_model(
     model: MambaLM,
     folder: str | Path,
@@ -212,9 +219,9 @@ def save_model(
     weights: those of the model by name, where it does not hold them whole."""
     weights = model.state_dict() if weights is None else weights
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    ids = {name: getattr(tokenizer, name) for name in transformers.TOKEN_IDS} if tokenizer else {}
-    generation = model.generation | ids
-    with atomic_folder(folder) as partial:
+    generation = _generation_with(model.generation, tokenizer)
+    replaced = (*MODEL_FILES, *(TOKENIZER_FILES if tokenizer is not None else ()))
+    with atomic_folder(folder, replaced) as partial:
         if format == "state_spaces":
             config = state_spaces.write_config(model.config)
             with writing_tensors():
@@ -233,6 +240,17 @@ def save_model(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def _generation_with(generation: dict, tokenizer) -> dict:
+    """A checkpoint's settings of generation with the token ids of its tokenizer, unless they agree
+    on what ends a text: a checkpoint may list several ends, and a padding of its own."""
+    if tokenizer is None:
+        return generation
+    ends = generation.get("eos_token_id")
+    if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
+        return generation
+    return generation | {name: getattr(tokenizer, name) for name in transformers.TOKEN_IDS}
 
 
 def new_folder(name: str) -> Path:

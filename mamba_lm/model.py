@@ -58,6 +58,7 @@ class MambaConfig:
     residual_in_fp32: bool = True
     pad_vocab_size_multiple: int = 8
     initializer_range: float = 0.02  # standard deviation of fresh embeddings
+    rescale_prenorm_residual: bool = True  # fresh output projections by 1 / sqrt(n_layer)
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
@@ -76,8 +77,8 @@ class MambaConfig:
 
     def _require_size(self, name: str) -> None:
         value = getattr(self, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be an integer from 1 to 2**31 - 1, not {value!r:.40}")
 
     @property
     def vocab_rows(self) -> int:
@@ -444,8 +445,9 @@ def initialize(model: MambaLM) -> None:
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
         initialize_delta(mixer.dt_proj, 1e-3, 0.1)
-        with torch.no_grad():
-            mixer.out_proj.weight /= math.sqrt(model.config.n_layer)
+        if model.config.rescale_prenorm_residual:
+            with torch.no_grad():
+                mixer.out_proj.weight /= math.sqrt(model.config.n_layer)
 
 
 def initialize_delta(dt_proj: DeltaProjection, dt_min: float, dt_max: float) -> None:

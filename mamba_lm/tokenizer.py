@@ -5,9 +5,11 @@ from their class's name and vocabulary, and so splits text otherwise than the fi
 one): here the file is loaded as it is, and what was loaded is compared with it.
 """
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import UserError
@@ -18,11 +20,11 @@ _VOCABULARIES = (  # each alone makes a folder one with a tokenizer
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model"),
 )
-_BESIDE = (  # what transformers reads beside them
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    "chat_template.jinja",
-)
-_HUB_FILES = ["*.json", "*.model", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+_BESIDE = (*_CONFIGS, "added_tokens.json", "chat_template.jinja")  # read with a tokenizer.json
+TOKENIZER_FILES = (*_VOCABULARIES, *_BESIDE, "merges.txt")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of added tokens
+_MARKUP = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)  # as control tokens are written
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -39,26 +41,28 @@ def find_tokenizer(name: str) -> Path:
 
     # Not by AutoTokenizer, which asks for a wrong name for a minute.
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, "config.json"]))
     except Exception as error:  # the Hub client raises many kinds, all of them about reaching it
         raise _unusable(name, error) from error
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The files that loading the tokenizer at this path reads."""
-    folder, names = path, (*_VOCABULARIES, *_BESIDE)
-    if path.is_file():
-        folder, names = path.parent, (path.name, *_BESIDE)
-    elif (path / "tokenizer.json").exists():
-        names = ("tokenizer.json", *_BESIDE)
+    """The files that loading the tokenizer at this path reads. transformers chooses the class by
+    config.json where there is no tokenizer.json."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
+    if file.name != "tokenizer.json":
+        return [file]
+    names = ("tokenizer.json", *_BESIDE) if file.is_file() else (*TOKENIZER_FILES, "config.json")
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 def load_tokenizer_at(path: Path):
     """The tokenizer of a folder or of a tokenizer.json file, which is read with what is beside it.
 
-    A file alone ends texts with <|endoftext|>. Raises UserError where nothing can be loaded, there
-    is no end-of-text token, or transformers would make other tokens than the file says.
+    A file alone, and one in a model's folder, ends texts with <|endoftext|> where no other file
+    says what does. Raises UserError where nothing can be loaded, there is no end-of-text token, or
+    transformers would make other tokens than the file says.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -70,12 +74,13 @@ def load_tokenizer_at(path: Path):
             names = loaded.vocab_files_names.values()
             if not any((folder / name).is_file() for name in names):  # it is then an empty one
                 raise ValueError(f"none of {', '.join(names)} is in it")
-        elif file.name == "tokenizer.json" and (folder / "tokenizer_config.json").exists():
+        elif file.name == "tokenizer.json" and any((folder / n).exists() for n in _CONFIGS):
             loaded = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         else:
             written = json.loads(file.read_text(encoding="utf-8"))
             tokens = {token["content"] for token in written["added_tokens"]}
-            eos = _DEFAULT_EOS if path.is_file() and _DEFAULT_EOS in tokens else None
+            has_default = path.is_file() or (folder / "config.json").is_file()
+            eos = _DEFAULT_EOS if has_default and _DEFAULT_EOS in tokens else None
             loaded = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=eos)
         if file.is_file():
             _require_as_written(loaded, file)
@@ -100,7 +105,8 @@ def _unusable(name: str | Path, error: Exception) -> UserError:
 
 
 def _require_as_written(loaded, file: Path) -> None:
-    """UserError unless a loaded tokenizer is the one of its file."""
+    """UserError unless a loaded tokenizer makes the tokens that its file says; a warning where
+    files beside it add tokens that ordinary text can contain."""
     from tokenizers import Tokenizer
 
     written, found = Tokenizer.from_file(str(file)), loaded.backend_tokenizer
@@ -111,14 +117,30 @@ def _require_as_written(loaded, file: Path) -> None:
     ]
     if written.get_vocab(False) != found.get_vocab(False):
         changed.append("vocab")
-    added = found.get_added_tokens_decoder()
-    for token_id, token in written.get_added_tokens_decoder().items():
-        if str(added.get(token_id)) != str(token):
-            changed.append(f"the added token {token}")
+    if getattr(written.model, "dropout", None):
+        changed.append("dropout, by which ids would differ from call to call")
+    # The library gives another id than the file says to a token that is not in its vocabulary.
+    listed = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
+    ids = {token["content"]: token["id"] for token in listed}
+    ids |= {str(token): number for number, token in loaded.init_kwargs.get(
+        "added_tokens_decoder", {}).items()}  # fmt: skip
+    for content, number in ids.items():
+        if found.token_to_id(content) != int(number):
+            changed.append(f"the id {number} of the added token {content!r}")
+    before = {str(token): token for token in written.get_added_tokens_decoder().values()}
+    for token in found.get_added_tokens_decoder().values():
+        own = before.get(str(token))
+        if own is None:
+            if not token.special:
+                warn(f"{file.parent}: {str(token)!r} is a token that {file.name} does not have")
+        elif any(getattr(own, flag) != getattr(token, flag) for flag in _FLAGS) or (
+            own.special != token.special and str(token) not in loaded.all_special_tokens
+        ):
+            changed.append(f"how the added token {str(token)!r} is found in texts")
     if changed:
         raise UserError(
-            f"{file}: transformers changes it when it loads it ({changed[0]}); remove what asks "
-            "for that from tokenizer_config.json"
+            f"{file}: not loaded as it is written ({changed[0]}); correct it, or what asks for "
+            "that in the files beside it"
         )
 
 
@@ -139,29 +161,46 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """
     if not texts:
         return []
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
-    found = tokenizer(list(texts), **plain)["input_ids"]
-    control = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    found = tokenizer(list(texts), **_PLAIN)["input_ids"]
+    control = _control_tokens(tokenizer)
     for place, ids in enumerate(found):
-        if not control.isdisjoint(ids):
-            found[place] = _without_control(tokenizer, texts[place], control, plain)
+        if not control.keys().isdisjoint(ids):
+            pieces = _pieces(texts[place], control.values())
+            rows = tokenizer([piece for _, piece in pieces], **_PLAIN)["input_ids"]
+            found[place] = [token for row in rows for token in row]
+            _require_no_control(tokenizer, found[place], texts[place])
     return found
 
 
-def _without_control(tokenizer, text: str, control: set[int], plain: dict) -> list[int]:
-    """Tokens of a text with a control token's name in it, by a tokenizer whose vocabulary gives the
-    name its id: the name's first character is tokenised apart from its rest."""
-    names = "|".join(map(re.escape, tokenizer.all_special_tokens))
-    cuts = [match.start() + 1 for match in re.finditer(names, text)]
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    ids = [token for piece in tokenizer(pieces, **plain)["input_ids"] for token in piece]
-    if not control.isdisjoint(ids):
-        token = next(token for token in ids if token in control)
+_PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer) -> dict[int, str]:
+    """End-of-text, and all added tokens that are written as markup is: <s>, [PAD], <|im_start|>. An
+    added token that is a word or a mark is part of texts."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    markup = {number: str(t) for number, t in added.items() if _MARKUP.fullmatch(str(t))}
+    markup.pop(tokenizer.unk_token_id, None)
+    return markup | {tokenizer.eos_token_id: tokenizer.eos_token}
+
+
+def _pieces(text: str, names: Iterable[str]) -> list[tuple[int, str]]:
+    """A text cut after the first character of each control token's name in it, and where each piece
+    begins: tokenised apart, they do not give the control token."""
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    starts = [0, *(match.start() + 1 for match in re.finditer(pattern, text))]
+    return [(a, text[a:b]) for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+def _require_no_control(tokenizer, ids: Sequence[int], text: str) -> None:
+    control = _control_tokens(tokenizer)
+    token = next((token for token in ids if token in control), None)
+    if token is not None:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} makes its control token "
-            f"{tokenizer.convert_ids_to_tokens(token)!r} of plain text: {text!r:.80}"
+            f"the tokenizer {tokenizer.name_or_path} makes its control token {control[token]!r} of "
+            f"plain text: {text!r:.80}"
         )
-    return ids
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
@@ -173,12 +212,29 @@ def encode_with_offsets(tokenizer, texts: Sequence[str]) -> list[tuple[list[int]
     """Token ids of each text as `encode` gives them, and where each token is in the text, as
     (start, end) in characters. UserError for a tokenizer that does not know."""
     require_offsets(tokenizer)
-    backend = tokenizer.backend_tokenizer
+    backend, control = tokenizer.backend_tokenizer, _control_tokens(tokenizer)
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    encoded = backend.encode_batch(list(texts), add_special_tokens=False)
-    return [(one.ids, one.offsets) for one in encoded]
+    found = []
+    for text, one in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+        ids, offsets = one.ids, one.offsets
+        if not control.keys().isdisjoint(ids):
+            pieces = _pieces(text, control.values())
+            rows = backend.encode_batch([piece for _, piece in pieces], add_special_tokens=False)
+            ids = [token for row in rows for token in row.ids]
+            offsets = [
+                (begin + start, begin + end)
+                for (begin, _), row in zip(pieces, rows, strict=True)
+                for start, end in row.offsets
+            ]
+            _require_no_control(tokenizer, ids, text)
+        found.append((ids, offsets))
+    return found
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def require_offsets(tokenizer) -> None:

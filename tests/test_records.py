@@ -229,9 +229,29 @@ def test_a_complete_run_is_looked_at(change, name, train, tmp_path, capsys):
     assert "warning" not in train()
     change(folder / name)
     said = train()
-    assert f"warning: {folder}: {name} is " in said and "it is written again" in said
+    assert f"warning: {folder}: {name} is " in said
+    assert said.endswith("; the model is written again from checkpoint-2\n")
     assert (folder / name).read_bytes() == whole[name]
     assert "warning" not in train()
+
+
+def test_a_file_that_loading_would_read_makes_a_run_incomplete(train, tmp_path):
+    train()
+    (tmp_path / "out/added_tokens.json").write_text('{"the": 2156}')
+    assert "added_tokens.json is not of the run, but loading reads it" in train()
+    assert not (tmp_path / "out/added_tokens.json").exists()
+    assert "warning" not in train()
+
+
+def test_a_damaged_run_without_a_checkpoint_is_not_trained_again_unasked(train, tmp_path):
+    train()
+    shutil.rmtree(tmp_path / "out/checkpoint-1", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    damage(tmp_path / "out/tokenizer_config.json")
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="no checkpoint is left to write the model from; --over"):
+        train()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
 
 
 def test_a_record_of_earlier_versions_is_looked_at_too(train, tmp_path):
@@ -242,7 +262,8 @@ def test_a_record_of_earlier_versions_is_looked_at_too(train, tmp_path):
     (folder / "training_args.json").write_text(json.dumps(record))
     assert "warning" not in train()
     (folder / "config.json").unlink()
-    assert "config.json: no such file" in train()
+    assert "its model is not whole" in train()
+    assert "warning" not in train()
 
 
 def test_a_note_is_not_passed_on(train, tmp_path):

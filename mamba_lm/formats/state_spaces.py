@@ -48,7 +48,7 @@ SSM = {
 }
 INITIALIZER = {  # mamba_ssm's _init_weights
     "initializer_range": fields.DEVIATION,
-    "rescale_prenorm_residual": only(True, role=Role.INITIAL),
+    "rescale_prenorm_residual": BOOL,
     "n_residuals_per_layer": only(1, role=Role.INITIAL),
 }
 TABLES: dict[str, dict[str, Field]] = {"": CONFIG, "ssm_cfg.": SSM, "initializer_cfg.": INITIALIZER}
@@ -77,6 +77,7 @@ def read_config(raw: Mapping, path: Path, is_random: bool) -> MambaConfig:
         residual_in_fp32=raw.get("residual_in_fp32", True),
         pad_vocab_size_multiple=raw.get("pad_vocab_size_multiple", 8),
         initializer_range=initializer.get("initializer_range", 0.02),
+        rescale_prenorm_residual=initializer.get("rescale_prenorm_residual", True),
     )
 
 

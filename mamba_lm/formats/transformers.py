@@ -47,8 +47,8 @@ _INITIAL = {
     "time_step_max": only(0.1, role=Role.INITIAL),
     "time_step_init_scheme": only("random", role=Role.INITIAL),
     "time_step_floor": only(0.0001, role=Role.INITIAL),
-    "rescale_prenorm_residual": only(
-        True, role=Role.INITIAL, remark="random weights start as in mamba_ssm"
+    "rescale_prenorm_residual": used(
+        "true or false", fields.is_bool, "of random weights; true if it is not there"
     ),
 }
 # What the conversion of a state-spaces model has left in its config: it must agree.
@@ -69,13 +69,15 @@ _DESCRIPTION = {
     **describes("dtype", "torch_dtype", remark="--dtype decides"),
     **describes("auto_map", "custom_pipelines", remark="no code from a model's folder is run"),
     **describes(
-        "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention",
-        "architectures", "chunk_size_feed_forward", "cross_attention_hidden_size",
+        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
+        "_name_or_path", "add_cross_attention", "architectures", "attn_implementation",
+        "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size",
         "finetuning_task", "id2label", "is_decoder",
         "is_encoder_decoder", "label2id", "name_or_path", "num_labels", "output_attentions",
         "output_hidden_states", "prefix", "problem_type", "pruned_heads", "return_dict",
         "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
-        "torchscript", "transformers_version", "use_bfloat16",
+        "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed",
+        "unsloth_version", "use_bfloat16",
     ),
     **describes(  # of generation, which older versions wrote into this file
         "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
@@ -119,6 +121,7 @@ def read_config(raw: Mapping, path: Path, is_random: bool) -> MambaConfig:
         residual_in_fp32=raw.get("residual_in_fp32", True),
         pad_vocab_size_multiple=1,
         initializer_range=raw.get("initializer_range", 0.1),
+        rescale_prenorm_residual=raw.get("rescale_prenorm_residual", True),
     )
     remains = {"n_layer": config.n_layer, "d_model": config.d_model, "d_inner": config.d_inner}
     for name, value in remains.items():

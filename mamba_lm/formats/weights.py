@@ -34,13 +34,8 @@ class WeightFiles(NamedTuple):
 def find_weights(folder: Path) -> WeightFiles:
     """The files that loading reads: the first of these that is there, as `transformers` chooses.
 
-    Raises UserError where there are none, an index is broken or an adapter is in the folder.
+    Raises UserError where there are none or an index is broken.
     """
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        raise UserError(
-            f"{adapter}: an adapter, not a whole model; merge it into its base model and save that"
-        )
     for ending in ("model.safetensors", "pytorch_model.bin"):
         if (folder / ending).is_file():
             return WeightFiles((folder / ending,))
@@ -96,7 +91,7 @@ def _read_file(path: Path) -> dict[str, object]:
 def _check_tensor(key: object, value: object, path: Path) -> None:
     if not isinstance(key, str) or not isinstance(value, Tensor):
         raise UserError(f"{path}: {key!r:.60} is not a named tensor; give a state dict of weights")
-    if value.dtype not in DTYPES or value.layout != torch.strided or value.is_quantized:
+    if value.dtype not in DTYPES or value.layout != torch.strided or value.is_meta:
         kind = str(value.dtype).removeprefix("torch.")
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise UserError(f"{path}: {key} is {kind}; weights must be dense and one of {accepted}")

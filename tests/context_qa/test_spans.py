@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from context_qa.answering import Answerer
 from context_qa.spans import Spans, require_pieces
@@ -323,3 +331,25 @@ def test_a_tokenizer_whose_pieces_depend_on_their_place_is_refused(prepend, spli
         assert (prepend, split) == ("never", True)
     [batch] = answerer.answer([(text, "Q")])  # unconstrained it is as good as any
     assert len(batch) == 1
+
+
+def test_a_blank_that_is_a_token_of_its_own_ends_no_span(wild, tmp_path):
+    """As in Falcon's tokenizer: before a figure the blank is apart, without a place in the text."""
+    tokenizer = Tokenizer(models.BPE())
+    parts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    parts.append(pre_tokenizers.Digits(individual_digits=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the Super Bowl 50 of 2016"] * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer("", str(tmp_path / "tokenizer.json"))
+    require_pieces(loaded)
+    spans = Spans(loaded, "He won the Super Bowl 50 in 2016.", 40).said()
+    assert {"Super Bowl", "Super Bowl 50", "50", "2016"} <= {text for text, _ in spans}
+    assert [ids for _, ids in spans] == encode(loaded, [answer_text(text) for text, _ in spans])

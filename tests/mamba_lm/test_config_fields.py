@@ -90,7 +90,7 @@ CHANGES = [  # that would change the computation, or how random weights start
     *({name: 25} for name in ("n_layer", "d_model", "d_inner")),
     {"time_step_min": 0.01},
     {"time_step_init_scheme": "constant"},
-    {"rescale_prenorm_residual": False},
+    {"rescale_prenorm_residual": 1},
     {"initializer_range": -1},
     {"mixer_rms_eps": 1e-6},  # of Falcon-Mamba alone
     {"layer_types": ["linear_attention"]},
@@ -120,7 +120,7 @@ def test_transformers_fields_that_are_refused(change, tmp_path):
         {"ssm_cfg": {"headdim": 64}},
         {"ssm_cfg": {"dt_min": 0.01}},
         {"ssm_cfg": [1]},
-        {"initializer_cfg": {"rescale_prenorm_residual": False}},
+        {"initializer_cfg": {"rescale_prenorm_residual": 1}},
         {"initializer_cfg": {"std": 1}},
     ],
     ids=str,
@@ -153,6 +153,7 @@ def test_the_config_of_a_converted_public_model_is_read(tmp_path):
         "d_model": 24, "eos_token_id": 0, "expand": 2, "fused_add_norm": True,
         "hidden_act": "silu", "initializer_range": 0.1, "intermediate_size": 48,
         "layer_norm_epsilon": 1e-05, "n_layer": 1, "pad_token_id": 0,
+        "rescale_prenorm_residual": False,
         "pad_vocab_size_multiple": 8, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {},
         "state_size": 16, "time_step_floor": 0.0001, "time_step_init_scheme": "random",
         "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 2,
@@ -285,6 +286,35 @@ def test_a_tokenizer_that_travels_along_gives_the_token_ids(make_model, tmp_path
     save_model(model, tmp_path / "model", tokenizer)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 0
+
+
+def test_token_ids_that_agree_with_the_tokenizer_are_kept(make_model, tmp_path):
+    """A checkpoint may list several ends of a text, and pad with another token."""
+    tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
+    model = make_model(vocab_size=len(tokenizer))
+    model.generation = {"eos_token_id": [0, 5], "pad_token_id": 1}
+    save_model(model, tmp_path / "model", tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "model" / name).read_text())
+        assert (written["eos_token_id"], written["pad_token_id"]) == ([0, 5], 1)
+
+
+def test_output_projections_are_rescaled_only_if_asked(tmp_path):
+    weights = {}
+    for rescale in (True, False):
+        torch.manual_seed(0)
+        path = tmp_path / "config.json"
+        config = HF | {"num_hidden_layers": 4, "rescale_prenorm_residual": rescale}
+        path.write_text(json.dumps(config))
+        weights[rescale] = load_model(str(path)).backbone.layers[0].mixer.out_proj.weight
+    assert torch.allclose(weights[True] * 2, weights[False])
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400], ids=["float", "integer"])
+@pytest.mark.parametrize("name", ["expand", "layer_norm_epsilon", "hidden_size"])
+def test_numbers_beyond_floats_are_refused(name, value, tmp_path):
+    if name != "layer_norm_epsilon" or value != 1e308:
+        assert refusal(tmp_path / "config.json", HF | {"expand": 1.5, name: value})
 
 
 def test_settings_of_an_older_model_in_the_folder_are_not_kept(make_model, tmp_path):

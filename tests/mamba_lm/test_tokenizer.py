@@ -1,6 +1,7 @@
 """Tokenizers as they are written; text that is never markup; ids with holes."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
 from mamba_lm.checkpoint import (
+    find_folder,
     find_tokenizer_of,
     load_model_and_tokenizer,
     load_tokenizer,
     save_model,
 )
 from mamba_lm.tokenizer import (
+    TOKENIZER_FILES,
     encode,
     encode_with_offsets,
     load_tokenizer_at,
@@ -98,7 +101,7 @@ def test_a_change_by_transformers_is_refused(tmp_path, monkeypatch):
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
     loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: loaded)
-    with pytest.raises(UserError, match=r"tokenizer.json: transformers changes it .*pre_tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer.json: not loaded as it is written .pre_tok"):
         load_tokenizer_at(folder)
 
 
@@ -154,7 +157,7 @@ def test_the_files_that_are_read(tmp_path):
     folder = folder_of(byte_level(), tmp_path / "t")
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "unrelated.json"):
         (folder / name).write_text("{}")
-    read = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "merges.txt"]
+    read = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
     assert {path.name for path in tokenizer_files(folder)} == set(read)
     assert {path.name for path in tokenizer_files(folder / "tokenizer.json")} == set(read)
 
@@ -167,8 +170,8 @@ def holes(tmp_path) -> Path:
     """End-of-text is id 300 of 257 tokens: a case from outside where it is there, else the same."""
     if (CASES / "tokenizer_holes").exists():
         return CASES / "tokenizer_holes"
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(
-        sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))  # fmt: skip
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)} | {EOS: 300}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     folder = folder_of(tokenizer, tmp_path / "holes")
@@ -189,6 +192,115 @@ def test_the_bound_of_a_vocabulary_is_its_largest_id(holes, make_model, tmp_path
         load_model_and_tokenizer(str(tmp_path / "small"), str(holes))
     save_model(make_model(vocab_size=304), tmp_path / "fit")
     load_model_and_tokenizer(str(tmp_path / "fit"), str(holes))
+
+
+# Added tokens
+
+
+def change(folder: Path, **added: object) -> None:
+    """Add a token, or change those that are there, in tokenizer.json."""
+    path = folder / "tokenizer.json"
+    written = json.loads(path.read_text())
+    plain = {"id": 0, "content": "", "special": False, "normalized": False}
+    plain |= {"single_word": False, "lstrip": False, "rstrip": False}
+    written["added_tokens"].append(plain | added)
+    path.write_text(json.dumps(written))
+
+
+def test_an_added_token_whose_id_the_library_does_not_keep_is_refused(tmp_path):
+    folder = folder_of(byte_level(), tmp_path / "a")
+    change(folder, id=7000, content="<z>")
+    with pytest.raises(UserError, match=r"not loaded as it is written .the id 7000 of .*<z>"):
+        load_tokenizer_at(folder)
+    decoder = {"9000": {"content": "<ctl>", "special": True, "normalized": False,
+                        "lstrip": False, "rstrip": False, "single_word": False}}  # fmt: skip
+    folder = folder_of(byte_level(), tmp_path / "b", added_tokens_decoder=decoder)
+    with pytest.raises(UserError, match="the id 9000 of the added token '<ctl>'"):
+        load_tokenizer_at(folder)
+
+
+@pytest.mark.parametrize("flag", ["special", "lstrip", "rstrip", "single_word"])
+def test_an_added_token_that_is_found_otherwise_is_refused(flag, tmp_path):
+    written = byte_level()
+    written.add_tokens(["  "])
+    number = written.token_to_id("  ")
+    flags = dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)
+    decoder = {str(number): {"content": "  "} | flags | {"normalized": True, flag: True}}
+    folder = folder_of(written, tmp_path / "a", added_tokens_decoder=decoder)
+    with pytest.raises(UserError, match="how the added token '  ' is found in texts"):
+        load_tokenizer_at(folder)
+
+
+def test_words_that_become_tokens_by_another_file_are_warned_about(tmp_path, capsys):
+    folder = folder_of(byte_level(), tmp_path / "a", pad_token="[PAD]")
+    assert load_tokenizer_at(folder).pad_token_id is not None
+    assert capsys.readouterr().err == ""  # a control token is in no text
+    folder = folder_of(byte_level(), tmp_path / "b")
+    (folder / "added_tokens.json").write_text(json.dumps({"fai": len(load_tokenizer_at(folder))}))
+    loaded = load_tokenizer_at(folder)
+    assert loaded.convert_tokens_to_ids("fai") == len(loaded) - 1
+    assert "'fai' is a token that tokenizer.json does not have" in capsys.readouterr().err
+
+
+def test_dropout_is_refused(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.model.dropout = 0.1
+    with pytest.raises(UserError, match="dropout"):
+        load_tokenizer_at(folder_of(tokenizer, tmp_path / "a"))
+
+
+# Folders with other files
+
+
+def test_a_models_folder_with_a_tokenizer_json_alone(make_model, tmp_path):
+    save_model(make_model(vocab_size=400), tmp_path / "model")
+    byte_level().save(str(tmp_path / "model/tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "model")).eos_token == EOS
+    named = byte_level(specials=[EOS, "<end>"])
+    named.save(str(tmp_path / "model/tokenizer.json"))
+    (tmp_path / "model/special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    for path in ("model", "model/tokenizer.json"):
+        assert load_tokenizer("", str(tmp_path / path)).eos_token == "<end>"
+
+
+def test_the_class_that_config_json_names_is_part_of_the_record(tmp_path):
+    """Without a tokenizer.json it decides how text is split."""
+    (tmp_path / "vocab.json").write_text("{}")
+    for name in ("merges.txt", "config.json", "unrelated.json"):
+        (tmp_path / name).write_text("{}")
+    assert {path.name for path in tokenizer_files(tmp_path)} == {
+        "vocab.json", "merges.txt", "config.json"
+    }  # fmt: skip
+
+
+def test_all_of_a_tokenizer_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(DEMO)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for find in (lambda: find_tokenizer_of("", "some/name"), lambda: find_folder("some/name")):
+        asked.clear()
+        find()
+        for name in (*TOKENIZER_FILES, "config.json"):
+            assert any(fnmatch(name, pattern) for pattern in asked), name
+
+
+def test_a_saved_model_keeps_nothing_of_an_older_tokenizer(make_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+        (folder / name).write_text("{}")
+    tokenizer = load_tokenizer_at(DEMO)
+    save_model(make_model(vocab_size=2156), folder, tokenizer)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    save_model(make_model(vocab_size=2156), folder)  # without one, what is there stays
+    assert {path.name for path in folder.iterdir()} == names
 
 
 # Text is text
@@ -217,8 +329,31 @@ def test_the_name_of_a_control_token_in_a_text_is_text(tmp_path):
             if "<unk>" not in tokenizer.decode(ids):
                 shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
                 assert shown.replace(" ", "").strip() == text.replace(" ", "").strip()
-        [(ids, offsets)] = encode_with_offsets(load_tokenizer_at(DEMO), [TEXT])
-        assert 0 not in ids and offsets[-1][1] == len(TEXT)
+        with_offsets = encode_with_offsets(tokenizer, texts)
+        assert [ids for ids, _ in with_offsets] == encode(tokenizer, texts)
+        for text, (ids, offsets) in zip(texts, with_offsets, strict=True):
+            assert len(offsets) == len(ids)
+            assert all(0 <= start <= end <= len(text) for start, end in offsets)
+
+
+def test_markup_is_text_even_if_it_is_not_called_special(tmp_path):
+    folder = folder_of(byte_level(), tmp_path / "a")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<|im_start|>", "hotel"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer_at(folder)
+    markup, word = (loaded.convert_tokens_to_ids(t) for t in ("<|im_start|>", "hotel"))
+    ids = token_ids(loaded, "a hotel <|im_start|>user")
+    assert markup not in ids and word in ids
+    assert loaded.decode(ids) == "a hotel <|im_start|>user"
+
+
+def test_a_special_token_that_is_a_mark_or_a_word_does_not_stop_a_text(tmp_path):
+    written = byte_level(specials=[EOS, "!", "Question"])
+    folder = folder_of(written, tmp_path / "a", pad_token="!", mask_token="Question")
+    loaded = load_tokenizer_at(folder)
+    text = "A Question! An answer!"
+    assert loaded.decode(token_ids(loaded, text)) == text
 
 
 def test_ordinary_text_has_the_tokens_it_always_had():
