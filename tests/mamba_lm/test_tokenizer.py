@@ -236,10 +236,10 @@ def test_words_that_become_tokens_by_another_file_are_warned_about(tmp_path, cap
     assert load_tokenizer_at(folder).pad_token_id is not None
     assert capsys.readouterr().err == ""  # a control token is in no text
     folder = folder_of(byte_level(), tmp_path / "b")
-    (folder / "added_tokens.json").write_text(json.dumps({"fai": len(load_tokenizer_at(folder))}))
+    (folder / "added_tokens.json").write_text(json.dumps({"zzz": len(load_tokenizer_at(folder))}))
     loaded = load_tokenizer_at(folder)
-    assert loaded.convert_tokens_to_ids("fai") == len(loaded) - 1
-    assert "'fai' is a token that tokenizer.json does not have" in capsys.readouterr().err
+    assert loaded.convert_tokens_to_ids("zzz") == len(loaded) - 1
+    assert "'zzz' is a token that tokenizer.json does not have" in capsys.readouterr().err
 
 
 def test_dropout_is_refused(tmp_path):
