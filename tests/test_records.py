@@ -254,10 +254,26 @@ def test_training_warns_of_its_data(train, data, tmp_path):
     rows = [row | {"id": "same", "response": "two\nlines"} for row in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     said = train()
-    assert f"warning: {data}: 1 ids are there more than once" in said
-    assert f"warning: {data}: 3 questions have no reference that a guess can be" in said
+    assert f"warning: {data}: 1 id occurs more than once" in said
+    assert f"warning: {data}: 3 questions teach an answer that no guess can be" in said
     record = json.loads((tmp_path / "out/training_args.json").read_text())
     assert len(record["warnings"]) == 2
+
+
+def test_training_warns_of_the_data_that_it_is_scored_on(train, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    rows = [ROWS[1] | {"id": "n"}, ROWS[0] | {"prompt": "How many?", "response": "two\nlines"}]
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said = train("--eval_data", scored)
+    assert f"warning: {scored}: 1 question has no reference that a guess can match" in said
+
+
+def test_guesses_from_the_context_are_warned_of_too(run, model, data, tmp_path):
+    rows = [ROWS[0] | {"response": "sixty"}, ROWS[2]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said = evaluate(run, model, data, tmp_path / "r.jsonl", "--constrain_to_context")
+    assert f"warning: {data}: 1 question has no reference that a guess can match: 'sixty'" in said
+    assert "after 3 tokens, or it is not in its context" in said
 
 
 # Flags
