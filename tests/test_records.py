@@ -177,13 +177,22 @@ def test_ids_that_look_like_copies_are_questions_like_others(run, model, data, t
 
 
 def test_summaries_of_earlier_versions_name_the_kind_alone():
-    ids = ("a#hard", "b#hard", "c", "a#hard", "b#hard#hard")
-    rows = [{"idx": i, "id": name, "answers": ["x"] * (i == 1)} for i, name in enumerate(ids)]
+    ids = ("a#hard", "b#hard", "c", "c#hard", "b#hard#hard")
+    asked = zip(ids, "ABCCB", (0, 1, 1, 0, 0), strict=True)
+    rows = [
+        {"idx": i, "id": name, "question": question, "answers": ["x"] * number}
+        for i, (name, question, number) in enumerate(asked)
+    ]
     assert find_first_negative({"settings": {"negatives": "hard"}}, rows) == 3
     assert find_first_negative({"settings": {"negatives": "random"}}, rows) is None
     assert find_first_negative({"settings": {"negatives": None}}, rows) is None
     assert find_first_negative({"first_negative": 4, "settings": {"negatives": "hard"}}, rows) == 4
     assert find_first_negative({}, rows) is None
+    # Questions without an answer of their own, whose ids look like those of copies
+    rows[3]["question"] = "Another?"
+    assert find_first_negative({"settings": {"negatives": "hard"}}, rows) == 4
+    rows[4]["id"] = "a#hard#hard"
+    assert find_first_negative({"settings": {"negatives": "hard"}}, rows) is None
 
 
 def test_a_curly_apostrophe_abstains(run, model, data, tmp_path):

@@ -207,20 +207,25 @@ def test_the_folded_score_is_there_where_it_differs(report):
 
 def test_an_incomplete_run_says_so(report):
     html = report(ROWS[:2], SUMMARY | {"complete": False})
-    assert "Incomplete run: the figures are those of the 2 of 6 questions" in html
+    assert "This file is incomplete: 2 of 6 questions. The figures are those of its rows." in html
 
 
 @pytest.mark.parametrize(
     ("rows", "summary", "notice"),
     [
-        (ROWS[:2], SUMMARY, "2 of 6 questions."),
-        (ROWS, SUMMARY | {"complete": None}, "6 of 6 questions; the run has not ended."),
-        (ROWS, {"complete": False}, "6 questions."),
+        (ROWS[:2], SUMMARY, "is incomplete: 2 of 6 questions"),
+        (
+            ROWS,
+            SUMMARY | {"complete": None},
+            "has all of its run&#x27;s 6 questions, but the run has not ended",
+        ),
+        (ROWS, {"complete": False}, "is incomplete: 6 questions"),
+        (ROWS, {"num_questions": 4}, "has more rows, 6, than its run has questions, 4"),
     ],
 )
 def test_what_is_not_the_whole_of_its_run_says_so(report, rows, summary, notice):
     html = report(rows, summary)
-    assert f"Incomplete run: the figures are those of the {notice}</p>" in html
+    assert f"This file {notice}. The figures are those of its rows.</p>" in html
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, None])
@@ -230,7 +235,7 @@ def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
     run(monkeypatch, path)
     html = path.with_suffix(".html").read_text("utf-8")
     share = "5 of 6 questions" if summary else "5 questions"
-    assert f"Incomplete run: the figures are those of the {share}; its last line is torn." in html
+    assert f"This file is incomplete: {share}; its last line is torn. The figures" in html
 
 
 def test_rows_of_several_commits_are_said_to_be(report):
@@ -459,7 +464,7 @@ def test_in_a_browser_filters(seen):
         "right": ["0", "2", "5"],
         "abstained": ["2", "4", "5"],
         "should_have": ["3"],
-        "negatives": ["5"],
+        "negatives": ["5", "6"],
     }
     assert seen["both"] == ["2 of 7 questions", ["3", "4"]]
 
