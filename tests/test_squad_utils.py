@@ -31,6 +31,7 @@ from squad_utils import (
     normalize_answer,
     prompt_parts,
     read_examples,
+    same_question,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -688,6 +689,13 @@ def test_folding_does_not_depend_on_the_order_of_marks():
     texts = ["क" + "".join(order) for order in itertools.permutations(marks)]
     assert len({fold(text.replace("\u200d", "")) for text in texts}) == 1
     assert all(fold(fold(text)) == fold(text) for text in texts)
+
+
+def test_the_same_question_in_other_forms():
+    context, question = "“Zoé” paid 10⁵ – in １９９８.", "Who’s Zoé?"
+    other = unicodedata.normalize("NFD", context.replace("–", "-").replace("“Zoé”", '"ZOÉ"'))
+    assert same_question(context, question) == same_question(other, "who's zoe\u0301?")
+    assert same_question(context, question) != same_question(context.replace("⁵", "6"), question)
 
 
 def test_folding_leaves_official_scores_alone():

@@ -382,7 +382,7 @@ def test_a_complete_file_is_scored_again_from_its_rows(path):
 
 
 @pytest.mark.parametrize("complete", [True, False, 1, "yes", None])
-def test_a_run_says_anew_which_questions_are_negatives(path, complete):
+def test_the_first_negative_is_that_of_the_last_run(path, complete):
     with opened(path) as results:
         results.record["first_negative"] = 3
         results.write(ROWS)
