@@ -140,5 +140,11 @@ def _questions(examples: Sequence[Example]) -> str:
 def _such_as(examples: Sequence[Example], guess: str = "") -> str:
     example = examples[0]
     of = ":" if len(examples) == 1 else ", such as"
-    cut = f", of which a guess can be {guess!r:.60}" if guess else ""
-    return f"{of} {example.target!r:.60} (id {example.id!r:.40}){cut}"
+    cut = f", of which a guess can be {_shown(guess)}" if guess else ""
+    return f"{of} {_shown(example.target)} (id {example.id!r:.40}){cut}"
+
+
+def _shown(text: str) -> str:
+    """The text in quotes, a long one without its middle: what is cut is the end."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 60 else f"{quoted[:30]} ... {quoted[-25:]}"

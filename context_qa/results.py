@@ -174,12 +174,12 @@ def _object(line: bytes, place: str) -> dict:
     return found
 
 
-def _no_object(line: bytes, place: str, mend: str = "correct or remove the line") -> UserError:
+def _no_object(line: bytes, place: str, remedy: str = "correct or remove the line") -> UserError:
     try:
         line.decode()
     except UnicodeDecodeError:
         return UserError(f"{place}: not UTF-8; convert the file to UTF-8")
-    return UserError(f"{place}: not a JSON object; {mend}")
+    return UserError(f"{place}: not a JSON object; {remedy}")
 
 
 def _parsed(line: bytes) -> dict | None:

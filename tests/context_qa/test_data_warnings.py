@@ -78,6 +78,8 @@ def test_references_longer_than_a_guess_are_counted(tokenizer):
     [warning] = warnings(data, tokenizer, max_new_tokens=3)
     assert warning.startswith("1 question ") and "(id 'q1'), of which a guess can be" in warning
     assert "after 3 tokens" in warning
+    [warning] = warnings(examples("one two " * 40 + "end"), tokenizer, max_new_tokens=60)
+    assert " ... " in warning and "one two end' (id" in warning and "of which a guess" in warning
     assert warnings(data, tokenizer, max_new_tokens=20) == []
 
 
