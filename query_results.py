@@ -56,10 +56,10 @@ def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> 
     if it is the file of an incomplete run. UserError as `read_objects`, and without any column."""
     objects, is_torn = read_objects(path)
     warn_if_incomplete(path, len(objects), is_torn)
-    keys = list(dict.fromkeys(key for row in objects for key in row))
+    keys = list(dict.fromkeys(key for row in objects.values() for key in row))
     if not keys:
         raise UserError(f"{path}: its objects are empty; a table needs at least one column")
-    values = {key: [row.get(key) for row in objects] for key in keys}
+    values = {key: [row.get(key) for row in objects.values()] for key in keys}
     names = column_names(keys)
     types = [sql_type(key, values[key]) for key in keys]
     rows = (dict(zip(names, row, strict=True)) for row in zip(*values.values(), strict=True))

@@ -20,7 +20,9 @@ ROW_KEYS = "context, prompt, response or context, question, answers"
 PROMPT_ORDERS = ("context_first", "question_first", "read_twice", "question_only")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Han, kana, Thai, Lao, Burmese and Khmer are written without blanks between words.
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uff66-\uff9f]"
+)
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,8 @@ def _example(row: object, place: str) -> Example:
     answers = [answer for answer in answers if not abstains(answer)]
     _check_is_impossible(row.get("is_impossible"), answers, place)
     answers = [] if row.get("is_impossible") else answers  # they are plausible, not right
-    given = row.get("id")
-    identifier = made_id(context, question, answers) if given is None else _checked_id(given, place)
-    article = None if row.get("title") is None else checked_text(row["title"], "title", place)
-    return Example(identifier, context, question, tuple(answers), article)
+    identifier = _label(row, "id", place) or made_id(context, question, answers)
+    return Example(identifier, context, question, tuple(answers), _label(row, "title", place))
 
 
 def made_id(context: str | None, question: str, answers: Sequence[str]) -> str:
@@ -150,8 +150,10 @@ def _check_is_impossible(value: object, answers: Sequence[str], place: str) -> N
         raise UserError(f"{place}: 'is_impossible' is false, but there is no answer")
 
 
-def _checked_id(value: object, place: str) -> str:
-    return checked_text(str(value) if type(value) is int else value, "id", place)
+def _label(row: dict, key: str, place: str) -> str | None:
+    value = row.get(key)
+    value = str(value) if key == "id" and type(value) is int else value
+    return None if value is None else checked_text(value, key, place, f"{key}, or no {key}")
 
 
 def checked_text(value: object, key: str, place: str, keys: str = ROW_KEYS) -> str:
@@ -192,41 +194,57 @@ def normalize_answer(text: str) -> str:
 def fold(text: str) -> str:
     """One form for all ways to write a text that a reader takes for the same.
 
-    Without case, accents, ligatures and wide forms (Unicode's compatibility decomposition), and
-    without characters that do not show; digits of all scripts, quotes and dashes as in ASCII. What
-    decides something (is the answer in a context, is it NO_ANSWER) compares folded texts; scores
-    are those of the official script, which compares them as they are written.
+    Without case, accents, Hebrew and Arabic points, ligatures and wide forms (Unicode's
+    compatibility decomposition, but for superscripts: 10⁵ is not 105), and without characters
+    that do not show; digits of all scripts, quotes and dashes as in ASCII. What decides something
+    (is the answer in a context, is it NO_ANSWER) compares folded texts; scores are those of the
+    official script, which compares them as they are written.
     """
     if text.isascii():
         return text.lower()
-    text = unicodedata.normalize("NFKD", text).casefold()
-    return unicodedata.normalize("NFKD", text).translate(_FOLDED)
+    # Each time, for what is removed may have separated marks from their canonical order.
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).translate(_FOLDED))
 
 
 class _Folding(dict):
     """What `str.translate` asks for each character of a decomposed text, by its number."""
 
-    def __missing__(self, number: int) -> str | None:
-        character = chr(number)
-        category = unicodedata.category(character)
-        is_accent = 200 <= unicodedata.combining(character) <= 240
-        folded: str | None = character
-        if is_accent or category == "Cf" or character in _INVISIBLE_MARKS:
-            folded = None
-        elif category == "Nd":
-            folded = str(unicodedata.decimal(character))
-        elif category == "Pd" or character == "\u2212":  # minus
-            folded = "-"
-        elif (
-            category in ("Pi", "Pf") or character in "\u02b9\u02bc\u2032\u201a\u201e"
-        ):  # quotes, primes
-            folded = "'"
-        self[number] = folded
+    def __missing__(self, number: int) -> str:
+        self[number] = folded = self._folded(chr(number))
         return folded
 
+    def _folded(self, character: str) -> str:
+        category, mark = unicodedata.category(character), unicodedata.combining(character)
+        if 10 <= mark <= 36 or 200 <= mark <= 240:  # Hebrew and Arabic points; accents
+            return ""
+        if category == "Cf" or _INVISIBLE.match(character):
+            return ""
+        if category == "Nd":
+            return str(unicodedata.decimal(character))
+        if category == "Pd" or character == "\u2212":  # minus
+            return "-"
+        if unicodedata.decomposition(character).startswith(("<super>", "<sub>")):
+            return character
+        text = unicodedata.normalize("NFKD", character)
+        if text == character:
+            text = character.casefold()
+        return text if text == character else text.translate(self)
 
-_INVISIBLE_MARKS = {chr(n) for n in (0x34F, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))}
-_FOLDED = _Folding()
+
+_INVISIBLE = re.compile(  # characters without a shape that are not of category Cf
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0000-\U000e0fff]"
+)
+_APOSTROPHES = (
+    "\u2018\u2019\u201a\u201b\u2039\u203a\u00b4\u02b9\u02bb\u02bc\u02bd\u02c8\u05f3\u055a\ua78c"
+    "\u2032\u2035\u275b\u275c\uff07"
+)
+_QUOTES = "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\u2036\u301d\u301e\u301f\u275d\u275e\uff02"
+_FOLDED = _Folding(
+    {0x2044: "/"}
+    | dict.fromkeys(map(ord, _APOSTROPHES), "'")
+    | dict.fromkeys(map(ord, _QUOTES), '"')
+)
 
 
 def folded_answer(text: str) -> str:
@@ -235,8 +253,10 @@ def folded_answer(text: str) -> str:
 
 
 def abstains(text: str) -> bool:
-    """Whether a text says NO_ANSWER, whatever its case, quotes and final mark."""
-    return folded_answer(text) == NORMALIZED_NO_ANSWER
+    """Whether a text is NO_ANSWER, whatever its case, quotes, blanks and the marks around it."""
+    said = "".join(folded_answer(text).split())
+    before, found, after = said.partition(NORMALIZED_NO_ANSWER.replace(" ", ""))
+    return bool(found) and not any(map(str.isalnum, before + after))
 
 
 def same_question(context: str, question: str) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import functools
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from context_qa.answering import stop_tokens
 from context_qa.data_warnings import data_warnings
 from context_qa.dataset import GroupedBatches, continuation
 from context_qa.negatives import NEGATIVE_KINDS
@@ -87,14 +86,13 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingRun) -> None:
     negatives = None if args.negatives == "none" else args.negatives
-    examples, scored = read_examples(args.data_path), None
-    if args.eval_data:
-        scored = examples_to_score(read_examples(args.eval_data), negatives)
-        run.warn(doubts(scored, examples))
+    examples = read_examples(args.data_path)
+    asked = read_examples(args.eval_data) if args.eval_data else []
+    scored = examples_to_score(asked, negatives)
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
-    found = data_warnings(examples, tokenizer, stop_tokens(tokenizer))
-    run.warn(f"{args.data_path}: {warning}" for warning in found)
+    run.warn(data_warnings(args.data_path, examples, tokenizer, is_training=True))
+    run.warn([*doubts(scored, examples), *data_warnings(args.eval_data, asked, tokenizer)])
 
     data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
     batches = GroupedBatches(

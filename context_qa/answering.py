@@ -19,6 +19,7 @@ from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
 
 WINDOW = 512  # prompts: what is answered out of order
 MAX_BATCH_TOKENS = 8192
+MAX_NEW_TOKENS = 64
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -48,7 +49,7 @@ class Answerer:
         self,
         model: MambaLM,
         tokenizer,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         no_answer_threshold: float | None = None,
         span_borders: str = SPAN_BORDERS[0],

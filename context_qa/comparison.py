@@ -23,7 +23,8 @@ def compare(path_a: str, path_b: str) -> dict:
     match, and the questions that one of the two alone has right. UserError where the files are not
     results of the same data."""
     rows_a, rows_b, first_negative, left_out = paired(path_a, path_b)
-    articles = articles_by_idx(read_summary(path_a)) or articles_by_idx(read_summary(path_b))
+    articles = articles_by_idx(read_summary(path_a), rows_a)
+    articles = articles or articles_by_idx(read_summary(path_b), rows_a)
     parts_a, parts_b = (metrics.parts(rows, first_negative) for rows in (rows_a, rows_b))
     own_a, own_b = parts_a.get("", []), parts_b.get("", [])
     only_a, only_b = flips(own_a, own_b), flips(own_b, own_a, swapped=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from context_qa.answering import Answerer
+from context_qa.answering import MAX_NEW_TOKENS, Answerer
 from context_qa.data_warnings import model_warnings
 from context_qa.explanation import Explanation, answer_spans, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
@@ -36,7 +36,11 @@ def add_console_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", metavar="Q", action="append", help="ask this; repeatable")
     parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
     parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=64, metavar="N", help="default: 64"
+        "--max_new_tokens",
+        type=positive_int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"default: {MAX_NEW_TOKENS}",
     )
     parser.add_argument(
         "--temperature",

@@ -1,26 +1,37 @@
 """What makes training or scores mean something else than they seem to, in words."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from context_qa.answering import MAX_NEW_TOKENS, stop_tokens
 from mamba_lm.checkpoint import find_model
 from mamba_lm.tokenizer import encode
 from squad_utils import Example, answer_text, exact_match, folded_answer, normalize_answer
 
 
 def data_warnings(
+    source: str,
     examples: Sequence[Example],
     tokenizer=None,
-    stop_ids: Collection[int] = (),
-    max_new_tokens: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    is_constrained: bool = False,
+    is_training: bool = False,
 ) -> Iterator[str]:
-    """A line for each kind of doubtful rows: ids that are there twice, references that the official
+    """A line for each kind of doubtful rows of the file: repeated ids, references that the official
     script takes for no answer, and, given a tokenizer, references that no guess can match, since
-    decoding would stop before their end or writes them in another way."""
-    yield from _repeated_ids(examples)
-    yield from _empty_references(examples)
+    decoding would stop before their end or writes them in another way.
+
+    is_constrained: guesses are spans of the context. is_training: the first reference is taught,
+    so that it is the one that a guess must be able to match.
+    """
+    found = [*_repeated_ids(examples), *_empty_references(examples)]
     if tokenizer is not None:
-        yield from _unreachable_references(examples, tokenizer, stop_ids, max_new_tokens)
+        answers = list(dict.fromkeys(answer for e in examples for answer in e.answers))
+        written = _as_decoded(answers, tokenizer, max_new_tokens)
+        found += _unreachable_references(
+            examples, written, max_new_tokens, is_constrained, is_training
+        )
+    yield from (f"{source}: {warning}" for warning in found)
 
 
 def model_warnings(model: str) -> Iterator[str]:
@@ -35,57 +46,105 @@ def model_warnings(model: str) -> Iterator[str]:
 def _repeated_ids(examples: Sequence[Example]) -> Iterator[str]:
     counts = Counter(example.id for example in examples)
     repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
-        yield f"{len(repeated):,} ids are there more than once, such as {repeated[0]!r:.40}"
+    if len(repeated) == 1:
+        yield f"1 id occurs more than once: {repeated[0]!r:.40}"
+    elif repeated:
+        yield f"{len(repeated):,} ids occur more than once, such as {repeated[0]!r:.40}"
 
 
 def _empty_references(examples: Sequence[Example]) -> Iterator[str]:
     empty = [e for e in examples if e.answers and not any(map(normalize_answer, e.answers))]
     if empty:
+        have, them = ("has", "it") if len(empty) == 1 else ("have", "them")
         yield (
-            f"{len(empty):,} questions have no reference but articles and punctuation, such as "
-            f"{empty[0].answers[0]!r:.40} (id {empty[0].id!r:.40}): the official script scores "
-            "them as if to abstain was right"
+            f"{_questions(empty)} {have} no reference but articles and punctuation"
+            f"{_such_as(empty)}. The official script scores {them} as if abstaining were right"
         )
 
 
-def _unreachable_references(
-    examples: Sequence[Example], tokenizer, stop_ids: Collection[int], max_new_tokens: int | None
-) -> Iterator[str]:
-    answers = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+def _as_decoded(
+    answers: Sequence[str], tokenizer, max_new_tokens: int
+) -> dict[str, tuple[str, bool]]:
+    """Of each answer the guess that says it, and whether that has all of its tokens."""
     if not answers:
-        return
+        return {}
+    stop_ids = stop_tokens(tokenizer)
     ids = encode(tokenizer, [answer_text(answer) for answer in answers])
-    said = [_until_stop(row, stop_ids)[:max_new_tokens] for row in ids]
-    written = dict(zip(answers, map(str.strip, tokenizer.batch_decode(said)), strict=True))
+    ends = [next((n for n, token in enumerate(row) if token in stop_ids), len(row)) for row in ids]
+    said = [row[: min(end, max_new_tokens)] for row, end in zip(ids, ends, strict=True)]
+    texts = map(str.strip, tokenizer.batch_decode(said))
+    return {
+        answer: (text, len(row) == len(part))
+        for answer, text, row, part in zip(answers, texts, ids, said, strict=True)
+    }
+
+
+def _unreachable_references(
+    examples: Sequence[Example],
+    written: Mapping[str, tuple[str, bool]],
+    max_new_tokens: int,
+    is_constrained: bool,
+    is_training: bool,
+) -> Iterator[str]:
     in_other_form, unreachable = [], []
     for example in examples:
-        guesses = [written[answer] for answer in example.answers]
-        if not guesses or any(exact_match(guess, example.answers) for guess in guesses):
+        answers = example.answers[:1] if is_training else example.answers
+        if is_constrained:
+            guesses = [a for a in answers if written[a][1] and _is_in_context(a, example.context)]
+        else:
+            guesses = [written[answer][0] for answer in answers]
+        if not answers or any(exact_match(guess, example.answers) for guess in guesses):
             continue
         references = set(map(folded_answer, example.answers))
         is_same = not references.isdisjoint(map(folded_answer, guesses))
         (in_other_form if is_same else unreachable).append(example)
-    if in_other_form:
-        yield (
-            f"{_such_as(in_other_form, written)}: the tokenizer writes other Unicode characters. "
-            "Exact match and F1 count them as wrong; folded_exact_match does not"
+    for doubtful in filter(None, (in_other_form, unreachable)):
+        one = len(doubtful) == 1
+        what = (
+            f"{'teaches' if one else 'teach'} an answer that no guess can be"
+            if is_training
+            else f"{'has' if one else 'have'} no reference that a guess can match"
         )
-    if unreachable:
+        guess = "" if is_constrained else written[doubtful[0].target][0]
         yield (
-            f"{_such_as(unreachable, written)}: decoding ends at a line's end, at --max_new_tokens "
-            "or at end-of-text, or the tokenizer has no such characters. No guess can match them"
+            f"{_questions(doubtful)} {what}{_such_as(doubtful, guess)}. "
+            f"{_reason(doubtful is in_other_form, is_constrained, max_new_tokens)}"
         )
 
 
-def _until_stop(ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
-    return ids[: next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))]
+def _is_in_context(answer: str, context: str) -> bool:
+    """Whether some text within a line of the context is an exact match with the answer."""
+    if answer.strip() in context:
+        return True
+    normalized = f" {normalize_answer(answer)} "
+    return any(normalized in f" {normalize_answer(line)} " for line in context.split("\n"))
 
 
-def _such_as(examples: Sequence[Example], written: dict[str, str]) -> str:
-    example = examples[0]
-    answer = example.answers[0]
+def _reason(is_in_other_form: bool, is_constrained: bool, max_new_tokens: int) -> str:
+    if is_in_other_form:
+        return (
+            "The tokenizer writes other Unicode characters. Exact match and F1 count them as "
+            "wrong; folded_exact_match does not"
+        )
+    last = "it is not in its context" if is_constrained else "the tokenizer has no such characters"
     return (
-        f"{len(examples):,} questions have no reference that a guess can be, such as "
-        f"{answer!r:.60} (id {example.id!r:.40}), of which it can be {written[answer]!r:.60}"
+        "An answer is cut at the end of a line, at the end-of-text token or after "
+        f"{max_new_tokens:,} tokens, or {last}"
     )
+
+
+def _questions(examples: Sequence[Example]) -> str:
+    return f"{len(examples):,} question{'s' * (len(examples) > 1)}"
+
+
+def _such_as(examples: Sequence[Example], guess: str = "") -> str:
+    example = examples[0]
+    of = ":" if len(examples) == 1 else ", such as"
+    cut = f", of which a guess can be {_shown(guess)}" if guess else ""
+    return f"{of} {_shown(example.target)} (id {example.id!r:.40}){cut}"
+
+
+def _shown(text: str) -> str:
+    """The text in quotes, a long one without its middle: what is cut is the end."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 60 else f"{quoted[:30]} ... {quoted[-25:]}"

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from context_qa.answering import MAX_BATCH_TOKENS, Answerer
+from context_qa.answering import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, Answerer
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
@@ -38,7 +38,11 @@ def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
     parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=64, metavar="N", help="default: 64"
+        "--max_new_tokens",
+        type=positive_int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"default: {MAX_NEW_TOKENS}",
     )
     parser.add_argument(
         "--max_batch_tokens",
@@ -212,11 +216,13 @@ class _Run:
     def _warn(self, questions: _Questions, answerer: Answerer | None) -> list[str]:
         """What makes the scores mean less than they seem to, printed, and kept with them."""
         warnings = [] if answerer is None else [*model_warnings(self.args.model)]
-        decoding = ()
-        if answerer is not None and not self.args.constrain_to_context:
-            decoding = answerer.tokenizer, answerer.stop_ids, answerer.max_new_tokens
-        found = data_warnings(questions.own(), *decoding)
-        warnings += [f"{questions.source}: {warning}" for warning in found]
+        warnings += data_warnings(
+            questions.source,
+            questions.own(),
+            answerer and answerer.tokenizer,
+            self.args.max_new_tokens,
+            self.args.constrain_to_context,
+        )
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         return warnings

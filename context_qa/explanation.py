@@ -3,9 +3,10 @@
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import regex
 from torch import Tensor
 
 from mamba_lm.tokenizer import encode_with_offsets
@@ -17,6 +18,7 @@ BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
 COLORS = ("", *(f"black on #{rgb}" for rgb in ("ffe9b8", "ffcf70", "ffab40", "f57c1f")))
 MARK = "bold underline"
 OPEN, CLOSE = "[", "]"
+_CHARACTER = regex.compile(r"\X")  # as people count them: a letter with its accents is one
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a line
 
 
@@ -88,23 +90,27 @@ def token_strengths(tokenizer, context: str, norms: Tensor) -> list[tuple[int, i
 def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
     """Where the answer is in the context, as words of its own where these are written apart,
     whatever the blanks and in whatever form the characters are (`squad_utils.fold`); nowhere if it
-    is NO_ANSWER or blank."""
-    if abstains(answer) or not answer.strip():
+    is NO_ANSWER or folds to nothing. Spans are of whole characters, their marks included."""
+    words = fold(answer).split()
+    if abstains(answer) or not words:
         return []
-    pattern = r"\s+".join(map(re.escape, fold(answer).split()))
+    pattern = r"\s+".join(map(re.escape, words))
     if not UNSPACED.search(answer):
         pattern = rf"(?<!\w){pattern}(?!\w)"
-    parts = [fold(character) for character in context]
-    places = [place for place, part in enumerate(parts) for _ in part]
+    characters = [match.span() for match in _CHARACTER.finditer(context)]
+    parts = [fold(context[start:end]) for start, end in characters]
+    ends = list(itertools.accumulate(map(len, parts)))
+    first = {
+        end - len(part): place
+        for place, (part, end) in enumerate(zip(parts, ends, strict=True))
+        if part
+    }
+    last = {end: place for place, (part, end) in enumerate(zip(parts, ends, strict=True)) if part}
     return [
-        (places[match.start()], _end(parts, places[match.end() - 1]))
+        (characters[first[match.start()]][0], characters[last[match.end()]][1])
         for match in re.finditer(pattern, "".join(parts))
+        if match.start() in first and match.end() in last  # else within a character
     ]
-
-
-def _end(parts: Sequence[str], place: int) -> int:
-    """Where the character at a place ends: what folds to nothing, as accents do, belongs to it."""
-    return next((n for n in range(place + 1, len(parts)) if parts[n]), len(parts))
 
 
 def printable(text: str) -> str:

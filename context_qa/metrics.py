@@ -150,11 +150,11 @@ def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Int
 def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
     """How well the model knows what it does not know.
 
-    To abstain is to say NO_ANSWER. What is scored as the empty answer too, silence, punctuation and
-    articles alone, is counted apart, num_empty. Precision, recall and F1 of abstaining where there
-    is no answer; and, if the rows have
-    confidences, the area under `risk_coverage`, the expected calibration error (Guo et al. 2017)
-    and the average precision of `answerability`. What would divide by nothing is left out.
+    To abstain is to say NO_ANSWER. What is scored as the empty answer too (nothing, or punctuation
+    and articles alone) is counted apart, num_empty. Precision, recall and F1 are those of
+    abstaining where there is no answer. If the rows have confidences, there are also the area under
+    `risk_coverage`, the expected calibration error (Guo et al. 2017) and the average precision of
+    `answerability`. What would divide by zero is missing.
     """
     abstained = np.array([abstains(row["guess"]) for row in rows])
     unanswerable = np.array([not row["answers"] for row in rows])

@@ -4,8 +4,11 @@ import functools
 import itertools
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+
+import regex
 
 from errors import UserError
 from squad_utils import UNSPACED, Example, fold, normalize_answer
@@ -14,6 +17,12 @@ NEGATIVE_KINDS = ("random", "same_article", "hard")
 NEAREST = 10  # contexts that `hard` draws from
 # Words of questions that say nothing about what is asked, besides bm25s's list of such words.
 _ASKING_WORDS = ("could", "give", "many", "may", "might", "much", "name", "tell", "whose", "would")
+_WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
+_BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{N}\p{M}]+")
+_INVISIBLE = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]+")
+_UNSPACED = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*")  # a letter with its marks is one
+
+Sentence = tuple[set[str], dict[str, list[str]]]  # words, and words by their beginnings
 
 
 class NegativeSampler:
@@ -29,9 +38,10 @@ class NegativeSampler:
     def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
         if kind not in NEGATIVE_KINDS:
             raise UserError(f"negatives {kind!r}: choose from {', '.join(NEGATIVE_KINDS)}")
-        self.examples, self.seed = examples, seed
+        self.examples, self.kind, self.seed = examples, kind, seed
         self.pool = sorted(set(contexts) or {example.context for example in examples})
         self._word_forms = functools.cache(_word_forms)
+        self._folded = functools.cache(fold)
         self._sentences = functools.cache(_sentences)
         self._asked = {self._question_on(example.context, example) for example in examples}
         self._repeats = _repeats(examples)
@@ -50,22 +60,31 @@ class NegativeSampler:
         # A string seed is hashed by SHA-512: the same draw in every process, on every machine.
         rng = random.Random(f"{self.seed}/{epoch}/{example.id}{self._repeats[place]}")
         likely = rng.sample(preferred, len(preferred))
-        drawn = next(self._unlike_answers(self._fit(likely, example), example), None)
+        # Those of `hard` have been filtered by `_nearest`.
+        fit = likely if self.kind == "hard" else self._unlike_answers(likely, example)
+        drawn = next(iter(fit), None)
         drawn = drawn or next(self._fit(rng.choices(self.pool, k=8), example), None)
         # Rarely none of them is fit: only then is shuffling the whole pool worth it.
         return drawn or next(self._fit(rng.sample(self.pool, len(self.pool)), example), None)
 
     def _fit(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
-        answers = [self._word_forms(answer) for answer in example.answers]
+        forms = [self._word_forms(answer) for answer in example.answers]
+        forms = [(one, other) for one, other in forms if one.strip() or other.strip()]
+        # "+" and "A" are searched as they are written; beside other references "." is a slip.
+        found = () if forms else map(_as_written, example.answers)
+        patterns = [pattern for pattern in found if pattern]
         for context in contexts:
             joined, parted = self._word_forms(context)
-            is_answer_in = any(one in joined or other in parted for one, other in answers)
+            is_answer_in = any(one in joined or other in parted for one, other in forms)
+            is_answer_in |= any(pattern.search(self._folded(context)) for pattern in patterns)
             if not is_answer_in and self._question_on(context, example) not in self._asked:
                 yield context
 
     def _unlike_answers(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
+        """The fit contexts of which no sentence seems to answer the example's question."""
         words = question_words(example.question)
-        return (c for c in contexts if not seems_to_answer(self._sentences(c), *words))
+        fit = self._fit(contexts, example)
+        return (c for c in fit if not seems_to_answer(self._sentences(c), *words))
 
     def _question_on(self, context: str, example: Example) -> tuple[str, str]:
         return self._word_forms(context)[0], self._word_forms(example.question)[0]
@@ -90,7 +109,7 @@ class NegativeSampler:
         ranking = index.retrieve(queries, k=min(50, len(self.pool))).documents  # shows an ETA
         nearest = []
         for example, ranks in zip(self.examples, ranking, strict=True):
-            fit = self._unlike_answers(self._fit((self.pool[i] for i in ranks), example), example)
+            fit = self._unlike_answers((self.pool[i] for i in ranks), example)
             nearest.append(list(itertools.islice(fit, NEAREST)))
         return nearest
 
@@ -107,10 +126,20 @@ def _repeats(examples: Sequence[Example]) -> list[str]:
 
 def _word_forms(text: str) -> tuple[str, str]:
     """Folded and normalised words between blanks, twice ("U.S.": us, u s), since either reading may
-    match."""
-    text = UNSPACED.sub(r" \g<0> ", text)
-    parted = re.sub(r"[\W_]+", " ", fold(re.sub(r"[\u200b-\u200f\u2060\ufeff]", " ", text)))
-    return f" {normalize_answer(fold(text))} ", f" {normalize_answer(parted)} "
+    match. A zero-width space is nothing in the first and a blank in the second."""
+    joined, parted = fold(text), fold(text.replace("\u200b", " "))
+    if not text.isascii():
+        joined, parted = (_UNSPACED.sub(r" \g<0> ", form) for form in (joined, parted))
+    parted = _BETWEEN_WORDS.sub(" ", parted)
+    return f" {normalize_answer(joined)} ", f" {normalize_answer(parted)} "
+
+
+def _as_written(answer: str) -> re.Pattern | None:
+    """A pattern of the folded answer, as a word of its own; None if nothing of it shows."""
+    folded = fold(answer).strip()
+    before = r"(?<!\w)" if folded[:1].isalnum() else ""
+    after = r"(?!\w)" if folded[-1:].isalnum() else ""
+    return re.compile(before + re.escape(folded) + after) if folded else None
 
 
 @functools.cache
@@ -121,25 +150,19 @@ def _function_words() -> frozenset[str]:
 
 
 def question_words(question: str) -> tuple[set[str], set[str]]:
-    """What a question is about, as its names and figures, folded, and the beginnings of its other
-    content words."""
+    """What a question is about, folded: its names and figures, and its other content words."""
     names, others = set(), set()
-    for place, word in enumerate(re.findall(r"[^\W_]+", question)):
-        folded = fold(word)
-        if folded in _function_words():
-            continue
-        if (word[0].isupper() and place > 0) or any(map(str.isdigit, word)):
-            names.add(folded)
-        else:
-            others.add(_beginning(folded))
+    question = _INVISIBLE.sub("", unicodedata.normalize("NFC", question))
+    for place, word in enumerate(_WORD.findall(question)):
+        is_name = (word[0].isupper() and place > 0) or any(map(str.isdigit, word))
+        content = set(_WORD.findall(fold(word))) - _function_words()
+        (names if is_name else others).update(content)
     return names, others
 
 
-def seems_to_answer(
-    sentences: Iterable[tuple[set[str], set[str]]], names: set[str], others: set[str]
-) -> bool:
+def seems_to_answer(sentences: Iterable[Sentence], names: set[str], others: set[str]) -> bool:
     """Whether one sentence states what a question asks, as far as its words tell: it has all of the
-    question's names and half of its other content words, by their beginnings ("owner", "owned").
+    question's names and half of its other content words, in some form ("owner", "owned").
     Of a question without names it has four fifths of them, and three at least.
 
     sentences: as `_sentences` gives them; names, others: as `question_words` does. Paraphrases
@@ -147,31 +170,48 @@ def seems_to_answer(
     """
     needed = max(1, round(len(others) / 2)) if names else max(3, round(0.8 * len(others)))
     needed = min(needed, len(others)) if names else needed
-    return any(
-        names <= words and len(others & beginnings) >= needed for words, beginnings in sentences
-    )
+    asked = [(_beginning(word), word) for word in others]
+    for words, by_beginning in sentences:
+        if not names <= words:
+            continue
+        alike = [(word, by_beginning[start]) for start, word in asked if start in by_beginning]
+        if len(alike) < needed:  # seldom is there more to compare
+            continue
+        stated = (any(_is_form(word, one) for one in found) for word, found in alike)
+        if sum(stated) >= needed:
+            return True
+    return False
 
 
-def _sentences(context: str) -> list[tuple[set[str], set[str]]]:
-    """Of each sentence its words, folded, and their beginnings."""
+def _sentences(context: str) -> list[Sentence]:
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n+", context):
-        words = set(re.findall(r"[^\W_]+", fold(sentence)))
-        found.append((words, {_beginning(word) for word in words}))
+        words = set(_WORD.findall(fold(sentence)))
+        by_beginning: dict[str, list[str]] = {}
+        for word in words:
+            by_beginning.setdefault(_beginning(word), []).append(word)
+        found.append((words, by_beginning))
     return found
 
 
 def _beginning(word: str) -> str:
-    return word[:4]
+    return word[:3]
+
+
+def _is_form(word: str, other: str) -> bool:
+    """Whether two words have all but the last two letters of the shorter one in common, and three
+    at least: "meet" and "meeting", but not "capital" and "captain"."""
+    length = max(3, min(len(word), len(other)) - 2)
+    return word[:length] == other[:length]
 
 
 def unanswerable_copies(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
     """Each answerable question once more, on a context that does not answer it: of an unanswerable
     one nothing is known that could rule a context out.
 
-    Those on one context stand together, contexts in the order of the examples', so that each is
-    read once. A question is left out for which no context is fit. See NegativeSampler. The id ends
-    in #KIND, for people; that it is a copy is known by its place after all of the examples.
+    Those on one context are next to each other, contexts in the order of the examples', so that
+    each is read once. A question is skipped for which no context is fit. See NegativeSampler. The
+    id ends in #KIND, for people; that it is a copy is known by its place after all of the examples.
     """
     contexts = NegativeSampler(examples, kind, seed).contexts(epoch=0)
     copies = [

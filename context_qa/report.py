@@ -68,7 +68,7 @@ def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: b
     """The page of a results file called `name`, of its rows and the summary beside it, which may be
     empty; is_torn: whether its last line is. Raises UserError if the rows are unanswerable copies
     alone."""
-    articles, first_negative = articles_by_idx(summary), find_first_negative(summary, rows)
+    articles, first_negative = articles_by_idx(summary, rows), find_first_negative(summary, rows)
     own = metrics.parts(rows, first_negative).get("")
     if own is None:
         raise UserError(f"{name}: unanswerable copies alone; give it the data's own questions too")
@@ -189,7 +189,7 @@ def _title(summary: Mapping, name: str) -> str:
 
 def _notice(rows: Sequence[Mapping], summary: Mapping, is_torn: bool) -> str:
     found = incompleteness(len(rows), summary, is_torn)
-    texts = [f"Incomplete run: the figures are those of the {found}."] if found else []
+    texts = [f"This file {found}. The figures are those of its rows."] if found else []
     texts += [f"Warning: {warning}." for warning in summary.get("warnings", ())]
     return "\n".join(f'<p class="notice" role="note">{escape(text)}</p>' for text in texts)
 

@@ -1,5 +1,6 @@
 """The format of results: a JSON object a line for each question, and the summary beside them."""
 
+import bisect
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 
 from errors import UserError
 from squad_utils import Example, abstains, exact_match, f1_score, is_correct, made_id
@@ -107,26 +109,31 @@ def read_results(path: str, warn: bool = False) -> list[dict]:
     return rows
 
 
-def read_objects(path: str) -> tuple[list[dict], bool]:
-    """The JSON objects of a JSONL file, one from each line, and whether its last line is torn.
+def read_objects(path: str) -> tuple[dict[int, dict], bool]:
+    """The JSON objects of a JSONL file by line, from 1 on, and whether its last line is torn.
 
-    A kill can tear the last line, which is then skipped. UserError names any other line that is not
-    a JSON object, and a file without any.
+    A kill can tear the last line, which is then skipped, as blank ones are. UserError names any
+    other line that is not a JSON object, and a file without any.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    objects, size = _whole_objects(data, path)
-    last = _parsed(data[size:])
-    if last is not None:
-        objects.append(last)
+    *lines, last = data.split(b"\n")
+    numbered = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
+    objects = {number: _object(line, f"{path} line {number}") for number, line in numbered.items()}
+    found = _parsed(last)
+    if found is not None:
+        objects[len(lines) + 1] = found
     if not objects:
-        raise UserError(f"{path} line 1: not a JSON object; give JSONL, as an evaluation writes it")
-    return objects, last is None and size < len(data)
+        wanted = "give JSONL, as an evaluation writes it"
+        if last.strip():
+            raise _no_object(last, f"{path} line {len(lines) + 1}", wanted)
+        raise UserError(f"{path}: the file is empty; {wanted}")
+    return objects, found is None and bool(last.strip())
 
 
-def results_rows(objects: Iterable[dict], path: str) -> list[dict]:
+def results_rows(objects: Mapping[int, dict], path: str) -> list[dict]:
     """The rows that the objects of a results file are, each with all of FIELDS.
 
     A row of an older layout needs a question, a guess and a reference. It gets its place in the
@@ -135,8 +142,8 @@ def results_rows(objects: Iterable[dict], path: str) -> list[dict]:
     fit its column.
     """
     rows = []
-    for idx, found in enumerate(objects):
-        place = f"{path} line {idx + 1}"
+    for idx, (line, found) in enumerate(objects.items()):
+        place = f"{path} line {line}"
         if found.keys() >= FIELDS.keys():
             _check_values(found, place)
             rows.append(found)
@@ -148,29 +155,36 @@ def results_rows(objects: Iterable[dict], path: str) -> list[dict]:
 def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
     """Rows of the lines that end in a newline, and the size of these lines in bytes. UserError
     names a line that is not a row of exactly this layout."""
-    rows, size = _whole_objects(data, path)
-    for number, row in enumerate(rows, start=1):
+    *lines, torn = data.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
         place = f"{path} line {number}"
+        row = _object(line, place)
         if not row.keys() >= FIELDS.keys():
             raise _other_layout(row, place, ", ".join(FIELDS))
         _check_values(row, place)
-    return rows, size
+        rows.append(row)
+    return rows, len(data) - len(torn)
 
 
-def _whole_objects(data: bytes, path: str) -> tuple[list[dict], int]:
-    *lines, torn = data.split(b"\n")
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        found = _parsed(line)
-        if found is None:
-            raise UserError(f"{path} line {number}: not a JSON object; correct or remove the line")
-        objects.append(found)
-    return objects, len(data) - len(torn)
+def _object(line: bytes, place: str) -> dict:
+    found = _parsed(line)
+    if found is None:
+        raise _no_object(line, place)
+    return found
+
+
+def _no_object(line: bytes, place: str, remedy: str = "correct or remove the line") -> UserError:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return UserError(f"{place}: not UTF-8; convert the file to UTF-8")
+    return UserError(f"{place}: not a JSON object; {remedy}")
 
 
 def _parsed(line: bytes) -> dict | None:
     try:
-        value = json.loads(line, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(line.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -272,32 +286,40 @@ def read_summary(path: str | Path) -> dict:
         "arguments": dict,
         "articles": list,
         "num_questions": int,
-        "first_negative": int,
+        "first_negative": int | None,
         "made_by": list,
         "warnings": list,
     }
     items = summary.items() if isinstance(summary, dict) else ()
-    return {name: v for name, v in items if isinstance(v, shapes.get(name, object))}
+    return {name: v for name, v in items if _has_shape(v, shapes.get(name, object))}
+
+
+def _has_shape(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and (kind is object or type(value) is not bool)
 
 
 def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> str | None:
-    """How much a results file has of its run, such as "12 of 100 questions", if that is not the
-    whole of a run that has ended. None if it is, or where a summary does not say."""
+    """How a results file differs from that of a run that has ended, such as "is incomplete: 12 of
+    100 questions". None if it does not, or where a summary does not say."""
     asked = summary.get("num_questions")
     has_ended = summary.get("complete", True) is True
     if has_ended and not is_torn and asked in (None, num_rows):
         return None
+    if asked is not None and num_rows > asked:
+        return f"has more rows, {num_rows:,}, than its run has questions, {asked:,}"
     share = f"{num_rows:,} questions" if asked is None else f"{num_rows:,} of {asked:,} questions"
     if is_torn:
-        return f"{share}; its last line is torn"
-    return f"{share}; the run has not ended" if num_rows == asked else share
+        return f"is incomplete: {share}; its last line is torn"
+    if num_rows == asked:
+        return f"has all of its run's {asked:,} questions, but the run has not ended"
+    return f"is incomplete: {share}"
 
 
 def warn_if_incomplete(path: str, num_rows: int, is_torn: bool) -> None:
     """One line on stderr where a results file that is read is not the whole of its run."""
     found = incompleteness(num_rows, read_summary(path), is_torn)
     if found:
-        print(f"warning: {path} is incomplete: {found}", file=sys.stderr)
+        print(f"warning: {path} {found}", file=sys.stderr)
 
 
 def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None:
@@ -306,17 +328,25 @@ def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None
     kind = summary.get("settings", {}).get("negatives")
     if kind is None or "first_negative" in summary:
         return summary.get("first_negative")
-    # Summaries of earlier versions name the kind alone, and copies are those whose ids end in it.
+    # Summaries of earlier versions name the kind alone: copies are the last rows, with ids that end
+    # in it, of questions that are there with an answer too.
     ordered = sorted(rows, key=lambda row: row["idx"], reverse=True)
-    is_copy = (row["id"].endswith(f"#{kind}") and not row["answers"] for row in ordered)
+    answerable = {(f"{row['id']}#{kind}", row["question"]) for row in rows if row["answers"]}
+    is_copy = (not r["answers"] and (r["id"], r["question"]) in answerable for r in ordered)
     copies = list(itertools.takewhile(bool, is_copy))
     return ordered[len(copies) - 1]["idx"] if copies else None
 
 
-def articles_by_idx(summary: Mapping) -> dict[int, str]:
-    """Each question's article, of those that have one, from a summary's run lengths."""
+def articles_by_idx(summary: Mapping, rows: Iterable[Mapping]) -> dict[int, str]:
+    """The article of each row that has one, by idx, from a summary's run lengths; nothing where
+    these cannot be right."""
     runs = summary.get("articles", [])
     if not all(isinstance(run, list) and [type(x) for x in run[1:]] == [int] for run in runs):
         return {}
-    every = itertools.chain.from_iterable([article] * count for article, count in runs)
-    return {idx: article for idx, article in enumerate(every) if isinstance(article, str)}
+    ends = list(itertools.accumulate(count for _, count in runs))
+    total = ends[-1] if ends else 0
+    if any(count < 0 for _, count in runs) or total > summary.get("num_questions", total):
+        return {}
+    places = {row["idx"]: bisect.bisect_right(ends, row["idx"]) for row in rows}
+    found = {idx: runs[place][0] for idx, place in places.items() if place < len(runs)}
+    return {idx: article for idx, article in found.items() if isinstance(article, str)}

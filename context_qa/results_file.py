@@ -239,7 +239,7 @@ class ResultsFile:
                 self.rows.sort(key=lambda row: row["idx"])
                 self._write_all()
         about = read_summary(self.path)
-        if self.num_resumed < len(self.rows) or not about.get("complete"):
+        if self.num_resumed < len(self.rows) or about.get("complete") is not True:
             about = {
                 **self.record,
                 "rows_of_earlier_runs": self.num_resumed,
@@ -250,11 +250,12 @@ class ResultsFile:
             }
         own = {"rows": len(self.rows) - self.num_resumed} | _versions(self.record)
         about["made_by"] = _merged([*self.record["made_by"], own])
+        first_negative = about["first_negative"] = self.record.get("first_negative")
         missing = incompleteness(len(self.rows), {"num_questions": len(self.examples)})
         if missing:
-            self._warn(f"is incomplete: {missing}")
+            self._warn(missing)
         found = {"complete": not missing} | summarize(
-            self.rows, articles_by_idx(self.record), self.record.get("first_negative")
+            self.rows, articles_by_idx(self.record, self.rows), first_negative
         )
         summary = found | {name: value for name, value in about.items() if name not in found}
         self._write_summary(summary)

@@ -16,12 +16,16 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import regex
+
 from context_qa.results import Answer
-from squad_utils import Example
+from squad_utils import Example, fold
 
 SLIDING_WINDOW = "sliding-window"  # in place of a model's name
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
-_TOKEN = re.compile(r"\w+(?:[-'’.,]\w+)*|[^\w\s]")
+# A letter's marks are part of its word, and so are the joiners and soft hyphens between letters.
+_LETTER = r"[\w\p{M}\u00ad\u200b-\u200d\u2060]"
+_TOKEN = regex.compile(rf"\w{_LETTER}*(?:[-'’.,]{_LETTER}+)*|[^\w\s]")
 
 
 class _Candidate(NamedTuple):
@@ -31,7 +35,7 @@ class _Candidate(NamedTuple):
 
 
 class _Sentence(NamedTuple):
-    words: list[str]
+    words: list[str]  # folded
     candidates: list[_Candidate]
 
 
@@ -57,7 +61,7 @@ def sliding_window_answers(
 def best_phrase(context: str, question: str) -> str:
     """The phrase of the context that the baseline answers with."""
     sentences, information = _parsed(context)
-    asked = [token.lower() for token in _TOKEN.findall(question) if token[0].isalnum()]
+    asked = [fold(token) for token in _TOKEN.findall(question) if token[0].isalnum()]
     overlaps = [
         (_overlap(sentence.words, candidate, asked), sentence, candidate)
         for sentence in sentences
@@ -88,8 +92,11 @@ def _parsed(context: str) -> tuple[list[_Sentence], dict[str, float]]:
 
 def _sentence(text: str) -> _Sentence:
     tokens = list(_TOKEN.finditer(text))
-    words = [token.group().lower() for token in tokens]
-    is_inside = [word not in _stop_words() and word[0].isalnum() for word in words]
+    words = [fold(token.group()) for token in tokens]
+    is_inside = [
+        token.group()[0].isalnum() and word not in _stop_words()
+        for token, word in zip(tokens, words, strict=True)
+    ]
     candidates = []
     for inside, run in itertools.groupby(range(len(words)), key=is_inside.__getitem__):
         if inside:

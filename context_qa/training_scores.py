@@ -25,13 +25,15 @@ SCORES = (
 def examples_to_score(examples: Sequence[Example], negatives: str | None) -> list[Example]:
     """The examples; with unanswerable copies of this kind where none is unanswerable, for else the
     best model would be one that never abstains."""
-    if negatives is None or not all(example.is_answerable for example in examples):
+    if negatives is None or not examples or not all(e.is_answerable for e in examples):
         return list(examples)
     return [*examples, *unanswerable_copies(examples, negatives)]
 
 
 def doubts(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[str]:
     """Why scores on these examples may choose a bad model, a line each; trained is learnt from."""
+    if not scored:
+        return
     num_answerable = sum(example.is_answerable for example in scored)
     if num_answerable == 0:
         yield "no question of --eval_data has an answer: the best model will be one that abstains"

@@ -177,13 +177,22 @@ def test_ids_that_look_like_copies_are_questions_like_others(run, model, data, t
 
 
 def test_summaries_of_earlier_versions_name_the_kind_alone():
-    ids = ("a#hard", "b#hard", "c", "a#hard", "b#hard#hard")
-    rows = [{"idx": i, "id": name, "answers": ["x"] * (i == 1)} for i, name in enumerate(ids)]
+    ids = ("a#hard", "b#hard", "c", "c#hard", "b#hard#hard")
+    asked = zip(ids, "ABCCB", (0, 1, 1, 0, 0), strict=True)
+    rows = [
+        {"idx": i, "id": name, "question": question, "answers": ["x"] * number}
+        for i, (name, question, number) in enumerate(asked)
+    ]
     assert find_first_negative({"settings": {"negatives": "hard"}}, rows) == 3
     assert find_first_negative({"settings": {"negatives": "random"}}, rows) is None
     assert find_first_negative({"settings": {"negatives": None}}, rows) is None
     assert find_first_negative({"first_negative": 4, "settings": {"negatives": "hard"}}, rows) == 4
     assert find_first_negative({}, rows) is None
+    # Questions without an answer of their own, whose ids look like those of copies
+    rows[3]["question"] = "Another?"
+    assert find_first_negative({"settings": {"negatives": "hard"}}, rows) == 4
+    rows[4]["id"] = "a#hard#hard"
+    assert find_first_negative({"settings": {"negatives": "hard"}}, rows) is None
 
 
 def test_a_curly_apostrophe_abstains(run, model, data, tmp_path):
@@ -275,10 +284,26 @@ def test_training_warns_of_its_data(train, data, tmp_path):
     rows = [row | {"id": "same", "response": "two\nlines"} for row in ROWS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     said = train()
-    assert f"warning: {data}: 1 ids are there more than once" in said
-    assert f"warning: {data}: 3 questions have no reference that a guess can be" in said
+    assert f"warning: {data}: 1 id occurs more than once" in said
+    assert f"warning: {data}: 3 questions teach an answer that no guess can be" in said
     record = json.loads((tmp_path / "out/training_args.json").read_text())
     assert len(record["warnings"]) == 2
+
+
+def test_training_warns_of_the_data_that_it_is_scored_on(train, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    rows = [ROWS[1] | {"id": "n"}, ROWS[0] | {"prompt": "How many?", "response": "two\nlines"}]
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said = train("--eval_data", scored)
+    assert f"warning: {scored}: 1 question has no reference that a guess can match" in said
+
+
+def test_guesses_from_the_context_are_warned_of_too(run, model, data, tmp_path):
+    rows = [ROWS[0] | {"response": "sixty"}, ROWS[2]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    said = evaluate(run, model, data, tmp_path / "r.jsonl", "--constrain_to_context")
+    assert f"warning: {data}: 1 question has no reference that a guess can match: 'sixty'" in said
+    assert "after 3 tokens, or it is not in its context" in said
 
 
 # Flags

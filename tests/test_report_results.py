@@ -207,20 +207,25 @@ def test_the_folded_score_is_there_where_it_differs(report):
 
 def test_an_incomplete_run_says_so(report):
     html = report(ROWS[:2], SUMMARY | {"complete": False})
-    assert "Incomplete run: the figures are those of the 2 of 6 questions" in html
+    assert "This file is incomplete: 2 of 6 questions. The figures are those of its rows." in html
 
 
 @pytest.mark.parametrize(
     ("rows", "summary", "notice"),
     [
-        (ROWS[:2], SUMMARY, "2 of 6 questions."),
-        (ROWS, SUMMARY | {"complete": None}, "6 of 6 questions; the run has not ended."),
-        (ROWS, {"complete": False}, "6 questions."),
+        (ROWS[:2], SUMMARY, "is incomplete: 2 of 6 questions"),
+        (
+            ROWS,
+            SUMMARY | {"complete": None},
+            "has all of its run&#x27;s 6 questions, but the run has not ended",
+        ),
+        (ROWS, {"complete": False}, "is incomplete: 6 questions"),
+        (ROWS, {"num_questions": 4}, "has more rows, 6, than its run has questions, 4"),
     ],
 )
 def test_what_is_not_the_whole_of_its_run_says_so(report, rows, summary, notice):
     html = report(rows, summary)
-    assert f"Incomplete run: the figures are those of the {notice}</p>" in html
+    assert f"This file {notice}. The figures are those of its rows.</p>" in html
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, None])
@@ -230,7 +235,7 @@ def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
     run(monkeypatch, path)
     html = path.with_suffix(".html").read_text("utf-8")
     share = "5 of 6 questions" if summary else "5 questions"
-    assert f"Incomplete run: the figures are those of the {share}; its last line is torn." in html
+    assert f"This file is incomplete: {share}; its last line is torn. The figures" in html
 
 
 def test_rows_of_several_commits_are_said_to_be(report):
@@ -343,8 +348,38 @@ def test_without_matplotlib(monkeypatch, fail, results):
 
 # In a browser
 
+# A context, a guess, and what of the context is marked.
+FORMS = [
+    (
+        "Zoe\u0301 Br\u00fble\u0301 came.",
+        "Zo\u00e9 Bru\u0302l\u00e9",
+        ["Zoe\u0301 Br\u00fble\u0301"],
+    ),
+    ("Zo\u00e9 came.", "ZOE", ["Zo\u00e9"]),
+    ("O\u2019Neill, O'Neill.", "O\u02bcNeill", ["O\u2019Neill", "O'Neill"]),
+    ("\u201cYes\u201d, 'Yes'", '"Yes"', ["\u201cYes\u201d"]),
+    (
+        "\uff29\uff4e \uff11\uff19\uff19\uff18.",
+        "in 1998",
+        ["\uff29\uff4e \uff11\uff19\uff19\uff18"],
+    ),
+    ("In \u0661\u0669\u0669\u0668.", "1998", ["\u0661\u0669\u0669\u0668"]),
+    ("1990\u201395", "1990-95", ["1990\u201395"]),
+    ("co\u00adop", "coop", ["co\u00adop"]),
+    ("Stra\u00dfe STRASSE", "strasse", ["Stra\u00dfe", "STRASSE"]),
+    ("10\u2075 or 105", "105", ["105"]),
+    (
+        "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd.",
+        "\u05e9\u05dc\u05d5\u05dd",
+        ["\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd"],
+    ),
+    ("\U0001d7d9\U0001f600 Bo", "bo", ["Bo"]),
+    ("\u30ab\u3099\u30b9", "\u30ab", []),
+    ("a b", "\u200b", []),
+]
 TRY_IT = """
 <script>
+const FORMS = %FORMS%;
 const seen = {};
 const cells = (name) => {
   const column = headers.findIndex((header) => header.dataset.field === name);
@@ -400,6 +435,8 @@ addEventListener("load", async () => {
   seen.context_text = detail.querySelector("p").textContent;
   seen.detail = [...detail.querySelectorAll("dl div")].map((line) =>
     [...line.children].map((cell) => cell.textContent));
+  seen.forms = FORMS.map(([context, guess]) =>
+    marked(context, guess, []).filter((piece) => piece.nodeType).map((m) => m.textContent));
   seen.expanded = body.querySelector("button").getAttribute("aria-expanded");
   body.querySelector(".row").click();
   seen.closed = body.querySelector(".detail") === null;
@@ -429,7 +466,10 @@ def seen(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("browser")
     rows = [*ROWS, row(6, HOSTILE, ("$x+(", "ROM"), 0.6, HOSTILE + " Rome, $X+( and Roman")]
     html = report_results.report_page(rows, SUMMARY, "results.jsonl")
-    (folder / "page.html").write_text(html.replace("<head>", CATCH) + TRY_IT, "utf-8")
+    script = TRY_IT.replace(
+        "%FORMS%", json.dumps([[context, guess] for context, guess, _ in FORMS])
+    )
+    (folder / "page.html").write_text(html.replace("<head>", CATCH) + script, "utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
     command = [browser, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900"]
     command += ["--dump-dom", f"file://{folder / 'page.html'}"]
@@ -459,7 +499,7 @@ def test_in_a_browser_filters(seen):
         "right": ["0", "2", "5"],
         "abstained": ["2", "4", "5"],
         "should_have": ["3"],
-        "negatives": ["5"],
+        "negatives": ["5", "6"],
     }
     assert seen["both"] == ["2 of 7 questions", ["3", "4"]]
 
@@ -485,3 +525,7 @@ def test_in_a_browser_a_row_opens_with_its_guess_marked(seen):
     assert ["tokens", "40 read, 2 written"] in seen["detail"]
     assert ["id", "q0 (idx 0)"] in seen["detail"]
     assert seen["expanded"] == "true" and seen["closed"]
+
+
+def test_in_a_browser_the_guess_is_marked_in_whatever_form_it_is_written(seen):
+    assert seen["forms"] == [marked for *_, marked in FORMS]

@@ -1,5 +1,6 @@
 """Readers, prompts, negatives and scoring of squad_utils."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from squad_utils import (
     normalize_answer,
     prompt_parts,
     read_examples,
+    same_question,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +151,12 @@ def test_made_ids_are_stable_and_tell_contents_apart(read):
         (as_lines(HUB_ROW | {"answers": "a cat"}), " line 1", "'answers' is missing or no list"),
         (as_lines(HUB_ROW | {"answers": {"text": "a"}}), " line 1", "'answers' is missing or no l"),
         (as_lines(HUB_ROW | {"answers": ["cat", 1]}), " line 1", "'answers' is 1"),
-        (as_lines(HUB_ROW | {"title": ["Cats"]}), " line 1", "'title' is ['Cats']"),
+        (
+            as_lines(HUB_ROW | {"title": ["Cats"]}),
+            " line 1",
+            "'title' is ['Cats']; a row needs text in title, or no title",
+        ),
+        (as_lines(HUB_ROW | {"id": ""}), " line 1", "'id' is ''; a row needs text in id, or no id"),
         (b'{"context": "\\ud800", "prompt": "q", "response": "r"}', " line 1", "'\\ud800'"),
         ("\n\n{'é'}".encode("latin-1"), " line 3", "not UTF-8"),
         ("ÿþ".encode("latin-1"), " line 1", "not UTF-8"),
@@ -589,10 +597,11 @@ def test_raw_match():
 
 
 CURLY = ("I don’t know.", "I don‘t know", "I donʼt know.", "Ｉ don＇t know．", "I don\u2032t know!")
+MARKED = ("¿I don´t know。", "I don't\u200bknow", "“I don't know”", "(I donꞌt know…)")
 
 
 @pytest.mark.parametrize(
-    "guess", [NO_ANSWER, "i dont know", "I don't know", " I DON'T KNOW", *CURLY]
+    "guess", [NO_ANSWER, "i dont know", "I don't know", " I DON'T KNOW", *CURLY, *MARKED]
 )
 def test_abstentions(guess):
     assert abstains(guess) and is_scored_as_empty(guess)
@@ -606,7 +615,10 @@ def test_silence_and_punctuation_are_scored_as_empty_and_are_no_abstentions(gues
     assert exact_match(guess, []) == 1.0
 
 
-@pytest.mark.parametrize("guess", ["I know.", "don't know", "0", "I don't know him"])
+@pytest.mark.parametrize(
+    "guess",
+    ["I know.", "don't know", "0", "I don't know him", "¿I don’t know him?", "4: I don't know"],
+)
 def test_no_abstentions(guess):
     assert not abstains(guess) and not is_scored_as_empty(guess)
 
@@ -621,8 +633,16 @@ SAME = [
     ("ﬁve", "five"),
     ("Straße", "STRASSE"),
     ("a\u00a0b", "a b", "a\u3000b"),
-    ("“x”", "„x“", "«x»"),
+    ("“x”", "„x“", "«x»", '"x"', "＂x＂", "〝x〞", "″x‶"),
     ("❤\ufe0f", "❤"),
+    ("O'Neill", "O´Neill", "O’Neill", "OꞌNeill", "O＇Neill", "O‵Neill"),
+    ("Hawai'i", "Hawaiʻi", "Hawai‘i"),
+    ("1/2", "½", "1⁄2"),
+    ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd", "\u05e9\u05dc\u05d5\u05dd"),  # Hebrew points
+    ("\u0643\u0650\u062a\u064e\u0627\u0628", "\u0643\u062a\u0627\u0628"),  # Arabic ones
+    ("\u1820\u180b", "\u1820"),
+    ("x\u3164y", "x\u1160y", "xy"),
+    ("ｶﾞ", "ガ", "カ\u3099"),
 ]
 
 
@@ -632,10 +652,50 @@ def test_folding_makes_one_form(texts):
     assert fold(fold(texts[0])) == fold(texts[0])
 
 
-@pytest.mark.parametrize("texts", [("1998", "1999"), ("হিন্দি", "হন্দ"), ("कि", "का"), ("ab", "a b")])
+DIFFERENT = [
+    ("1998", "1999"),
+    ("হিন্দি", "হন্দ"),
+    ("कि", "का"),
+    ("ab", "a b"),
+    ("10⁵", "105"),
+    ("H₂O", "H2O"),
+    ("'x'", '"x"'),
+    ("‘x’", "“x”"),
+]
+
+
+@pytest.mark.parametrize("texts", DIFFERENT, ids=str)
 def test_folding_keeps_what_is_another_word(texts):
     """Vowel signs of Indian scripts are no accents."""
     assert len({fold(text) for text in texts}) == len(texts)
+
+
+def test_folding_of_every_character_is_one_form_of_it():
+    """But for superscripts, and for these, of which NFKC makes a blank or two primes:"""
+    exceptions = set("\u00b4\u1ffd\u2033\u2036")
+    for number in itertools.chain(range(0xD800), range(0xE000, 0x110000)):
+        character = chr(number)
+        folded = fold(character)
+        assert fold(folded) == folded, hex(number)
+        if decomposition := unicodedata.decomposition(character):
+            assert fold(unicodedata.normalize("NFD", character)) == folded, hex(number)
+            assert fold(unicodedata.normalize("NFC", character)) == folded, hex(number)
+            if not decomposition.startswith(("<super>", "<sub>")) and character not in exceptions:
+                assert fold(unicodedata.normalize("NFKC", character)) == folded, hex(number)
+
+
+def test_folding_does_not_depend_on_the_order_of_marks():
+    marks = "\u093c\u094d\u0301\u0327\u200d\u05b8"
+    texts = ["क" + "".join(order) for order in itertools.permutations(marks)]
+    assert len({fold(text.replace("\u200d", "")) for text in texts}) == 1
+    assert all(fold(fold(text)) == fold(text) for text in texts)
+
+
+def test_the_same_question_in_other_forms():
+    context, question = "“Zoé” paid 10⁵ – in １９９８.", "Who’s Zoé?"
+    other = unicodedata.normalize("NFD", context.replace("–", "-").replace("“Zoé”", '"ZOÉ"'))
+    assert same_question(context, question) == same_question(other, "who's zoe\u0301?")
+    assert same_question(context, question) != same_question(context.replace("⁵", "6"), question)
 
 
 def test_folding_leaves_official_scores_alone():

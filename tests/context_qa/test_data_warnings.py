@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-from context_qa.answering import stop_tokens
 from context_qa.data_warnings import data_warnings
 from mamba_lm.checkpoint import load_tokenizer
 from squad_utils import Example, read_examples
@@ -33,8 +32,10 @@ def composing(tokenizer):
     return tokenizer
 
 
-def warnings(data, tokenizer, max_new_tokens=None) -> list[str]:
-    return list(data_warnings(data, tokenizer, stop_tokens(tokenizer), max_new_tokens))
+def warnings(data, tokenizer, max_new_tokens=64, **of) -> list[str]:
+    found = list(data_warnings("f.jsonl", data, tokenizer, max_new_tokens, **of))
+    assert all(warning.startswith("f.jsonl: ") and " --" not in warning for warning in found)
+    return [warning.removeprefix("f.jsonl: ") for warning in found]
 
 
 def test_ordinary_data_is_not_doubted(tokenizer):
@@ -46,14 +47,19 @@ def test_ids_that_are_there_twice_are_counted(tokenizer):
     data = examples("x", "y", "z")
     data = [Example("q7", e.context, e.question, e.answers) for e in data[:2]] + data[2:]
     [warning] = warnings(data, tokenizer)
-    assert warning == "1 ids are there more than once, such as 'q7'"
+    assert warning == "1 id occurs more than once: 'q7'"
+    [warning] = warnings(data + data[:2] + data[2:], tokenizer)
+    assert warning == "2 ids occur more than once, such as 'q7'"
 
 
 @pytest.mark.parametrize("answer", ["A", "+", "the", "::::", "?!", "An."])
 def test_references_that_normalise_to_nothing_are_counted(answer, tokenizer):
     data = examples("x", answer, (answer, "x"))
     [warning] = warnings(data, tokenizer)
-    assert warning.startswith("1 questions have no reference but") and "(id 'q1')" in warning
+    assert warning == (
+        f"1 question has no reference but articles and punctuation: {answer!r} (id 'q1'). "
+        "The official script scores it as if abstaining were right"
+    )
 
 
 @pytest.mark.parametrize("answer", ["12 Elm Street\nSpringfield", "x\n", "\nb", "one\r\ntwo"])
@@ -63,15 +69,45 @@ def test_references_over_a_lines_end_are_counted(answer, tokenizer):
     right_without_it = answer.strip() == "x"
     assert len(found) == (0 if right_without_it else 1)
     if found:
-        assert found[0].startswith("1 questions have no reference that a guess can be, such as ")
-        assert "decoding ends at a line's end" in found[0] and repr(answer) in found[0]
+        said = f"1 question has no reference that a guess can match: {answer!r} (id 'q1')"
+        assert found[0].startswith(said) and "cut at the end of a line" in found[0]
 
 
 def test_references_longer_than_a_guess_are_counted(tokenizer):
     data = examples("one", "one two three four five six seven", ("one two three four", "one"))
     [warning] = warnings(data, tokenizer, max_new_tokens=3)
-    assert warning.startswith("1 questions") and "(id 'q1')" in warning
+    assert warning.startswith("1 question ") and "(id 'q1'), of which a guess can be" in warning
+    assert "after 3 tokens" in warning
+    [warning] = warnings(examples("one two " * 40 + "end"), tokenizer, max_new_tokens=60)
+    assert " ... " in warning and "one two end' (id" in warning and "of which a guess" in warning
     assert warnings(data, tokenizer, max_new_tokens=20) == []
+
+
+def test_training_teaches_the_first_reference_alone(tokenizer):
+    data = examples("x", ("one\ntwo", "one two"), ("one two", "one\ntwo"), ("x\n", "y"))
+    assert warnings(data, tokenizer) == []
+    [warning] = warnings(data, tokenizer, is_training=True)
+    said = "1 question teaches an answer that no guess can be: 'one\\ntwo' (id 'q1'), of which"
+    assert warning.startswith(f"{said} a guess can be 'one'. An answer is cut at the end of a line")
+    data = examples("a\nb", "c\nd", ("one\n", "one"))
+    [warning] = warnings(data, tokenizer, is_training=True)
+    assert warning.startswith("2 questions teach an answer that no guess can be, such as 'a\\nb'")
+
+
+def test_spans_of_the_context_are_checked_too(tokenizer):
+    context = "Bo lives in 12 Elm\nStreet with the red cat."
+
+    def found(*answers: str, limit: int = 64) -> list[str]:
+        data = [Example("q0", context, "Where?", answers)]
+        return warnings(data, tokenizer, limit, is_constrained=True)
+
+    assert found("red cat") == found("a Red cat") == found("blue", "red cat") == []
+    [warning] = found("blue cat")
+    assert warning.startswith("1 question has no reference that a guess can match: 'blue cat' (id ")
+    assert "or it is not in its context" in warning
+    assert "cut at the end of a line" in found("12 Elm\nStreet")[0]
+    assert len(found("12 Elm Street")) == 1
+    assert "after 2 tokens" in found("Bo lives in 12 Elm", limit=2)[0]
 
 
 def test_references_in_another_unicode_form_are_counted(composing):

@@ -163,6 +163,11 @@ def test_strengths_are_means_over_layers_at_each_tokens_place():
     assert "”" in texts and "hotel" in texts
 
 
+POINTED = "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd"
+SHALOM = "\u05e9\u05dc\u05d5\u05dd"
+KITAB = "\u0643\u0650\u062a\u064e\u0627\u0628"
+
+
 @pytest.mark.parametrize(
     "context, answer, marked",
     [
@@ -173,7 +178,19 @@ def test_strengths_are_means_over_layers_at_each_tokens_place():
         ("The e\u0301", "é", ["e\u0301"]),
         ("ﬁve and five", "five", ["ﬁve", "five"]),
         ("Zoés", "Zoé", []),
+        ("Zoe\u0301 Brûlé.", "Zoé Bru\u0302le\u0301", ["Zoe\u0301 Brûlé"]),
+        (f"{POINTED} {SHALOM}.", SHALOM, [POINTED, SHALOM]),
+        (f"{POINTED} {SHALOM}.", POINTED, [POINTED, SHALOM]),
+        (f"{KITAB}.", "\u0643\u062a\u0627\u0628", [KITAB]),
+        ("カ\u3099ス", "ガス", ["カ\u3099ス"]),
+        ("カ\u3099ス", "カ", []),
+        ("की", "क", []),
+        ("a\u200b b", "\u200b", []),
+        ("a\u0301 b", "\u0301", []),
+        ("“Yes”, ‘no’", '"Yes"', ["“Yes”"]),
+        ("10⁵ and 105", "105", ["105"]),
     ],
+    ids=ascii,
 )
 def test_the_answer_is_marked_in_whatever_form_it_is_written(context, answer, marked):
     assert [context[start:end] for start, end in answer_spans(context, answer)] == marked

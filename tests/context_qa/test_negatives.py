@@ -38,6 +38,14 @@ FORMS = [
     ("İzmir", "In izmir."),
     ("Henry IV", "Henry Ⅳ did."),
     ("café", "At the cafe."),
+    ("+", "It is C++."),
+    ("A", "In Vitamin A."),
+    ("::", "Written std::vector."),
+    ("a+", "It got an A+."),
+    ("ｶﾅ", "この カナ です。"),
+    ("ガス", unicodedata.normalize("NFD", "このガスは。")),
+    ("पानी", "यह पानी है।"),
+    ("שלום", "It is ש\u05b8\u05c1לו\u05b9ם."),
 ]
 
 
@@ -55,6 +63,46 @@ def test_a_context_that_only_looks_alike_is_drawn(kind):
     asked = Example("q", "Rue 1998.", "When?", ("1998",))
     other = Example("o", "In 1999 or 19987 and 1 998.", "Is it?", ())
     assert NegativeSampler([asked, other], kind).contexts(0)[0] == other.context
+
+
+@pytest.mark.parametrize(
+    "answer, context",
+    [
+        ("A", "Vitamins, all."),
+        ("a+", "It got xA+."),
+        ("\u200b", "Nothing."),
+        ("カス", "このガスは。"),
+        ("क", "की है।"),  # of a letter and a vowel sign
+        ("105", "It is 10⁵."),
+    ],
+)
+def test_answers_without_words_and_parts_of_letters(answer, context):
+    asked = Example("q", f"{answer} it is.", "What?", (answer,))
+    other = Example("o", context, "Is it?", ())
+    assert NegativeSampler([asked, other]).contexts(0)[0] == context
+
+
+def test_a_mark_beside_other_references_rules_nothing_out():
+    """As in three questions of SQuAD: every context has a full stop."""
+    asked = Example("q", "Bo it is.", "Who?", ("Bo", "."))
+    other = Example("o", "It is Cy.", "Is it?", ())
+    assert NegativeSampler([asked, other]).contexts(0)[0] == other.context
+
+
+def test_hard_contexts_are_compared_once(monkeypatch):
+    compared = []
+
+    def seems(sentences, names, others):
+        compared.append(names)
+        return False
+
+    monkeypatch.setattr("context_qa.negatives.seems_to_answer", seems)
+    sampler = NegativeSampler(
+        [Example(str(n), f"Bo{n}.", f"Who{n}?", ()) for n in range(4)], "hard"
+    )
+    before = len(compared)
+    assert None not in sampler.contexts(0)
+    assert before > 0 and len(compared) == before
 
 
 def test_the_same_question_in_another_form_rules_a_context_out():
@@ -101,6 +149,13 @@ def test_copies_of_rows_with_one_id_are_all_made():
         ("Which song won in 1999?", "In 1998 a song won.", False),
         ("what is the largest river of the province", "Its largest province has a river.", True),
         ("what is the largest river of the province", "The river is long.", False),
+        ("Who owns the Wild Swan?", "The Wild Swan is owned by Bo.", True),
+        ("Which contest has Bo?", "Bo is in the container.", False),
+        ("When is Rural Music meeting?", "Rural Music will meet on Friday.", True),
+        ("Which capital has Bo?", "Bo is the captain.", False),
+        ("Who commanded Bo?", "Bo has a company.", False),
+        ("What is Zo\u200bé paid?", "It paid Zoe\u0301 $3.", True),
+        ("What is हिन्दी2?", "The हिन्दी2 is.", True),
         ("why?", "Because.", False),
         ("", "Nothing.", False),
     ],

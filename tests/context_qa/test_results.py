@@ -140,7 +140,7 @@ def test_rows_of_the_original_project_are_completed(tmp_path):
     assert first == WITH_CONTEXT | made | NOT_MEASURED | rest
     made = {"answers": [], "exact_match": 1.0, "f1": 1.0, "id": second["id"], "context": None}
     assert second == N_SHOT | made | NOT_MEASURED
-    assert read_objects(path) == ([WITH_CONTEXT, N_SHOT], False)
+    assert read_objects(path) == ({1: WITH_CONTEXT, 2: N_SHOT}, False)
 
 
 def test_ids_are_those_of_the_data(tmp_path):
@@ -235,6 +235,8 @@ def test_scores_of_an_older_layout_are_those_of_a_run(tmp_path):
 
 # The summary
 
+PART = "is incomplete: "
+
 
 @pytest.mark.parametrize(
     ("num_rows", "summary", "is_torn", "expected"),
@@ -243,22 +245,22 @@ def test_scores_of_an_older_layout_are_those_of_a_run(tmp_path):
         (12, {"articles": []}, False, None),
         (12, {"complete": True}, False, None),
         (12, {"complete": True, "num_questions": 12}, False, None),
-        (12, {"complete": False, "num_questions": 100}, False, "12 of 100 questions"),
-        (12, {"complete": True, "num_questions": 100}, False, "12 of 100 questions"),
-        (120, {"complete": True, "num_questions": 100}, False, "120 of 100 questions"),
-        (1200, {"complete": None}, False, "1,200 questions"),
+        (12, {"complete": False, "num_questions": 100}, False, f"{PART}12 of 100 questions"),
+        (12, {"complete": True, "num_questions": 100}, False, f"{PART}12 of 100 questions"),
+        (30, {"num_questions": 20}, False, "has more rows, 30, than its run has questions, 20"),
+        (1200, {"complete": None}, False, f"{PART}1,200 questions"),
         (
             12,
             {"complete": 0, "num_questions": 12},
             False,
-            "12 of 12 questions; the run has not ended",
+            "has all of its run's 12 questions, but the run has not ended",
         ),
-        (12, {}, True, "12 questions; its last line is torn"),
+        (12, {}, True, f"{PART}12 questions; its last line is torn"),
         (
             12,
             {"complete": True, "num_questions": 12},
             True,
-            "12 of 12 questions; its last line is torn",
+            f"{PART}12 of 12 questions; its last line is torn",
         ),
     ],
 )
@@ -282,7 +284,8 @@ def test_whether_the_last_line_is_torn(tmp_path):
 def test_a_summary_without_what_is_out_of_shape(tmp_path):
     good = {"complete": True, "num_questions": 3, "made_by": []}
     bad = {"settings": [], "num_questions": "3", "made_by": {}, "articles": None}
-    for summary, expected in ((good, good), (bad, {})):
+    flags = {"num_questions": True, "first_negative": False}
+    for summary, expected in ((good, good), (bad, {}), (flags, {})):
         summary_path(tmp_path / "a.jsonl").write_text(json.dumps(summary))
         assert read_summary(tmp_path / "a.jsonl") == expected
 
@@ -296,5 +299,48 @@ def test_a_summary_that_cannot_be_read_is_empty(tmp_path, content):
 
 def test_articles_are_run_lengths():
     summary = {"articles": [["Oslo", 2], [None, 1], ["Rome", 1]]}
-    assert articles_by_idx(summary) == {0: "Oslo", 1: "Oslo", 3: "Rome"}
-    assert articles_by_idx({}) == {}
+    rows = [{"idx": idx} for idx in range(6)]
+    assert articles_by_idx(summary, rows) == {0: "Oslo", 1: "Oslo", 3: "Rome"}
+    assert articles_by_idx(summary | {"num_questions": 4}, rows[3:]) == {3: "Rome"}
+    assert articles_by_idx({}, rows) == {}
+
+
+@pytest.mark.parametrize(
+    "articles", [[["a", 3]], [["a", -1], ["b", 3]], [["a", 10**12]], [["a", True]], [["a"]], [3]]
+)
+def test_articles_that_cannot_be_are_none(articles):
+    summary = {"articles": articles, "num_questions": 2}
+    assert articles_by_idx(summary, [{"idx": 0}, {"idx": 1}]) == {}
+
+
+def test_a_huge_article_takes_no_memory():
+    assert articles_by_idx({"articles": [["a", 10**12]]}, [{"idx": 7}]) == {7: "a"}
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path):
+    path = Path(write(tmp_path / "results.jsonl", [WITH_CONTEXT] * 2))
+    path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\r\n  \n"))
+    objects, is_torn = read_objects(str(path))
+    assert list(objects) == [2, 4] and not is_torn
+    assert len(read_results(str(path))) == 2
+    path.write_bytes(path.read_bytes() + b'{"guess": "x"}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl line 6: another layout"):
+        read_results(str(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", ": the file is empty; give JSONL"),
+        (b"\n \n", ": the file is empty; give JSONL"),
+        ('{"guess": "x"}\n'.encode("utf-16"), " line 1: not UTF-8; convert the file to UTF-8"),
+        ('{"guess": "x"}'.encode("utf-16"), " line 1: not UTF-8; convert the file to UTF-8"),
+        (b"\n{", " line 2: not a JSON object"),
+    ],
+)
+def test_files_without_rows(tmp_path, data, complaint):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_objects(str(path))
+    assert str(caught.value).startswith(f"{path}{complaint}")

@@ -381,6 +381,22 @@ def test_a_complete_file_is_scored_again_from_its_rows(path):
         assert results.finish()["scores"] == first["scores"]
 
 
+@pytest.mark.parametrize("complete", [True, False, 1, "yes", None])
+def test_the_first_negative_is_that_of_the_last_run(path, complete):
+    with opened(path) as results:
+        results.record["first_negative"] = 3
+        results.write(ROWS)
+        results.finish(device="first")
+    summary = json.loads(path.with_name("results.jsonl.summary.json").read_text())
+    summary |= {"complete": complete, "first_negative": 1}
+    path.with_name("results.jsonl.summary.json").write_text(json.dumps(summary))
+    with opened(path) as results:
+        results.record["first_negative"] = 3
+        again = results.finish(device="second")
+    assert again["first_negative"] == 3 and again["scores"]["negatives_num_questions"] == 2
+    assert again["device"] == ("first" if complete is True else "second")
+
+
 def test_who_may_read_the_file_stays_the_same(path):
     path.touch(mode=0o600)
     with opened(path) as results:

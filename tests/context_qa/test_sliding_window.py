@@ -1,5 +1,7 @@
 """The baseline that learns nothing, on cases worked out by hand."""
 
+import unicodedata
+
 import pytest
 
 from context_qa.sliding_window import best_phrase, sliding_window_answers
@@ -21,6 +23,22 @@ CONTEXT = (
 )
 def test_phrases_of_the_sentence_that_is_most_like_the_question(question, guess):
     assert best_phrase(CONTEXT, question) == guess
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked_form", ["NFC", "NFD"])
+@pytest.mark.parametrize(
+    ("context", "question", "guess"),
+    [
+        ("In May Zoé met Júlia Peña. Bo met Ann.", "Whom did Zoé meet?", "Júlia Peña"),
+        ("Bo came in May. Élodie’s café was Ann Ñu.", "Whose was ÉLODIE'S café?", "Ann Ñu"),
+        ("Bo met पानी हिन्दी. In May.", "Whom did Bo meet?", "पानी हिन्दी"),
+    ],
+    ids=ascii,
+)
+def test_marks_are_parts_of_words_and_forms_are_equal(form, asked_form, context, question, guess):
+    context, guess = (unicodedata.normalize(form, text) for text in (context, guess))
+    assert guess in best_phrase(context, unicodedata.normalize(asked_form, question))
 
 
 def test_the_guess_is_always_a_span_of_the_context():
