@@ -55,7 +55,8 @@ class Spans:
         self.context = context
         self.choices: list[Choice] = []
         self._bounds: list[tuple[int, list[int | None]]] = []  # the start and the ends of each
-        self._holds_no_answer = NORMALIZED_NO_ANSWER in folded_answer(context)
+        said = NORMALIZED_NO_ANSWER.replace(" ", "")
+        self._holds_no_answer = said in "".join(folded_answer(context).split())
         self._characters = [match.end() for match in _CHARACTER.finditer(context)]
         self._ends = {match.end() for match in _WORD.finditer(context)}
         if borders == "characters":
