@@ -195,7 +195,7 @@ class _Run:
         }
         settings |= {name: getattr(self.args, name) for name in chosen}
         if self.args.constrain_to_context:
-            settings["span_borders"] = SPAN_BORDERS[0]
+            settings["span_borders"] = SPAN_BORDERS[0]  # earlier versions ended spans anywhere
         return {"settings": settings, "first_negative": questions.first_negative} | record
 
     @functools.cached_property

@@ -115,7 +115,7 @@ class NegativeSampler:
 
 
 def _repeats(examples: Sequence[Example]) -> list[str]:
-    """What tells rows of one id apart: nothing for the first of them."""
+    """For each row a suffix that differs for rows of one id; none for the first of them."""
     seen: Counter[str] = Counter()
     repeats = []
     for example in examples:

@@ -35,7 +35,7 @@ def run_record(
 
 
 def hash_or_name(name: str | None) -> str | None:
-    """What tells a local data file from others; the name of what is on the Hub."""
+    """The hash of a local data file; the name of one on the Hub."""
     return name and (sha256(name) or name)
 
 

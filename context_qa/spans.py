@@ -81,7 +81,7 @@ class Spans:
             for place in offsets
         ]
         for (start, place), (ids, offsets) in zip(starts, encoded[len(pieces) :], strict=True):
-            # One token more than can be said tells whether the last of them ends a character.
+            # One token more than can be said shows whether the last of them ends a character.
             rest = slice(first[place + 1], first[place + 1] + max(max_tokens + 1 - len(ids), 0))
             own_ends = [self._character_end(start - _ADDED, *place) for place in offsets]
             self._add(start, ids + tail_ids[rest], own_ends + tail_ends[rest], max_tokens, stop_ids)

@@ -323,7 +323,7 @@ class MambaLM(nn.Module):
             b, l = input_ids.shape
             if lengths.shape != (b,):
                 raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected {(b,)}")
-            lengths = lengths.clamp(0, l)  # beyond, a row would go on in the next one
+            lengths = lengths.clamp(0, l)  # longer ones would read the next row
         packs = lengths is not None and reads_packed(self.lm_head.weight)
         if packs:  # padding is not even computed
             is_real = torch.arange(l, device=lengths.device) < lengths[:, None]  # (b, l)

@@ -1,6 +1,6 @@
 """Tokenizers, loaded as they are written; user text is only ever text.
 
-`tokenizer.json` defines the tokens. `AutoTokenizer` of transformers 5 builds some tokenizers anew
+`tokenizer.json` defines the tokens. `AutoTokenizer` of transformers 5 rebuilds some tokenizers
 from their class's name and vocabulary, and so splits text otherwise than the file says (digits, for
 one): here the file is loaded as it is, and what was loaded is compared with it.
 """

@@ -207,7 +207,7 @@ def test_a_curly_apostrophe_abstains(run, model, data, tmp_path):
 
 @pytest.fixture
 def train(run, data, tmp_path):
-    """Train for two steps from a model, or go on; its stderr."""
+    """Train for two steps from a model, or resume; its stderr."""
     model = make_model(tmp_path / "start")
     (model / NOTE).write_text("This demo knows one thing.")
 

@@ -86,7 +86,9 @@ def write_config(config: MambaConfig) -> dict:
     if config.bcdt_rms_eps is not None:
         raise UserError("the state_spaces format cannot express Falcon-Mamba's RMS norms")
     if config.d_inner != int(config.expand * config.d_model):
-        raise UserError("the state_spaces format cannot express an inner width of its own")
+        raise UserError(
+            "the state_spaces format cannot express an inner width other than expand * d_model"
+        )
     if config.norm_eps != 1e-5:
         raise UserError("the state_spaces format cannot express a norm epsilon other than 1e-5")
     return {

@@ -22,7 +22,7 @@ def selective_scan(
     real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
     if lengths is not None:
         real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
-        # Whatever stands in the padding would reach gradients: 0 times it may be NaN.
+        # Whatever is in the padding would reach gradients: 0 times it may be NaN.
         x, delta, B, C = (torch.where(real, tensor, 0) for tensor in (x, delta, B, C))
         z = None if z is None else torch.where(real, z, 0)
     state_dtype = torch.promote_types(x.dtype, torch.float32)
