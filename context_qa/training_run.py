@@ -22,7 +22,7 @@ from context_qa.training_scores import SCORES
 from errors import UserError
 from files import MODEL_FILES, locked, named_errors, write_whole
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
-from mamba_lm.tokenizer import TOKENIZER_FILES
+from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training_checkpoints import (
     checkpoints,
     describe_files,
@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when 
 )
 _OURS = (  # what a run leaves; what tells that it is a run's comes last
     *MODEL_FILES,
-    *TOKENIZER_FILES,
+    *SAVED_FILES,
     *(".*.partial*", "*.partial", NOTE, CARD, LOG, PLOT, RECORD),
 )
 

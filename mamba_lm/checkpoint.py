@@ -28,6 +28,7 @@ from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, rea
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.tokenizer import (
     DEFAULT_TOKENIZER,
+    SAVED_FILES,
     TOKENIZER_FILES,
     find_tokenizer,
     has_tokenizer,
@@ -220,7 +221,7 @@ def save_model(
     weights = model.state_dict() if weights is None else weights
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     generation = _generation_with(model.generation, tokenizer)
-    replaced = (*MODEL_FILES, *(TOKENIZER_FILES if tokenizer is not None else ()))
+    replaced = (*MODEL_FILES, *(SAVED_FILES if tokenizer is not None else ()))
     with atomic_folder(folder, replaced) as partial:
         if format == "state_spaces":
             config = state_spaces.write_config(model.config)

@@ -23,6 +23,7 @@ _VOCABULARIES = (  # each alone makes a folder one with a tokenizer
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _BESIDE = (*_CONFIGS, "added_tokens.json", "chat_template.jinja")  # read with a tokenizer.json
 TOKENIZER_FILES = (*_VOCABULARIES, *_BESIDE, "merges.txt")
+SAVED_FILES = ("tokenizer.json", *_BESIDE)  # what a saved tokenizer replaces: all that is read then
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of added tokens
 _MARKUP = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)  # as control tokens are written
 
@@ -53,7 +54,7 @@ def tokenizer_files(path: Path) -> list[Path]:
     folder = file.parent
     if file.name != "tokenizer.json":
         return [file]
-    names = ("tokenizer.json", *_BESIDE) if file.is_file() else (*TOKENIZER_FILES, "config.json")
+    names = SAVED_FILES if file.is_file() else (*TOKENIZER_FILES, "config.json")
     return [folder / name for name in names if (folder / name).is_file()]
 
 

@@ -291,7 +291,7 @@ def test_all_of_a_tokenizer_is_downloaded(monkeypatch, tmp_path):
 def test_a_saved_model_keeps_nothing_of_an_older_tokenizer(make_model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+    for name in ("added_tokens.json", "chat_template.jinja", "special_tokens_map.json"):
         (folder / name).write_text("{}")
     tokenizer = load_tokenizer_at(DEMO)
     save_model(make_model(vocab_size=2156), folder, tokenizer)
