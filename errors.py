@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 
@@ -54,6 +55,26 @@ _FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
 def _throw_output_away() -> None:
     """What is still to be written, which Python would try at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# What moves a terminal's cursor, colours or erases it, breaks a line or turns its direction round,
+# and halves of surrogate pairs, which no encoding has.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Foreign text as it may reach a terminal: on one line, its control characters as Python writes
+    them; those in `keep`, such as "\n", stay as they are."""
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def warn(text: str) -> None:
+    """A line on standard error about what works, but not as one might think."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def keep_inputs(output: str, *inputs: str | None) -> None:
@@ -110,5 +131,5 @@ def _number(text: str) -> float:
 
 
 def _report(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
     return code

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,44 @@ def read_text(path: str | Path, wanted: str) -> str:
         raise UserError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from error
     except ValueError as error:
         raise UserError(f"{path!r}: no path ({error}); give {wanted}") from error
+
+
+MAX_NESTING = 64  # of JSON: what is deeper makes other code run out of stack later
+
+
+def read_json(path: str | Path, wanted: str = "a JSON file") -> object:
+    """The JSON value in a file that anybody may have written; UserError where it cannot be read, or
+    `parse_json` refuses it."""
+    return parse_json(read_text(path, wanted), str(path))
+
+
+def parse_json(text: str | bytes, place: str) -> object:
+    """The JSON value of a text; UserError that names the place where it is none, or is nested too
+    deep, or has a number of thousands of digits."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{place}: is nested too deep") from error
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error})") from error
+    if _is_nested_too_deep(value):
+        raise UserError(f"{place}: is nested more than {MAX_NESTING} deep")
+    return value
+
+
+def _is_nested_too_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 @contextlib.contextmanager

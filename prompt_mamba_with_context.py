@@ -9,12 +9,11 @@ Without --question, questions come from standard input, one a line.
 """
 
 import argparse
-import sys
 
 from context_qa.console import add_console_flags, load_console, read_context
 from context_qa.conversation import Conversation
 from context_qa.provenance import trained_prompt_order
-from errors import UserError, run_script
+from errors import UserError, run_script, warn
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +39,9 @@ def main(args: argparse.Namespace) -> None:
     context = None if args.context_file is None else read_context(args.context_file)
     order = trained_prompt_order(args.model)
     if order != "context_first":
-        print(
-            f"warning: {args.model} was trained with --prompt_order {order}; here the context is "
-            "read first, and once",
-            file=sys.stderr,
+        warn(
+            f"{args.model} was trained with --prompt_order {order}; here the context is read first,"
+            " and once"
         )
     console = load_console(args, explain=args.explain)
     Conversation(console, "prompt_mamba_with_context").run(context, args.question)

@@ -18,7 +18,7 @@ from context_qa.data_warnings import model_warnings
 from context_qa.explanation import Explanation, answer_spans, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.terminal import Screen, typed
-from errors import UserError, not_negative, positive_int, probability, seed
+from errors import UserError, not_negative, positive_int, printable, probability, seed, warn
 from files import read_text
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.delta import DeltaNorms, delta_layers
@@ -188,13 +188,14 @@ def load_console(
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
     for warning in model_warnings(args.model):
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     if explain:
         require_offsets(tokenizer)
     layers = delta_layers(args.model, model.config.n_layer) if explain else ()
     note = Path(args.model) / NOTE
     if note.is_file():
-        print(note.read_text(encoding="utf-8", errors="replace").strip(), file=sys.stderr)
+        text = note.read_text(encoding="utf-8", errors="replace").strip()
+        print(printable(text, keep="\n\t"), file=sys.stderr)
     answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
     return Console(answerer, sampler, args.json, layers, show_prompt)

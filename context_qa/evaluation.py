@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from errors import UserError, keep_inputs, positive_int
+from errors import UserError, keep_inputs, positive_int, warn
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples, same_question
@@ -224,7 +223,7 @@ class _Run:
             self.args.constrain_to_context,
         )
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            warn(warning)
         return warnings
 
     def _answers(

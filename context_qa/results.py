@@ -4,14 +4,13 @@ import bisect
 import itertools
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 
-from errors import UserError
+from errors import UserError, warn
 from squad_utils import Example, abstains, exact_match, f1_score, is_correct, made_id
 
 # A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.
@@ -319,7 +318,7 @@ def warn_if_incomplete(path: str, num_rows: int, is_torn: bool) -> None:
     """One line on stderr where a results file that is read is not the whole of its run."""
     found = incompleteness(num_rows, read_summary(path), is_torn)
     if found:
-        print(f"warning: {path} {found}", file=sys.stderr)
+        warn(f"{path} {found}")
 
 
 def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None:

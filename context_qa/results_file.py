@@ -24,7 +24,7 @@ from context_qa.results import (
     summary_path,
     whole_rows,
 )
-from errors import UserError
+from errors import UserError, printable
 from files import is_at, locked, named_errors, replaced, write_at, write_whole
 from squad_utils import Example
 
@@ -150,7 +150,9 @@ class ResultsFile:
             self._warn(f"continues rows that other versions made ({different})")
 
     def _warn(self, message: str) -> None:
-        tqdm.write(f"warning: {self.path}: {message}", file=sys.stderr)  # above a progress bar
+        tqdm.write(
+            f"warning: {printable(f'{self.path}: {message}')}", file=sys.stderr
+        )  # above a progress bar
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(f"{self.path}: holds {reason}; give another path or --overwrite")

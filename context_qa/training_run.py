@@ -19,7 +19,7 @@ from context_qa.processes import from_first, in_all
 from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
-from errors import UserError
+from errors import UserError, printable, warn
 from files import MODEL_FILES, locked, named_errors, write_whole
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.tokenizer import SAVED_FILES
@@ -107,7 +107,7 @@ class TrainingRun:
             )
         if change is not None:
             said = f"{change}; the model is written again from {checkpoint.name}"
-            print(f"warning: {self.folder}: {said}", file=sys.stderr)
+            warn(f"{self.folder}: {said}")
         return False, checkpoint
 
     def _require_shared_folder(self) -> None:
@@ -137,7 +137,7 @@ class TrainingRun:
         new = list(warnings)
         self.warnings += new
         for warning in new:
-            self.processes.print(f"warning: {warning}", file=sys.stderr, flush=True)
+            self.processes.print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
     def begin(self) -> None:
         """Write down what is to be done, now that nothing more can be wrong with it. With
@@ -213,7 +213,7 @@ class TrainingRun:
         begun_with = before.get("begun_with") or _code(before)
         if different := differences(begun_with, _code(self.record)):
             said = f"was begun with other code ({'; '.join(different)})"
-            print(f"warning: {self.folder}: {said}", file=sys.stderr)
+            warn(f"{self.folder}: {said}")
             self.record["begun_with"] = begun_with
 
     def _remove(self) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, warn
 from files import MODEL_FILES, atomic_folder
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
@@ -35,7 +35,6 @@ from mamba_lm.tokenizer import (
     load_tokenizer_at,
     tokenizer_files,
     vocabulary_bound,
-    warn,
 )
 
 FORMATS = ("transformers", "state_spaces")

@@ -1,11 +1,10 @@
 """Which device and number format a script runs in, from its --device and --dtype."""
 
 import argparse
-import sys
 
 import torch
 
-from errors import UserError
+from errors import UserError, warn
 from mamba_lm.selective_scan import backend_name, load_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,7 +30,7 @@ def choose_device(name: str) -> torch.device:
     except UserError as error:
         if name == "cuda":
             raise
-        print(f"warning: a GPU is here, but {error}; running on the CPU", file=sys.stderr)
+        warn(f"a GPU is here, but {error}; running on the CPU")
         return torch.device("cpu")
     return torch.device("cuda")
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from errors import UserError
+from errors import UserError, warn
 from mamba_lm.checkpoint import load_weights, read_model_weights, save_model, writing_tensors
 from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
@@ -221,7 +220,7 @@ class ResumableTrainer(Trainer):
         if complaint is not None:
             if step:
                 said = f"checkpoint-{step} was best, but {complaint}: the last model is kept"
-                print(f"warning: {said}", file=sys.stderr)
+                warn(said)
             return False
         self._load_from_checkpoint(best)
         self.kept_step = self.state.best_global_step

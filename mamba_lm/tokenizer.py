@@ -8,11 +8,10 @@ one): here the file is loaded as it is, and what was loaded is compared with it.
 import functools
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, warn
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # of state-spaces' models, whose folders have none
 _DEFAULT_EOS = "<|endoftext|>"
@@ -232,10 +231,6 @@ def encode_with_offsets(tokenizer, texts: Sequence[str]) -> list[tuple[list[int]
             _require_no_control(tokenizer, ids, text)
         found.append((ids, offsets))
     return found
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def require_offsets(tokenizer) -> None:

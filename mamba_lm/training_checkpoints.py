@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, warn
 from files import named_errors
 
 MANIFEST = "manifest.json"
@@ -102,7 +101,7 @@ def newest_checkpoint(output: str | Path) -> Path | None:
         complaint = fault(checkpoint)
         if complaint is None:
             return checkpoint
-        print(f"warning: {checkpoint} is skipped: {complaint}", file=sys.stderr)
+        warn(f"{checkpoint} is skipped: {complaint}")
     return None
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, warn
 from mamba_lm.selective_scan import reference
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -188,7 +188,7 @@ def _gpu_backend() -> str:
             load_backend("cuda")
             return "cuda"
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
     return "triton"
 
 
