@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks.bench_eval import sample
 from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
-from benchmarks.gpu_parity import first_line, model_parity, parity, set_in
+from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report, write_json
 from context_qa.answering import Answerer
 from errors import UserError, positive_float, positive_int, run_script
@@ -126,7 +126,7 @@ def main(args) -> None:
             if args.json is not None:
                 write_json(args.json, found)
 
-    keep("errors", parity(gpu.ways, gpu.device, *gpu.sizes.parity))
+    keep("errors", parity(gpu.scan_backends, gpu.device, *gpu.sizes.parity))
     keep("errors", model_parity(gpu.backends, gpu.device, chosen))
     keep("speed", scans(gpu))
     keep("speed", training(gpu, batches))
@@ -149,13 +149,10 @@ class GPU:
         self.name = "none, a dry run" if dry_run else torch.cuda.get_device_name()
         self.sizes, self.rounds = (DRY, 2) if dry_run else (FULL, rounds)
         self.peers = [TRANSFORMERS]
-        # Ways through a scan: a backend, and what to set in it.
-        self.ways = {"triton": ("triton", {})}
+        self.scan_backends = ["triton"]
         if _mamba_ssm_works():
             self.peers.insert(0, MAMBA_SSM)
-            by_steps, linear = ("cuda", {"WAY_IN": "steps"}), ("cuda", {"WAY_IN": "linear"})
-            self.ways = {"cuda": by_steps, "cuda, in by linear": linear} | self.ways
-        self.scan_backends = list(dict.fromkeys(backend for backend, _ in self.ways.values()))
+            self.scan_backends.insert(0, "cuda")
         # Triton's interpreter is too slow for whole models.
         self.backends = ["cpu"] if dry_run else self.scan_backends
 
@@ -256,19 +253,15 @@ def chosen(backend: str) -> Iterator[None]:
 def scans(gpu: GPU) -> Iterator[dict]:
     """The scan alone, forward and backward; items are tokens."""
     for shape in gpu.sizes.scans:
-        alone = {
-            backend: functools.partial(scan, gpu, backend, {}, *shape, state=False)
-            for backend in gpu.scan_backends
-        }
-        yield from gpu.rows(f"scan of {shape}, no state", alone)
-        with_states = {
-            name: functools.partial(scan, gpu, *way, *shape, state=True)
-            for name, way in gpu.ways.items()
-        }
-        yield from gpu.rows(f"scan of {shape}, states in and out", with_states)
+        for title, state in (("no state", False), ("states in and out", True)):
+            contenders = {
+                backend: functools.partial(scan, gpu, backend, *shape, state=state)
+                for backend in gpu.scan_backends
+            }
+            yield from gpu.rows(f"scan of {shape}, {title}", contenders)
 
 
-def scan(gpu: GPU, backend: str, settings: dict, b: int, l: int, d: int, state: bool) -> Work:
+def scan(gpu: GPU, backend: str, b: int, l: int, d: int, state: bool) -> Work:
     def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device=gpu.device).to(dtype)
 
@@ -281,10 +274,11 @@ def scan(gpu: GPU, backend: str, settings: dict, b: int, l: int, d: int, state: 
         inputs.append(h0.requires_grad_())
     gradients = [random(b, l, d), torch.ones_like(h0)][: 2 if state else 1]
 
+    module = load_backend(backend)
+
     def call() -> None:
-        with set_in(backend, settings) as module:
-            results = module.selective_scan(*inputs, return_state=state)
-            torch.autograd.grad(results[: len(gradients)], inputs, gradients)
+        results = module.selective_scan(*inputs, return_state=state)
+        torch.autograd.grad(results[: len(gradients)], inputs, gradients)
 
     return Work(call, b * l)
 

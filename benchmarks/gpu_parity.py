@@ -4,8 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -25,37 +24,21 @@ FAILED = {"output": [math.inf], "state": [math.inf], "gradient": [math.inf]}
 
 
 def parity(
-    ways: dict[str, tuple[str, dict]], device: torch.device, lengths: Sequence[int], d: int
+    backends: Iterable[str], device: torch.device, lengths: Sequence[int], d: int
 ) -> Iterator[dict]:
-    """A row for each way through the scan, dtype and case: the worst error over rows of these
-    lengths in outputs, states and gradients, as parts of what is tolerated. ways: name to a backend
-    and what to set in it."""
-    for (name, (backend, settings)), dtype in itertools.product(ways.items(), TOLERANCES):
+    """A row for each backend, dtype and case: the worst error over rows of these lengths in
+    outputs, states and gradients, as parts of what is tolerated."""
+    for backend, dtype in itertools.product(backends, TOLERANCES):
         for case, options in CASES.items():
-            title = f"{name}, {case}, {str(dtype).removeprefix('torch.')}"
+            title = f"{backend}, {case}, {str(dtype).removeprefix('torch.')}"
             try:
-                with set_in(backend, settings) as module:
-                    errors = [
-                        _errors(module.selective_scan, _inputs(l, d, dtype, device), **options)
-                        for l in lengths
-                    ]
+                scan = load_backend(backend).selective_scan
+                errors = [_errors(scan, _inputs(l, d, dtype, device), **options) for l in lengths]
             except Exception as error:  # what else can be measured still is
                 yield _row(f"{title} ({first_line(error)})", FAILED)
                 continue
             merged = {kind: [e for of_l in errors for e in of_l[kind]] for kind in errors[0]}
             yield _row(title, merged)
-
-
-@contextmanager
-def set_in(backend: str, settings: dict) -> Iterator[ModuleType]:
-    """A backend's module, with names in it set for a while."""
-    module = load_backend(backend)
-    before = {key: getattr(module, key) for key in settings}
-    vars(module).update(settings)
-    try:
-        yield module
-    finally:
-        vars(module).update(before)
 
 
 # state: one goes in; keep: one comes out; fork: rows go on from rows of a state; padded: rows of

@@ -26,7 +26,8 @@ def choose_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     try:
-        load_backend(backend_name(torch.device("cuda"), torch.float32))
+        with torch.no_grad():
+            load_backend(backend_name(torch.device("cuda"), torch.float32))
     except UserError as error:
         if name == "cuda":
             raise

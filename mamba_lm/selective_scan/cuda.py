@@ -1,16 +1,14 @@
 """The CUDA kernels of mamba-ssm 2.3 and causal-conv1d 1.7, taught to carry a state.
 
 mamba-ssm's Mamba-1 scan starts from zero, knows no padding, and gives no gradient through its last
-state. Exact identities make up for that (h0 the initial state, S_t the sum of Δ_1 .. Δ_t):
+state. Exact identities make up for that (h0 is the initial state):
 
-    in, STEPS     n steps more in front, of Δ = ε: with B = e_i, step i adds ε u_i to column i of h,
-                  which decays by exp(ε A_i) at each of the n - 1 - i that follow; so u_i is column
-                  i of h0, times exp(-ε A_i (n - 1 - i)) / ε
-    in, LINEAR    the recurrence is linear in h: y_t grows by C_t (exp(A S_t) ∘ h0), before the
-                  gate, and the last state by exp(A S_l) ∘ h0
-    out           n steps more behind, of Δ = 0, leave h alone; with C = e_i, the ordinary,
-                  differentiable output of one is column i of h
-    padding       Δ = 0 leaves h alone
+    in         n steps more in front, of Δ = ε: with B = e_i, step i adds ε u_i to column i of h,
+               which decays by exp(ε A_i) at each of the n - 1 - i that follow; so u_i is column i
+               of h0, times exp(-ε A_i (n - 1 - i)) / ε
+    out        n steps more behind, of Δ = 0, leave h alone; with C = e_i, the ordinary,
+               differentiable output of one is column i of h
+    padding    Δ = 0 leaves h alone
 
 Limits of the kernels: n <= 256, float32, float16 or bfloat16. Tensors come as (b, l, d) and states
 as (b, n, d); inside, they are (b, d, l) and (b, d, n).
@@ -22,7 +20,6 @@ from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.common import needs_grad
@@ -30,15 +27,9 @@ from mamba_lm.selective_scan.triton.step import fused_layers
 
 __all__ = ["causal_conv1d", "fused_layers", "fused_mixer", "selective_scan"]
 
-STEPS, LINEAR = "steps", "linear"
-# Which way a state goes in; `benchmarks/gpu.py` times both. Not measured on a GPU yet, but steps
-# cost n / l of a scan, less than a kernel's idle threads on short rows, and the linear way goes
-# through a tensor n times as large as x.
-WAY_IN = STEPS
 # A power of two: dividing u by it and multiplying Δ B by it are exact. It is so small that
 # exp(-ε A n) overflows from A = -88 / (ε n) on only, -5e6 for n = 16.
 _EPSILON = 2.0**-20
-_PIECE = 32  # steps of (b, d, n, steps) that exist at once in the linear way
 
 
 def selective_scan(
@@ -98,7 +89,7 @@ def _scan_with_state(x, delta, A, B, C, D, z, h0, differentiable_state):
     columns = torch.eye(n, device=x.device).expand(b, n, n)
     inner = (u, delta, B, C)
     before, behind = 0, 0
-    if h0 is not None and WAY_IN == STEPS:
+    if h0 is not None:
         before = n
         steps_left = torch.arange(n - 1, -1, -1, device=x.device)
         entering = h0 * torch.exp(-_EPSILON * steps_left * A) / _EPSILON  # (b, d, n)
@@ -112,27 +103,9 @@ def _scan_with_state(x, delta, A, B, C, D, z, h0, differentiable_state):
     y, h = selective_scan_fn(u_all, delta_all, A, B_all, C_all, D, return_last_state=True)
     _, y, last = y.split((before, l, behind), dim=2)  # (b, d, l), (b, d, n)
     h = last if differentiable_state else h
-    if h0 is not None and WAY_IN == LINEAR:
-        elapsed = delta.cumsum(2)  # (b, d, l)
-        # Recomputed in the backward: its (b, d, n, l) intermediates are far larger than its inputs.
-        carried = [
-            checkpoint(_carried, *piece, A, h0, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(elapsed.split(_PIECE, dim=2), C.split(_PIECE, dim=2), strict=True)
-        ]
-        y = y + torch.cat(carried, dim=2)
-        h = h + torch.exp(elapsed[:, :, -1:] * A) * h0
     if z is not None:
         y = y * F.silu(z.float().transpose(1, 2))
     return y.transpose(1, 2), h
-
-
-def _carried(elapsed: Tensor, C: Tensor, A: Tensor, h0: Tensor) -> Tensor:
-    """What h0 (b, d, n) adds to y: C_t (exp(A S_t) ∘ h0), for elapsed S (b, d, s) -> (b, d, s).
-
-    No matrix product: autocast or TF32 would run it in low precision.
-    """
-    decayed = torch.exp(elapsed.unsqueeze(2) * A.unsqueeze(2)) * h0.unsqueeze(3)  # (b, d, n, s)
-    return (decayed * C.unsqueeze(1)).sum(2)
 
 
 def causal_conv1d(x, weight, bias, initial_tail=None):

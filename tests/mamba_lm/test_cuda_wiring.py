@@ -110,12 +110,6 @@ def inner_kernel(
     return F.linear(y.transpose(1, 2), out_proj_weight)
 
 
-@pytest.fixture(params=["steps", "linear"])
-def way_in(request, kernels, monkeypatch):
-    monkeypatch.setattr(load_backend("cuda"), "WAY_IN", request.param)
-    return request.param
-
-
 @pytest.fixture
 def kernels(monkeypatch):
     """Stand-ins in sys.modules, a fresh cuda module, and the arguments of every kernel call."""
@@ -184,7 +178,7 @@ def assert_close(got, want, name, tolerance=2e-5):
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("l", [1, 3, 40, 70])
-def test_outputs_state_and_every_gradient(kernels, way_in, l, gate, state, padded):
+def test_outputs_state_and_every_gradient(kernels, l, gate, state, padded):
     backend = load_backend("cuda")
     inputs = scan_inputs(l, gate=gate, state=state)
     exact = doubled(inputs)
@@ -207,7 +201,7 @@ def test_outputs_state_and_every_gradient(kernels, way_in, l, gate, state, padde
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
 @pytest.mark.parametrize("gate", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("l", [1, 3, 70])
-def test_without_gradients(kernels, way_in, l, gate, state, padded):
+def test_without_gradients(kernels, l, gate, state, padded):
     backend = load_backend("cuda")
     inputs = scan_inputs(l, gate=gate, state=state)
     before = inputs["initial_state"].detach().clone() if state else None
@@ -221,7 +215,7 @@ def test_without_gradients(kernels, way_in, l, gate, state, padded):
     assert (len(kernels.step), len(kernels.scan)) == ((1, 0) if l == 1 else (0, 1))
 
 
-def test_no_gradient_is_lost_where_only_one_input_needs_it(kernels, way_in):
+def test_no_gradient_is_lost_where_only_one_input_needs_it(kernels):
     backend = load_backend("cuda")
     for name in SCAN_NAMES:
         inputs = {k: v.detach() for k, v in scan_inputs(5).items()}
@@ -246,7 +240,7 @@ def test_a_scan_without_state_runs_whole_in_low_precision(kernels):
 
 
 @pytest.mark.parametrize("state, grad", [(True, False), (True, True), (False, True)])
-def test_a_state_passes_in_float32(kernels, way_in, state, grad):
+def test_a_state_passes_in_float32(kernels, state, grad):
     inputs = scan_inputs(6, state=state, dtype=torch.bfloat16)
     with torch.set_grad_enabled(grad):
         y, h = load_backend("cuda").selective_scan(**inputs)
@@ -336,7 +330,7 @@ def test_convolution_of_shapes_without_a_kernel(kernels, d, w):
     assert not kernels.conv
 
 
-def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, way_in, monkeypatch):
+def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, monkeypatch):
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=32, d_model=16, n_layer=2, d_state=4)
     model = MambaLM(config)
@@ -363,7 +357,7 @@ def test_a_forked_state_trains_the_model_as_the_reference_does(kernels, way_in, 
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "carried"])
-def test_without_a_state_to_return(kernels, way_in, state):
+def test_without_a_state_to_return(kernels, state):
     """Then no steps are added behind, and without a state that goes in the scan stays as it is."""
     inputs = scan_inputs(6, state=state)
     exact = doubled(inputs)
@@ -379,7 +373,7 @@ def test_without_a_state_to_return(kernels, way_in, state):
         if inputs[name] is not None:
             assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
     u = kernels.scan[0][0][0]
-    assert u.shape[2] == 6 + (5 if state and way_in == "steps" else 0)
+    assert u.shape[2] == 6 + (5 if state else 0)
 
 
 @pytest.mark.parametrize("A", [-1e-3, -16.0, -1e4, -1e6])

@@ -59,7 +59,7 @@ def test_training_on_forked_states_equals_the_reference(
 def test_a_gpu_without_mamba_ssm_is_used(monkeypatch, capsys):
     """`auto` and `cuda` both: Triton needs nothing installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(selective_scan, "_gpu_backend", lambda: "triton")
+    monkeypatch.setattr(selective_scan, "_inference_backend", lambda: "triton")
     for name in ("auto", "cuda"):
         assert choose_device(name) == torch.device("cuda")
     assert "warning" not in capsys.readouterr().err
