@@ -174,7 +174,7 @@ class TrainingLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             self._path = Path(args.output_dir) / LOG
-            write_whole(self._path, "".join(map(_line, state.log_history)))
+            write_log(state.log_history, self._path)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:  # the last steps too
@@ -194,6 +194,10 @@ def _is_distributed() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
+def write_log(rows: Sequence[Mapping], path: Path) -> None:
+    write_whole(path, "".join(map(_line, rows)))
+
+
 def _line(row: Mapping) -> str:
     return json.dumps(row) + "\n"
 
@@ -206,15 +210,19 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     for row in rows:
         for name, value in row.items():
             if name.startswith("eval_"):
-                curves.setdefault(name.removeprefix("eval_"), []).append((row["step"], value))
-    scores = curves.keys() - {"loss"}
+                curves.setdefault(name, []).append((row["step"], value))
+    losses = curves.keys() & {"loss", "eval_loss"}
+    scores = curves.keys() - losses
     figure = Figure(figsize=(8, 6 if scores else 3.5), layout="constrained")
     axes = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
     for name, points in curves.items():
-        at = axes[0] if name == "loss" else axes[1]
-        at.plot(*zip(*points, strict=True), label=name.replace("_", " "),
+        at = axes[0] if name in losses else axes[1]
+        label = "evaluation loss" if name == "eval_loss" else name.removeprefix("eval_")
+        at.plot(*zip(*points, strict=True), label=label.replace("_", " "),
                 marker=None if name == "loss" else "o")  # fmt: skip
     axes[0].set_ylabel("loss (nats a token)")
+    if len(losses) > 1:
+        axes[0].legend()
     if scores:
         axes[1].set_ylabel("per cent")
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)

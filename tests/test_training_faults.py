@@ -302,9 +302,14 @@ def test_a_learning_rate_beyond_float32_is_refused(train):
         train("--learning_rate", "1e39")
 
 
-def test_an_unknown_metric_is_named_with_those_there_are(train):
-    with pytest.raises(UserError, match="metric_for_best_model: choose from exact_match, f1"):
+def test_an_unknown_metric_is_named_with_those_there_are(train, tmp_path, capsys):
+    """Before anything is trained, or written."""
+    with pytest.raises(UserError, match="choose from exact_match, f1, answerable_exact_match, "):
         train(*SCORED, metric_for_best_model="nonsense")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="metric_for_best_model needs --eval_data"):
+        train(metric_for_best_model="f1")
+    assert not (tmp_path / "run").exists()
 
 
 # Data

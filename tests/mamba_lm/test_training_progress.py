@@ -1,7 +1,9 @@
 """What is seen of a run, and how it is asked to end."""
 
+import contextlib
 import itertools
 import json
+import math
 import signal
 import time
 from types import SimpleNamespace
@@ -41,7 +43,10 @@ def trainer(output, score=None, batches=BATCHES, patience=2, **settings) -> Pref
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
     } | settings
-    arguments = training_arguments(str(output), torch.device("cpu"), **settings)
+    keeps_best = settings.pop("load_best_model_at_end", "true")
+    arguments = training_arguments(
+        str(output), torch.device("cpu"), [f"load_best_model_at_end={keeps_best}"], **settings
+    )
     return PrefixSuffixTrainer(model, arguments, Batches(batches), lambda e: e, None, score,
                                patience)  # fmt: skip
 
@@ -95,11 +100,12 @@ def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
 
 def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     """The scores fall from the second on: after two more of them it is enough."""
-    weights, scores = [], iter([10.0, 30.0, 20.0, 30.0, 99.0])
+    weights = []
+    scores = iter([(10.0, 5.0), (30.0, 4.0), (20.0, 3.0), (30.0, 4.5), (99.0, 1.0)])
 
     def score(model, poll):
         weights.append(model.lm_head.weight.detach().clone())
-        return {"f1": next(scores)}
+        return dict(zip(("f1", "loss"), next(scores), strict=True))
 
     run = trainer(tmp_path, score, batches=BATCHES * 4)
     run.train()
@@ -107,6 +113,81 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     assert torch.equal(run.language_model.lm_head.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
     assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
+
+
+@pytest.mark.parametrize(
+    "losses, best, end",
+    [
+        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 24, 24),
+        ([5.0, 3.0, 4.0, 4.5, 1.0, 0.5], 8, 16),
+        ([5.0, 5.0, 5.0, 4.0, 3.0, 2.0], 12, 12),  # equal evaluations are none better
+        ([math.nan, 3.0, math.nan, 2.0, 4.0, 3.0], 16, 24),
+    ],
+)
+@pytest.mark.parametrize("metric", ["f1", "eval_loss", "loss"])
+def test_on_a_plateau_the_loss_decides(metric, losses, best, end, tmp_path):
+    """The metric is 0 throughout, as that of a model that always abstains, or the loss itself; the
+    same after a resume from each checkpoint."""
+    found = iter(losses)
+
+    def score(model, poll):
+        return {"f1": 0.0, "loss": next(found)}
+
+    settings = {"batches": BATCHES * 2, "save_total_limit": 9, "metric_for_best_model": metric}
+    run = trainer(tmp_path, score, **settings)
+    run.train()
+    assert (run.kept_step, run.state.global_step) == (best, end)
+    for checkpoint in checkpoints(tmp_path)[::2]:
+        step = int(checkpoint.name.split("-")[1])
+        found = iter(losses[step // 4 :])
+        run = trainer(tmp_path, score, **settings)
+        run.train(checkpoint)
+        assert (run.kept_step, run.state.global_step) == (best, end)
+
+
+def test_with_neither_score_nor_loss_better_the_last_model_is_kept(tmp_path):
+    run = trainer(tmp_path, lambda model, poll: {"f1": 0.0, "loss": 1.0}, patience=9)
+    run.train()
+    assert run.kept_step == 12
+
+
+@pytest.mark.parametrize("sent", [False, True])
+@pytest.mark.parametrize("keeps_best", [False, True])
+def test_the_newest_checkpoint_is_never_removed(keeps_best, sent, tmp_path, capsys):
+    """By the Trainer's clean-up at the end of a run or of a part of it, with a limit of one."""
+    scores = itertools.count(99.0, -1.0)
+    run = trainer(tmp_path, lambda model, poll: {"f1": next(scores)}, patience=9,
+                  save_total_limit=1, load_best_model_at_end=str(keeps_best).lower())  # fmt: skip
+    step = run.training_step
+
+    def interrupted(*args, **kwargs):
+        if sent and run.state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    run.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt) if sent else contextlib.nullcontext():
+        run.train()
+    newest = "checkpoint-6" if sent else "checkpoint-12"
+    assert [path.name for path in checkpoints(tmp_path)] == [newest, "checkpoint-4"]
+    assert ("checkpoint-6 is saved" in capsys.readouterr().err) == sent
+
+
+def test_a_signal_at_an_evaluation_saves_also_where_the_best_alone_is_saved(tmp_path):
+    scores = itertools.count(99.0, -1.0)
+    run = trainer(tmp_path, lambda model, poll: {"f1": next(scores)}, patience=9,
+                  save_strategy="best", eval_steps=1)  # fmt: skip
+    step = run.training_step
+
+    def interrupted(*args, **kwargs):
+        if run.state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    run.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-1"]
 
 
 def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
