@@ -129,35 +129,46 @@ class SafeStop(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the time that is left and the figures of the last log; scores as lines above."""
+    """A bar with the time that is left and the figures of the last log; scores as lines above.
+
+    It begins after the first step, in which kernels are loaded or compiled: what that takes says
+    nothing about the steps to come.
+    """
 
     _bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            disable=not state.is_world_process_zero,
-            dynamic_ncols=True,
-            # To a file, a line now and then is enough.
-            mininterval=0.1 if sys.stderr.isatty() else 20.0,
-        )
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            first = f"step {state.global_step + 1} of {state.max_steps}"
+            tqdm.write(f"{first}: longer than the others, kernels are loaded", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                disable=not state.is_world_process_zero,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}{postfix}]",
+                smoothing=0,  # evaluations are a part of the average step
+                # To a file, a line now and then is enough.
+                mininterval=0.1 if sys.stderr.isatty() else 20.0,
+            )
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs: Mapping, **kwargs) -> None:
-        if "loss" in logs:
+        if "loss" in logs and self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, "
-                f"{logs['examples_per_second']:,.0f} examples/s, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s"
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
             )
         scores = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        if scores:
-            listed = ", ".join(f"{name.replace('_', ' ')} {v:.1f}" for name, v in scores.items())
-            self._bar.write(f"step {state.global_step}: {listed}", file=sys.stderr)
+        if scores and state.is_world_process_zero:
+            listed = ", ".join(
+                f"{name.replace('_', ' ')} {value:.{3 if name == 'loss' else 1}f}"
+                for name, value in scores.items()
+            )
+            tqdm.write(f"step {state.global_step}: {listed}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is, the next line below it."""

@@ -4,13 +4,19 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import signal
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
+import pexpect
+import pyte
 import pytest
 import torch
+import tqdm.std
 from transformers import TrainerControl
 
 from errors import UserError
@@ -23,6 +29,10 @@ from mamba_lm.training_checkpoints import checkpoints
 from mamba_lm.training_progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
 
 BATCHES = [[Continuation([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
+
+
+SCORES = {"exact_match": 12.5, "f1": 50.0, "loss": 1.234}
+ROOT = Path(__file__).parents[2]
 
 
 class Batches(list):
@@ -203,12 +213,75 @@ def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
 
 
 def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
-    run = trainer(tmp_path, lambda model, poll: {"exact_match": 12.5, "f1": 50.0}, logging_steps=4)
+    run = trainer(tmp_path, lambda model, poll: SCORES, logging_steps=4)
     run.train()
     err = capsys.readouterr().err
-    assert "12/12" in err and "loss " in err and "lr " in err
-    assert " examples/s, " in err and " tokens/s" in err
-    assert "step 4: exact match 12.5, f1 50.0" in err
+    assert "12/12" in err and "loss " in err and " tokens/s]" in err
+    assert "step 4: exact match 12.5, f1 50.0, loss 1.234" in err
+
+
+@pytest.mark.parametrize("step_before", [0, 4])
+def test_the_time_that_is_left_is_that_of_the_other_steps(
+    step_before, tmp_path, monkeypatch, capsys
+):
+    """The first takes an hour, kernels are compiled; the others a minute each, and an evaluation,
+    every fourth step, as much."""
+    now = [1e6]
+
+    def score(model, poll):
+        now[0] += 60.0
+        return {"f1": 1.0}
+
+    if step_before:
+        trainer(tmp_path / "before", score, max_steps=step_before).train()
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    run = trainer(tmp_path, score, patience=9, logging_steps=1)
+    capsys.readouterr()
+    training_step, first = run.training_step, step_before
+
+    def timed(*args, **kwargs):
+        now[0] += 3600.0 if run.state.global_step == first else 60.0
+        return training_step(*args, **kwargs)
+
+    run.training_step = timed
+    run.train(tmp_path / f"before/checkpoint-{first}" if first else None)
+    shown = re.findall(r"(\d+)/12 \[(\S+)<([^\s,\]]+)", capsys.readouterr().err)
+    left = {int(step): left for step, _, left in shown}
+    if step_before:
+        assert left[5] == "?" and left[6] == "06:00" and left[7] == "05:00"
+    else:
+        assert left[1] == "?" and left[2] == "10:00" and left[3] == "09:00"
+        assert left[6] == "07:12", "six steps and an evaluation in six minutes"
+
+
+def test_a_bar_has_room_at_80_columns(tmp_path):
+    """A line says which backend runs, and the bar is another one, wide enough to see it move."""
+    program = (
+        "import sys; from tests.mamba_lm.test_training_progress import BATCHES, trainer\n"
+        "score = lambda model, poll: {'exact_match': 12.5, 'f1': 50.0, 'loss': 1.234}\n"
+        "trainer(sys.argv[1], score, BATCHES * 200, max_steps=2400, eval_steps=800).train()\n"
+    )
+    screen = pyte.HistoryScreen(80, 50, history=1000)
+    stream = pyte.ByteStream(screen)
+    process = pexpect.spawn(
+        sys.executable, ["-c", program, str(tmp_path)], cwd=ROOT, dimensions=(50, 80), timeout=600
+    )
+    widest = ""
+    while True:
+        try:
+            stream.feed(process.read_nonblocking(4096, timeout=600))
+        except pexpect.EOF:
+            break
+        for line in screen.display:
+            if "tokens/s" in line:
+                widest = max(widest, line.rstrip(), key=len)
+    lines = [line.rstrip() for line in screen.display if line.strip()]
+    assert "selective scan: cpu backend" in lines
+    assert lines[0] == "step 1 of 2400: longer than the others, kernels are loaded"
+    assert "step 800: exact match 12.5, f1 50.0, loss 1.234" in lines
+    [bar] = [line for line in lines if "2400/2400" in line]
+    assert len(bar) <= len(widest) <= 80
+    assert widest.rindex("|") - widest.index("|") > 15, widest
 
 
 def test_without_a_bar_logs_are_printed(tmp_path, capsys):
