@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import platform
 import re
 import subprocess
@@ -9,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from errors import UserError
-from files import read_json
 from mamba_lm.checkpoint import files_read
 from squad_utils import PROMPT_ORDERS
 
@@ -58,8 +57,8 @@ def _told(value: object) -> object:
 def trained_prompt_order(model: str) -> str:
     """The order of prompts that a local model was trained with here; else the default one."""
     try:
-        order = read_json(Path(model) / RECORD)["arguments"]["prompt_order"]
-    except (UserError, KeyError, TypeError):
+        order = json.loads((Path(model) / RECORD).read_bytes())["arguments"]["prompt_order"]
+    except (OSError, ValueError, KeyError, TypeError):
         order = None
     return order if order in PROMPT_ORDERS else PROMPT_ORDERS[0]
 

@@ -218,8 +218,7 @@ class TrainingRun:
     def _compare_code(self, before: Mapping) -> None:
         """Say, and write down, if other code began the run: its bits may be others."""
         begun_with = before.get("begun_with")
-        if not isinstance(begun_with, dict):
-            begun_with = _code(before)
+        begun_with = begun_with if isinstance(begun_with, dict) else _code(before)
         if different := differences(begun_with, _code(self.record)):
             said = f"was begun with other code ({'; '.join(different)})"
             warn(f"{self.folder}: {said}")
@@ -238,8 +237,8 @@ class TrainingRun:
 def _code(record: Mapping) -> dict:
     """What ran, of a record: commit and versions."""
     versions = record.get("packages")
-    own = {name: record.get(name) for name in ("git_commit", "python")}
-    return own | (versions if isinstance(versions, dict) else {})
+    versions = versions if isinstance(versions, dict) else {}
+    return {name: record.get(name) for name in ("git_commit", "python")} | versions
 
 
 def _is_model(folder: Path) -> bool:
