@@ -127,12 +127,14 @@ def test_no_evaluation_comes_before_its_delay(train, monkeypatch):
 
 
 @pytest.mark.parametrize("later", [[8.0, 7.0], [8.0, 99.0]])
-def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(later, train, monkeypatch, capsys):
+def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
+    later, train, tmp_path, monkeypatch, capsys
+):
     """A signal after the best evaluation, with a limit of one checkpoint; the run ends as one that
     nothing disturbed."""
     scores = [99.0, 9.0, *later]
     scored_as(monkeypatch, *scores)
-    undisturbed = train(*SCORED, output=Path("undisturbed").resolve(), save_total_limit=1)
+    undisturbed = train(*SCORED, output=tmp_path / "undisturbed", save_total_limit=1)
     scored_as(monkeypatch, *scores)
     step = PrefixSuffixTrainer.training_step
 
@@ -144,7 +146,7 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(later, train, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PrefixSuffixTrainer, "training_step", interrupted)
         train(*SCORED, save_total_limit=1)
-    output = Path("run").resolve()
+    output = tmp_path / "run"
     assert "checkpoint-5 is saved" in capsys.readouterr().err
     assert [path.name for path in checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
     scored_as(monkeypatch, *later)
@@ -161,13 +163,13 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(later, train, mon
 
 
 @pytest.mark.parametrize("cut_in", ["plot", "write_whole", "model_card"])
-def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, monkeypatch):
+def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, tmp_path, monkeypatch):
     """Between the last checkpoint and the record: the plot, the log, the card."""
     module = training_progress if cut_in == "plot" else training_run
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, cut_in, stopped_at_the_end(getattr(module, cut_in)))
         train(*SCORED)
-    output = Path("run").resolve()
+    output = tmp_path / "run"
     for name in ("training_log.jsonl", "training_log.png", "README.md"):
         (output / name).unlink(missing_ok=True)
     monkeypatch.setattr(PrefixSuffixTrainer, "training_step", None)
