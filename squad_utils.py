@@ -7,7 +7,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
@@ -34,6 +34,7 @@ class Example:
     question: str
     answers: tuple[str, ...]
     article: str | None = None
+    answer_start: int | None = field(default=None, compare=False)  # of the target, if data says it
 
     @property
     def is_answerable(self) -> bool:
@@ -69,10 +70,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, object]]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = "no network" if isinstance(error, ConnectionError) else str(error).split("\n")[0]
-        raise UserError(
-            f"{source}: cannot be loaded from the Hugging Face Hub ({reason}); "
-            "check the network and the name, or give a local file"
-        ) from error
+        said = f"{source}: cannot be loaded from the Hugging Face Hub ({reason}); "
+        said += "check the network and the name, or give a local file"
+        raise UserError(said) from error
     yield from ((f"{source} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -129,25 +129,31 @@ def _example(row: object, place: str) -> Example:
     else:
         question = checked_text(row.get("prompt"), "prompt", place)
         answers = [checked_text(row.get("response"), "response", place)]
-    answers = [checked_text(answer, "answers", place) for answer in answers]
-    answers = [answer for answer in answers if not abstains(answer)]
-    _check_is_impossible(row.get("is_impossible"), answers, place)
-    answers = [] if row.get("is_impossible") else answers  # they are plausible, not right
-    identifier = _label(row, "id", place) or made_id(context, question, answers)
-    return Example(identifier, context, question, tuple(answers), _label(row, "title", place))
+    answers = [a for a in answers if not abstains(checked_text(a, "answers", place))]
+    flag = row.get("is_impossible")
+    if flag is not None and type(flag) is not bool:
+        raise UserError(f"{place}: 'is_impossible' is {flag!r:.40}; it must be true or false")
+    if flag is False and not answers:
+        raise UserError(f"{place}: 'is_impossible' is false, but there is no answer")
+    answers = [] if flag else answers  # they are plausible, not right
+    start = _answer_start(row["answers"], answers[0]) if answers and "question" in row else None
+    name = _label(row, "id", place) or made_id(context, question, answers)
+    return Example(name, context, question, tuple(answers), _label(row, "title", place), start)
+
+
+def _answer_start(found: object, target: str) -> int | None:
+    """Where in its context the data says that the target begins, in characters."""
+    if isinstance(found, dict):
+        starts = found.get("answer_start")
+        pairs = zip(found["text"], starts if isinstance(starts, list) else (), strict=False)
+    else:
+        pairs = ((a.get("text"), a.get("answer_start")) for a in found if isinstance(a, dict))
+    return next((start for text, start in pairs if text == target and type(start) is int), None)
 
 
 def made_id(context: str | None, question: str, answers: Sequence[str]) -> str:
     """The id of a row that has none: a hash of its content."""
     return hashlib.sha256(json.dumps([context, question, *answers]).encode()).hexdigest()[:16]
-
-
-def _check_is_impossible(value: object, answers: Sequence[str], place: str) -> None:
-    """UserError for a flag that is no boolean, or false where there is no answer."""
-    if value is not None and type(value) is not bool:
-        raise UserError(f"{place}: 'is_impossible' is {value!r:.40}; it must be true or false")
-    if value is False and not answers:
-        raise UserError(f"{place}: 'is_impossible' is false, but there is no answer")
 
 
 def _label(row: dict, key: str, place: str) -> str | None:
@@ -215,9 +221,8 @@ class _Folding(dict):
 
     def _folded(self, character: str) -> str:
         category, mark = unicodedata.category(character), unicodedata.combining(character)
-        if 10 <= mark <= 36 or 200 <= mark <= 240:  # Hebrew and Arabic points; accents
-            return ""
-        if category == "Cf" or _INVISIBLE.match(character):
+        is_point = 10 <= mark <= 36 or 200 <= mark <= 240  # Hebrew and Arabic ones; accents
+        if is_point or category == "Cf" or _INVISIBLE.match(character):
             return ""
         if category == "Nd":
             return str(unicodedata.decimal(character))
@@ -226,8 +231,7 @@ class _Folding(dict):
         if unicodedata.decomposition(character).startswith(("<super>", "<sub>")):
             return character
         text = unicodedata.normalize("NFKD", character)
-        if text == character:
-            text = character.casefold()
+        text = character.casefold() if text == character else text
         return text if text == character else text.translate(self)
 
 
@@ -240,11 +244,8 @@ _APOSTROPHES = (
     "\u2032\u2035\u275b\u275c\uff07"
 )
 _QUOTES = "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\u2036\u301d\u301e\u301f\u275d\u275e\uff02"
-_FOLDED = _Folding(
-    {0x2044: "/"}
-    | dict.fromkeys(map(ord, _APOSTROPHES), "'")
-    | dict.fromkeys(map(ord, _QUOTES), '"')
-)
+_MARKS = dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_QUOTES, '"') | {"\u2044": "/"}
+_FOLDED = _Folding(str.maketrans(_MARKS))
 
 
 def folded_answer(text: str) -> str:
@@ -280,8 +281,7 @@ def is_correct(guess: str, answer: str) -> bool:
 
 
 def is_scored_as_empty(guess: str) -> bool:
-    """Whether the official script takes a guess for the empty answer: NO_ANSWER does it here, and
-    so does what normalises to nothing, such as "", "..." and "The"."""
+    """Whether a guess is scored as empty: NO_ANSWER, and what normalises to nothing, as "The"."""
     return not _scored(guess)
 
 

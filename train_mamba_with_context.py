@@ -68,7 +68,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("scores").add_argument
     add("--eval_data", metavar="DATA", help="answered each epoch; the best model is kept")
     add("--patience", type=positive_int, default=5, metavar="N",
-        help="end after so many evaluations without a better one (default: 5)")
+        help="end after so many evaluations without a better score, or an equal one with a lower "
+        "loss (default: 5)")
     # fmt: on
     return parser.parse_args()
 
@@ -107,7 +108,8 @@ def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingR
     )
     prompt = {"tokenizer": tokenizer, "prompt_order": args.prompt_order}
     tokenize = functools.partial(continuation, **prompt, max_length=args.max_length)
-    score = scorer(scored, **prompt) if scored else None
+    metric = arguments.metric_for_best_model
+    score = scorer(scored, **prompt, metric=metric) if scored else None
     trainer = PrefixSuffixTrainer(
         model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
     )

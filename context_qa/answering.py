@@ -70,6 +70,7 @@ class Answerer:
         done: Collection[int] = (),
         part: int = 0,
         parts: int = 1,
+        on_state: Callable[[list[int], MambaState], object] = lambda places, state: None,
     ) -> Iterator[dict[int, Answer]]:
         """Answers to prompts, (prefix, suffix) texts, by their place, a batch at a time.
 
@@ -77,7 +78,7 @@ class Answerer:
         others of its length. With `contexts`, one a prompt, guesses are spans of these, or
         NO_ANSWER. Batches depend on the prompts alone, and so, to the last bit, do answers: batches
         whose places are all `done` are left out, and of the others this part of `parts` gets its
-        share.
+        share. on_state gets the places of a batch and the state after each one's prefix.
         """
         if contexts is not None:
             require_pieces(self.tokenizer)
@@ -96,6 +97,7 @@ class Answerer:
             seconds = (time.perf_counter() - started) / len(rows)
             for batch in batches:
                 state, lengths = self._rows(*read, [rows[place] for place in batch])
+                on_state(batch, state)
                 suffixes = [prompts[place][1] for place in batch]
                 spans_of = contexts and [contexts[place] for place in batch]
                 answers = self.ask(state, suffixes, lengths, seconds, spans_of)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from context_qa.training_data import DataReport
+from context_qa.training_scores import LOSS
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 _CARD = """---
@@ -70,7 +71,13 @@ def model_card(
     steps, of epochs, and the step of the model; scores: on args.eval_data, if that was given."""
     if scores:
         lines = [f"On `{args.eval_data}`, greedily, in percent:", "", "| | |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {value:.1f} |" for name, value in scores.items()]
+        lines += [
+            f"| {name.replace('_', ' ')} | {value:.1f} |"
+            for name, value in scores.items()
+            if name != LOSS
+        ]
+        if LOSS in scores:
+            lines += ["", f"The loss on its references is {scores[LOSS]:.3f} nats a token."]
     else:
         lines = ["None: it was trained without `--eval_data`."]
     prefix, suffix = prompt_parts("{context}", "{question}", args.prompt_order)

@@ -15,11 +15,13 @@ CHUNK = 4096  # texts that are tokenised together: bounds memory
 
 
 class WithinLength(NamedTuple):
-    """Examples that fit, how many of them had their context cut, and how many were left out."""
+    """Examples that fit, how many of them had their context cut, and how many were left out; and of
+    how many too long ones the data says a wrong answer_start."""
 
     examples: list[Example]
     num_cut: int
     num_dropped: int
+    num_misplaced: int
 
 
 def within_length(
@@ -27,13 +29,14 @@ def within_length(
 ) -> WithinLength:
     """Examples of at most max_length tokens, end-of-text included; UserError if none is left.
 
-    A longer one keeps as many words of its context as fit, around the place where it first holds
-    the answer (as words of its own, if it does anywhere); how many of them before it is a function
-    of the example's id. It is dropped where the context does not hold the answer as it is written,
-    or question and answer leave no room.
+    A longer one keeps as many words of its context as fit, around the answer: where answer_start
+    says, or, if the answer is not there or nothing is said, where the context first holds it (as
+    words of its own, if it does anywhere). How many of them before it is a function of the
+    example's id. It is dropped where the context does not hold the answer as it is written, or
+    question and answer leave no room.
     """
     if max_length is None:
-        return WithinLength(list(examples), 0, 0)
+        return WithinLength(list(examples), 0, 0, 0)
     fitting: list[Example | None] = list(examples)
     lengths = _lengths(examples, tokenizer, prompt_order)
     too_long = [place for place, length in enumerate(lengths) if length > max_length]
@@ -44,7 +47,8 @@ def within_length(
     if not kept:
         raise UserError(f"--max_length {max_length}: too short for every example")
     num_dropped = len(examples) - len(kept)
-    return WithinLength(kept, len(too_long) - num_dropped, num_dropped)
+    num_misplaced = sum(_is_misplaced(examples[place]) for place in too_long)
+    return WithinLength(kept, len(too_long) - num_dropped, num_dropped, num_misplaced)
 
 
 def _lengths(examples: Sequence[Example], tokenizer, prompt_order: str) -> list[int]:
@@ -95,7 +99,7 @@ class _Window:
         self.example, context = example, example.context
         self.words = [match.span() for match in re.finditer(r"\S+", context)]
         self.share = random.Random(example.id).random()  # of what is not the answer, before it
-        start = _place(example.target, context) if example.is_answerable else 0
+        start = _place(example) if example.is_answerable else 0
         end = start + len(example.target) if example.is_answerable else 0
         held = [i for i, (a, b) in enumerate(self.words) if a < end and start < b]
         self.first, self.num_held = (held[0] if held else 0), len(held)
@@ -105,14 +109,31 @@ class _Window:
     def with_words(self, count: int) -> Example:
         before = round(self.share * max(count - self.num_held, 0))
         begin = min(max(self.first - before, 0), len(self.words) - count)
-        words = self.words[begin : begin + count]
-        return replace(self.example, context=self.example.context[words[0][0] : words[-1][1]])
+        (first, _), (_, end) = self.words[begin], self.words[begin + count - 1]
+        start = self.example.answer_start
+        return replace(
+            self.example,
+            context=self.example.context[first:end],
+            answer_start=None if start is None else start - first,
+        )
 
 
-def _place(answer: str, context: str) -> int:
-    """Where an answer begins, rather not inside of a word; -1 if nowhere."""
+def _place(example: Example) -> int:
+    """Where the answer begins: as the data says, or else rather not inside of a word; -1 if
+    nowhere."""
+    answer, context = example.target, example.context
+    if example.answer_start is not None and not _is_misplaced(example):
+        return example.answer_start
     as_words = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", context)
     return as_words.start() if as_words else context.find(answer)
+
+
+def _is_misplaced(example: Example) -> bool:
+    """Whether the data says a place of the answer where it is not. Some counts bytes, or UTF-16."""
+    start = example.answer_start
+    return start is not None and not (
+        start >= 0 and example.context.startswith(example.target, start)
+    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,7 @@ class DataReport:
     longest: int  # example, in tokens
     cut: int
     dropped: int
+    misplaced: int = 0  # too long ones whose answer is not where the data says
 
     def __str__(self) -> str:
         lines = [
@@ -140,6 +162,10 @@ class DataReport:
         ]
         if self.cut or self.dropped:
             lines.append(f"too long: {self.cut:,} cut around the answer, {self.dropped:,} dropped")
+        if self.misplaced:
+            lines.append(
+                f"answer_start is wrong in {self.misplaced:,} too long: their first answer counted"
+            )
         return "\n".join(lines)
 
 
@@ -180,4 +206,5 @@ def data_report(
         longest=longest,
         cut=data.num_cut,
         dropped=data.num_dropped,
+        misplaced=data.num_misplaced,
     )

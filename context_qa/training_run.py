@@ -20,7 +20,7 @@ from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError, printable, warn
-from files import MODEL_FILES, locked, named_errors, write_whole
+from files import MODEL_FILES, locked, named_errors, read_json, write_whole
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training_checkpoints import (
@@ -95,11 +95,18 @@ class TrainingRun:
             self._keep_inputs()
             return False, None
         self._compare(before)
-        change = self._change(before) if before.get("complete") is True else None
-        if before.get("complete") is True and change is None:
+        is_complete = before.get("complete") is True
+        change = self._change(before) if is_complete else None
+        missing = [name for name in (LOG, PLOT, CARD) if not (self.folder / name).exists()]
+        if is_complete and change is None and not missing:
             return True, None
-        self._compare_code(before)
         checkpoint = newest_checkpoint(self.folder)
+        if is_complete and change is None:
+            change = f"{missing[0]} is missing"
+            if checkpoint is None:
+                warn(f"{self.folder}: {change}, and no checkpoint is left to write it from")
+                return True, None
+        self._compare_code(before)
         if change is not None and checkpoint is None:
             raise UserError(
                 f"{self.folder}: {change}, and no checkpoint is left to write the model from; "
@@ -168,7 +175,7 @@ class TrainingRun:
         """What is no longer as the finished run left it, in words; None if all of its model is."""
         files = before.get("files")
         try:
-            if not files or not isinstance(files, dict):  # of earlier versions
+            if not files:  # of earlier versions
                 self._model_files()
                 read_model_weights(self.folder, read_config(self.folder / "config.json"))
                 return None
@@ -176,7 +183,7 @@ class TrainingRun:
             if change is not None:
                 return change
             others = {path.name for path in self._model_files()} - files.keys()
-        except (UserError, KeyError, TypeError, OSError) as error:
+        except (UserError, OSError) as error:
             return f"its model is not whole ({error})"
         return f"{min(others)} is not of the run, but loading reads it" if others else None
 
@@ -190,8 +197,8 @@ class TrainingRun:
         names = {n for n in names if not n.startswith(".") and not n.endswith(".partial")}
         if RECORD in names:
             try:
-                record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            except ValueError:
+                record = read_json(self.folder / RECORD)
+            except UserError:
                 record = None
             return record if isinstance(record, dict) else {"settings": None}
         if names and not _is_model(self.folder):
@@ -210,7 +217,8 @@ class TrainingRun:
 
     def _compare_code(self, before: Mapping) -> None:
         """Say, and write down, if other code began the run: its bits may be others."""
-        begun_with = before.get("begun_with") or _code(before)
+        begun_with = before.get("begun_with")
+        begun_with = begun_with if isinstance(begun_with, dict) else _code(before)
         if different := differences(begun_with, _code(self.record)):
             said = f"was begun with other code ({'; '.join(different)})"
             warn(f"{self.folder}: {said}")
@@ -228,7 +236,8 @@ class TrainingRun:
 
 def _code(record: Mapping) -> dict:
     """What ran, of a record: commit and versions."""
-    versions = record.get("packages", {})
+    versions = record.get("packages")
+    versions = versions if isinstance(versions, dict) else {}
     return {name: record.get(name) for name in ("git_commit", "python")} | versions
 
 
@@ -257,10 +266,8 @@ def settings(args: argparse.Namespace, record: Mapping, num_processes: int) -> d
 
 def scores_at(state: TrainerState, step: int) -> dict[str, float]:
     """The scores of the model as it was after a step; empty if it was not scored then."""
-    rows = [row for row in state.log_history if row["step"] == step]
-    return {
-        name.removeprefix("eval_"): value
-        for row in rows
-        for name, value in row.items()
-        if name.startswith("eval_") and name.removeprefix("eval_") in SCORES
-    }
+    at_step: dict[str, float] = {}
+    for row in state.log_history:
+        if row["step"] == step:
+            at_step |= row
+    return {name: at_step[f"eval_{name}"] for name in SCORES if f"eval_{name}" in at_step}

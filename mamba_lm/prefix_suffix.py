@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from mamba_lm.model import MambaLM, at_least_float32, right_pad
+from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
 
 IGNORED = -100
 
@@ -98,9 +98,21 @@ class PrefixSuffixLM(nn.Module):
         if prefixes.shape[1] > 0:
             _, state = self.model.encode(prefixes, lengths=prefix_lengths)
             state = state.fork(prefix_index)
-        hidden, _ = self.model.encode(suffixes, state, suffix_lengths, keep_state=False)
-        # Logits only where there is loss; index_select, because its gradient is reproducible.
-        at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        logits = at_least_float32(self.model.lm_head(hidden.flatten(0, 1).index_select(0, at)))
-        losses = F.cross_entropy(logits, labels.flatten()[at], reduction="none")
-        return losses, at // labels.shape[1]
+        return suffix_losses(self.model, state, suffixes, suffix_lengths, labels)
+
+
+def suffix_losses(
+    model: MambaLM,
+    state: MambaState | None,
+    suffixes: Tensor,
+    suffix_lengths: Tensor,
+    labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (k,) at each of the k labels of suffixes that are read from a state, a row
+    each, and the suffix (k,) it belongs to; see `collate`."""
+    hidden, _ = model.encode(suffixes, state, suffix_lengths, keep_state=False)
+    # Logits only where there is loss; index_select, because its gradient is reproducible.
+    at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+    logits = at_least_float32(model.lm_head(hidden.flatten(0, 1).index_select(0, at)))
+    losses = F.cross_entropy(logits, labels.flatten()[at], reduction="none")
+    return losses, at // labels.shape[1]

@@ -1,7 +1,7 @@
 """A Trainer whose runs go on where they were cut off, sharded or not."""
 
 import contextlib
-import functools
+import dataclasses
 import json
 import shutil
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from errors import UserError, warn
@@ -20,20 +20,41 @@ from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
 from mamba_lm.training_arguments import blaming_arguments
 from mamba_lm.training_checkpoints import fault, partial_folder, require_whole, rotate, seal
-from mamba_lm.training_progress import SafeStop
+from mamba_lm.training_progress import LOG, PLOT, SafeStop, plot, write_log
+from mamba_lm.training_state import (
+    STATE,
+    best_evaluation,
+    fits_optimizer,
+    has_ended,
+    is_alike,
+    read_state,
+    read_tensors,
+    read_unlogged,
+)
 
 
 class ResumableTrainer(Trainer):
     """Writes checkpoints that are whole or not there, one of them when it is asked to end, by
     Ctrl-C or SIGTERM. A resumed run gives the bits of one that was never stopped, on a CPU."""
 
-    def __init__(self, model: MambaLM, module: nn.Module, arguments: TrainingArguments, **kwargs):
-        """module is what is trained, model what is saved of it; kwargs are the Trainer's."""
-        self.language_model = model
+    def __init__(
+        self,
+        model: MambaLM,
+        module: nn.Module,
+        arguments: TrainingArguments,
+        patience: int,
+        **kwargs,
+    ):
+        """module is what is trained, model what is saved of it; patience, if the best model is
+        kept: after so many evaluations without a better one, training ends (see
+        `best_evaluation`); kwargs are the Trainer's."""
+        self.language_model, self.patience = model, patience
         self._run_dir = Path(arguments.output_dir)
         self._checkpoint: Path | None = None  # the newest, read or written
         self._saved: tuple[Path, int] | None = None  # and the lines of the log when it was written
         self._is_resumed = False
+        self._unlogged: tuple[float, int] | None = None  # see `read_unlogged`
+        self._unlogged_name = f"loss_{arguments.process_index}.json"
         self.kept_step: int | None = None  # of the best model, if that is what is kept in the end
         super().__init__(module, arguments, **kwargs)
         self.safe_stop = SafeStop(arguments.device)
@@ -53,15 +74,20 @@ class ResumableTrainer(Trainer):
             require_whole(resume_from_checkpoint)
             self._checkpoint = Path(resume_from_checkpoint)
             self.args.eval_on_start = False
-            state = TrainerState.load_from_json(str(self._checkpoint / "trainer_state.json"))
-            ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            state = read_state(self._checkpoint)
             is_ours = self._checkpoint.parent.resolve() == self._run_dir.resolve()
-            if ended and is_ours and not self._evaluation_is_due(state):
+            if has_ended(state) and is_ours and not self._evaluation_is_due(state):
                 begin()
                 self.state = state
+                if self.args.should_save:  # it may have been cut off just before
+                    write_log(state.log_history, self._run_dir / LOG)
+                    plot(state.log_history, self._run_dir / PLOT)
                 if not (self.args.load_best_model_at_end and self._load_best_model()):
                     self._load_from_checkpoint(self._checkpoint)
                 return
+            path = self._checkpoint / self._unlogged_name
+            if path.exists():
+                self._unlogged = read_unlogged(path)
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._is_resumed = self._checkpoint is not None
         self._require_finite_weights()
@@ -98,13 +124,8 @@ class ResumableTrainer(Trainer):
         if not self._is_resumed:
             return
         self._is_resumed = False
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):  # the run before may not have had it
-                name = type(callback).__name__
-                self.state.stateful_callbacks.setdefault(name, callback.state())
-        path = self._checkpoint / f"loss_{self.args.process_index}.json"
-        if path.exists():  # what has not been logged yet
-            loss, self._globalstep_last_logged = json.loads(path.read_text())
+        if self._unlogged is not None:
+            loss, self._globalstep_last_logged = self._unlogged
             self._tr_loss += loss
         if self._evaluation_is_due(self.state):
             self.control.should_evaluate = self.control.should_save = True
@@ -123,18 +144,36 @@ class ResumableTrainer(Trainer):
         self._catch_up(start_time)  # where no epoch was left
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             self._load_best_model()  # which says why it cannot
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        # The Trainer would now remove all checkpoints but the best, also that of a run which a
+        # signal ended and which goes on from it. `rotate` has removed what is to be.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        try:
-            is_new_best = super()._determine_best_metric(metrics, trial)
-        except KeyError as error:
+        """Whether the model is to be saved: as the best yet, or as the last."""
+        if self.args.metric_for_best_model is None:
+            return self.control.should_save
+        name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        if name not in metrics:
             known = ", ".join(name.removeprefix("eval_") for name in metrics)
-            raise UserError(f"metric_for_best_model: choose from {known}") from error
-        is_kept = is_new_best or self.control.should_training_stop  # the best and the last
-        if is_kept and self.args.save_strategy != SaveStrategy.NO:
-            self.control.should_save = True
-        return is_new_best
+            raise UserError(f"metric_for_best_model: choose from {known}")
+        best = best_evaluation(self.state.log_history, name, self.args.greater_is_better)
+        is_best = best is not None and best.step == self.state.global_step
+        if is_best:
+            self.state.best_metric = metrics[name]
+        if self.args.load_best_model_at_end and best and best.num_since_better >= self.patience:
+            self.control.should_training_stop = True
+        if self.args.save_strategy != SaveStrategy.NO:
+            if is_best:
+                self.state.best_global_step = self.state.global_step
+            self.control.should_save |= is_best or self.control.should_training_stop
+        return self.control.should_save
+
+    def _load_callback_state(self) -> None:
+        """None: what callbacks know is not in checkpoints, which may be a stranger's."""
 
     def _get_output_dir(self, trial) -> str:
         return str(self._run_dir)
@@ -158,10 +197,12 @@ class ResumableTrainer(Trainer):
             best = self._best_checkpoint()
             self.state.best_model_checkpoint = best and str(best)
             unlogged = json.dumps([self._tr_loss.item(), self._globalstep_last_logged])
-            (written / f"loss_{self.args.process_index}.json").write_text(unlogged)
+            (written / self._unlogged_name).write_text(unlogged)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(written / "trainer_state.json"))
+                # With the log's figures in their order, which the Trainer would sort.
+                state = json.dumps(dataclasses.asdict(self.state), indent=2)
+                (written / STATE).write_text(state + "\n")
                 seal(written, checkpoint)
                 rotate(checkpoint, self.args.save_total_limit, best)
         except OSError as error:
@@ -227,11 +268,31 @@ class ResumableTrainer(Trainer):
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            # Mapped: what several processes read of it is in memory once.
-            read = functools.partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
-            load_optimizer_state(self.optimizer, read(Path(checkpoint) / "optimizer.pt"))
-            self.lr_scheduler.load_state_dict(read(Path(checkpoint) / "scheduler.pt"))
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / "optimizer.pt"
+        state = read_tensors(path)
+        if not fits_optimizer(state, self.optimizer):
+            raise UserError(f"{path}: not the state of this run's optimizer")
+        load_optimizer_state(self.optimizer, state)
+        path = Path(checkpoint) / "scheduler.pt"
+        state = read_tensors(path)
+        if not is_alike(state, self.lr_scheduler.state_dict()):
+            raise UserError(f"{path}: not the state of this run's learning rate scheduler")
+        self.lr_scheduler.load_state_dict(state)
+        self._load_rng_state(checkpoint)  # to find out now whether it can be read
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: there is none without fp16."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # Python, NumPy and torch refuse in any way what is no state
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise UserError(
+                f"{checkpoint}: the state of random numbers cannot be read ({reason:.200})"
+            ) from error
 
     def _require_finite_weights(self) -> None:
         if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):

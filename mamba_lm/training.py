@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, ProgressCallback, TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from errors import UserError
@@ -78,10 +78,12 @@ class PrefixSuffixTrainer(ResumableTrainer):
         process, each of which calls poll() now and then, as often as the others; after `patience`
         evaluations without a better one, training ends. Sharded, each of several processes keeps
         its part of the weights and of what the optimiser knows."""
-        self.batches, self.score, self.patience = batches, score, patience
+        self.batches, self.score = batches, score
         evaluates = arguments.eval_strategy != IntervalStrategy.NO or arguments.eval_on_start
         if evaluates and score is None:
             raise UserError("training arguments: evaluation needs --eval_data")
+        if arguments.metric_for_best_model is not None and score is None:
+            raise UserError("training arguments: metric_for_best_model needs --eval_data")
         if sharded and arguments.world_size < 2:
             raise UserError("--fully_shard: needs two processes or more, by torchrun")
         module = PrefixSuffixLM(model)
@@ -92,6 +94,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
                 model,
                 module,
                 arguments,
+                patience,
                 train_dataset=_Tokenized(len(batches) * arguments.train_batch_size, tokenize),
                 eval_dataset=[] if score is not None else None,  # or it would ask for one
                 data_collator=_named_batch,
@@ -99,8 +102,6 @@ class PrefixSuffixTrainer(ResumableTrainer):
             )
         self.is_distributed_loading_by_transformers = sharded  # it is not to wrap the module
         self.add_callback(TrainingLog())
-        if arguments.load_best_model_at_end:
-            self.add_callback(EarlyStoppingCallback(patience))
         self._progress = Progress()
         if not arguments.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -114,13 +115,6 @@ class PrefixSuffixTrainer(ResumableTrainer):
             super().train(*args, **kwargs)
         finally:
             self._progress.close()  # or what went wrong would stand behind the bar
-
-    def _load_callback_state(self) -> None:
-        """A run that goes on from another folder's keeps its own patience."""
-        super()._load_callback_state()
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience = self.patience
 
     # Batches and loss
 

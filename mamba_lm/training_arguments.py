@@ -102,8 +102,6 @@ def training_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_total_limit": 2,  # one every 500 steps, and ten minutes: `SafeStop`
-        "greater_is_better": True,
-        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": False,
         "ddp_find_unused_parameters": False,

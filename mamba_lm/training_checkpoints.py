@@ -9,14 +9,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from errors import UserError, warn
-from files import named_errors
+from files import named_errors, read_json
+from mamba_lm.training_state import STATE, read_state
 
 MANIFEST = "manifest.json"
-_NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", STATE)
 
 
 def partial_folder(output: str | Path) -> Path:
@@ -46,9 +47,11 @@ def describe_files(paths: Iterable[Path]) -> dict[str, dict]:
     return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
 
 
-def find_change(folder: Path, files: Mapping[str, Mapping]) -> str | None:
+def find_change(folder: Path, files: object) -> str | None:
     """The first of these files that is missing or not what was written, in words; None if each is
-    as `describe_files` described it."""
+    as `describe_files` described it. Also in words what is no such description."""
+    if not isinstance(files, dict) or not all(map(_is_description, files.items())):
+        return "what is written down of its files cannot be read"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -60,19 +63,31 @@ def find_change(folder: Path, files: Mapping[str, Mapping]) -> str | None:
     return None
 
 
+def _is_description(item: tuple[str, object]) -> bool:
+    name, expected = item
+    is_in_folder = name not in ("", "..") and Path(name).name == name and "\0" not in name
+    return is_in_folder and isinstance(expected, dict) and type(expected.get("bytes")) is int
+
+
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if a run can go on from it."""
+    if not (checkpoint / MANIFEST).exists():
+        return f"{MANIFEST} is missing"
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        manifest = read_json(checkpoint / MANIFEST)
+        files = manifest.get("files") if isinstance(manifest, dict) else None
         change = find_change(checkpoint, files)
         if change is not None:
             return change
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    missing = [name for name in _NEEDED if name not in files]
-    return f"it holds no {missing[0]}" if missing else None
+        missing = [name for name in _NEEDED if name not in files]
+        if missing:
+            return f"it holds no {missing[0]}"
+        read_state(checkpoint)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None
 
 
 def checkpoints(output: str | Path) -> list[Path]:

@@ -129,35 +129,46 @@ class SafeStop(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the time that is left and the figures of the last log; scores as lines above."""
+    """A bar with the time that is left and the figures of the last log; scores as lines above.
+
+    It begins after the first step, in which kernels are loaded or compiled: what that takes says
+    nothing about the steps to come.
+    """
 
     _bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            disable=not state.is_world_process_zero,
-            dynamic_ncols=True,
-            # To a file, a line now and then is enough.
-            mininterval=0.1 if sys.stderr.isatty() else 20.0,
-        )
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            first = f"step {state.global_step + 1} of {state.max_steps}"
+            tqdm.write(f"{first}: longer than the others, kernels are loaded", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                disable=not state.is_world_process_zero,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}{postfix}]",
+                smoothing=0,  # evaluations are a part of the average step
+                # To a file, a line now and then is enough.
+                mininterval=0.1 if sys.stderr.isatty() else 20.0,
+            )
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs: Mapping, **kwargs) -> None:
-        if "loss" in logs:
+        if "loss" in logs and self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, "
-                f"{logs['examples_per_second']:,.0f} examples/s, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s"
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
             )
         scores = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        if scores:
-            listed = ", ".join(f"{name.replace('_', ' ')} {v:.1f}" for name, v in scores.items())
-            self._bar.write(f"step {state.global_step}: {listed}", file=sys.stderr)
+        if scores and state.is_world_process_zero:
+            listed = ", ".join(
+                f"{name.replace('_', ' ')} {value:.{3 if name == 'loss' else 1}f}"
+                for name, value in scores.items()
+            )
+            tqdm.write(f"step {state.global_step}: {listed}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is, the next line below it."""
@@ -174,7 +185,7 @@ class TrainingLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             self._path = Path(args.output_dir) / LOG
-            write_whole(self._path, "".join(map(_line, state.log_history)))
+            write_log(state.log_history, self._path)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:  # the last steps too
@@ -194,6 +205,10 @@ def _is_distributed() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
+def write_log(rows: Sequence[Mapping], path: Path) -> None:
+    write_whole(path, "".join(map(_line, rows)))
+
+
 def _line(row: Mapping) -> str:
     return json.dumps(row) + "\n"
 
@@ -206,15 +221,19 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     for row in rows:
         for name, value in row.items():
             if name.startswith("eval_"):
-                curves.setdefault(name.removeprefix("eval_"), []).append((row["step"], value))
-    scores = curves.keys() - {"loss"}
+                curves.setdefault(name, []).append((row["step"], value))
+    losses = curves.keys() & {"loss", "eval_loss"}
+    scores = curves.keys() - losses
     figure = Figure(figsize=(8, 6 if scores else 3.5), layout="constrained")
     axes = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
     for name, points in curves.items():
-        at = axes[0] if name == "loss" else axes[1]
-        at.plot(*zip(*points, strict=True), label=name.replace("_", " "),
+        at = axes[0] if name in losses else axes[1]
+        label = "evaluation loss" if name == "eval_loss" else name.removeprefix("eval_")
+        at.plot(*zip(*points, strict=True), label=label.replace("_", " "),
                 marker=None if name == "loss" else "o")  # fmt: skip
     axes[0].set_ylabel("loss (nats a token)")
+    if len(losses) > 1:
+        axes[0].legend()
     if scores:
         axes[1].set_ylabel("per cent")
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)

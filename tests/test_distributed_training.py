@@ -78,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
                "2", "--module", "tests.test_distributed_training", str(folder)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert run.returncode == 0, run.stderr[-4000:]
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13))]
 STEPS = 30  # of two epochs and a half
+HANGS = 900  # seconds, however slow the machine is
+# Sends itself a signal the moment before it touches a file for the n-th time whose path has a text
+# in it; says at its end how often it did.
+SIGNALLED = """
+import atexit, os, runpy, sys
+sent, number, text = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+touched = 0
+def count(event, args):
+    global touched
+    if event in ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir") and text in str(args[0]):
+        touched += 1
+        if touched == number:
+            os.kill(os.getpid(), sent)
+atexit.register(lambda: print("touched", touched, file=sys.stderr))
+sys.addaudithook(count)
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TINY = {"d_model": 64, "n_layer": 2, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}
 
 
@@ -55,10 +72,14 @@ def command(inputs: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def start(*words: str) -> subprocess.Popen:
+def run_apart(*words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, timeout=HANGS,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def signalled(sent: int, number: int, text: str, words: list[str]) -> subprocess.CompletedProcess:
+    return run_apart("-c", SIGNALLED, str(int(sent)), str(number), text, *words)
 
 
 def finish(inputs: Path, output: Path, *more: str) -> None:
@@ -69,11 +90,12 @@ def finish(inputs: Path, output: Path, *more: str) -> None:
         train_mamba_with_context.main(train_mamba_with_context.parse_args())
 
 
-def finish_apart(inputs: Path, output: Path) -> None:
-    """Run it in a process of its own, as those are that are cut off."""
-    process = start(*command(inputs, output))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def finish_apart(inputs: Path, output: Path) -> int:
+    """Run it in a process of its own, as those are that are cut off; how often it touched a file of
+    the output folder."""
+    run = signalled(0, 0, str(output), command(inputs, output))
+    assert run.returncode == 0, run.stderr
+    return int(re.search(r"touched (\d+)", run.stderr)[1])
 
 
 def outcome(output: Path) -> tuple[bytes, list[dict], dict]:
@@ -98,56 +120,44 @@ def undisturbed(inputs, one_thread) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_apart(inputs) -> Path:
+def undisturbed_apart(inputs) -> tuple[Path, int]:
+    """Its folder, and how often it touched a file of it."""
     output = inputs / "undisturbed apart"
-    finish_apart(inputs, output)
-    return output
-
-
-def wait_for(process: subprocess.Popen, output: Path, num_lines: int) -> None:
-    """Until the log has so many lines."""
-    log = output / "training_log.jsonl"
-    while process.poll() is None and (
-        not log.exists() or len(log.read_text().splitlines()) < num_lines
-    ):
-        time.sleep(0.002)
+    return output, finish_apart(inputs, output)
 
 
 @pytest.mark.parametrize("seed", KILLS)
 def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
+    """Wherever it is: between steps, in a checkpoint that is half written, at the model's card."""
     rng = random.Random(seed)
     output = tmp_path / "run"
-    lines = 0
-    for _ in range(rng.choice([1, 1, 2])):
-        process = start(*command(inputs, output))
-        lines = rng.randint(lines + 1, 36)
-        wait_for(process, output, lines)
-        time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert json.loads((output / "training_args.json").read_text())["complete"] is False
+    undisturbed, touched = undisturbed_apart
+    kills = rng.choice([1, 1, 2])
+    for _ in range(kills):
+        number = rng.randint(1, touched // kills**2)  # what a run that goes on still has to do
+        run = signalled(signal.SIGKILL, number, str(output), command(inputs, output))
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        if (output / "training_args.json").exists():
+            assert json.loads((output / "training_args.json").read_text())["complete"] is False
         assert all(fault(checkpoint) is None for checkpoint in checkpoints(output))
     finish_apart(inputs, output)
-    assert outcome(output) == outcome(undisturbed_apart)
+    assert outcome(output) == outcome(undisturbed)
     assert not list(output.glob(".*"))
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint(inputs, undisturbed_apart, tmp_path, sent, code):
     output = tmp_path / "run"
-    process = start(*command(inputs, output))
-    wait_for(process, output, 6)  # between two checkpoints
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
+    # The log's seventh line, between two checkpoints.
+    run = signalled(sent, 8, "training_log.jsonl", command(inputs, output))
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
     newest = checkpoints(output)[0]
     last = json.loads((output / "training_log.jsonl").read_text().splitlines()[-1])
-    assert newest.name == f"checkpoint-{last['step']}" and last["step"] < STEPS
+    assert newest.name == f"checkpoint-{last['step']}" and last["step"] % 4 and last["step"] < STEPS
     assert fault(newest) is None
     finish_apart(inputs, output)
-    assert outcome(output) == outcome(undisturbed_apart)
+    assert outcome(output) == outcome(undisturbed_apart[0])
 
 
 def test_a_complete_run_is_left_alone(inputs, undisturbed, capsys, monkeypatch):

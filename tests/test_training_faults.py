@@ -4,9 +4,11 @@ said that is not so."""
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 import train_mamba_with_context
@@ -15,7 +17,9 @@ from context_qa.negatives import NegativeSampler
 from context_qa.training_data import within_length
 from errors import UserError
 from files import atomic_folder
+from mamba_lm import training_progress
 from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_checkpoints import checkpoints, fault
 from squad_utils import Example
 
@@ -122,7 +126,136 @@ def test_no_evaluation_comes_before_its_delay(train, monkeypatch):
     assert [row["step"] for row in log if "eval_f1" in row] == [6, 8]
 
 
+@pytest.mark.parametrize("later", [[8.0, 7.0], [8.0, 99.0]])
+def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
+    later, train, tmp_path, monkeypatch, capsys
+):
+    """A signal after the best evaluation, with a limit of one checkpoint; the run ends as one that
+    nothing disturbed."""
+    scores = [99.0, 9.0, *later]
+    scored_as(monkeypatch, *scores)
+    undisturbed = train(*SCORED, output=tmp_path / "undisturbed", save_total_limit=1)
+    scored_as(monkeypatch, *scores)
+    step = PrefixSuffixTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PrefixSuffixTrainer, "training_step", interrupted)
+        train(*SCORED, save_total_limit=1)
+    output = tmp_path / "run"
+    assert "checkpoint-5 is saved" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
+    scored_as(monkeypatch, *later)
+    train(*SCORED, save_total_limit=1)
+    assert f"going on from {output / 'checkpoint-5'}" in capsys.readouterr().out
+    for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert (output / "README.md").read_text() == (undisturbed / "README.md").read_text().replace(
+        "undisturbed", "run"
+    )
+
+
 # Going on
+
+
+@pytest.mark.parametrize("cut_in", ["plot", "write_whole", "model_card"])
+def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, tmp_path, monkeypatch):
+    """Between the last checkpoint and the record: the plot, the log, the card."""
+    module = training_progress if cut_in == "plot" else training_run
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, cut_in, stopped_at_the_end(getattr(module, cut_in)))
+        train(*SCORED)
+    output = tmp_path / "run"
+    for name in ("training_log.jsonl", "training_log.png", "README.md"):
+        (output / name).unlink(missing_ok=True)
+    monkeypatch.setattr(PrefixSuffixTrainer, "training_step", None)
+    train(*SCORED)
+    whole = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in whole if "loss" in row] == [*range(1, 9)]
+    assert matplotlib.image.imread(output / "training_log.png").std() > 0.05
+    assert "training_log.png" in (output / "README.md").read_text()
+    assert record(output)["complete"]
+
+
+def stopped_at_the_end(function):
+    """Raises a KeyboardInterrupt where a function would write what belongs to a finished run."""
+
+    def stopped(*args, **kwargs):
+        if function.__name__ == "write_whole" and not str(args[0]).endswith("README.md"):
+            return function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return stopped
+
+
+@pytest.mark.parametrize("name", ["training_log.jsonl", "training_log.png", "README.md"])
+def test_what_is_missing_of_a_complete_run_is_written_again(name, train, monkeypatch, capsys):
+    output = train(*SCORED)
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    (output / name).unlink()
+    monkeypatch.setattr(PrefixSuffixTrainer, "training_step", None)
+    train(*SCORED)
+    assert f"{name} is missing" in capsys.readouterr().err
+    after = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    assert after.keys() == before.keys()
+    for kept in ("model.safetensors", name):
+        assert after[kept] == before[kept]
+    (output / name).unlink()
+    for checkpoint in checkpoints(output):
+        shutil.rmtree(checkpoint)
+    train(*SCORED)
+    said = capsys.readouterr()
+    assert f"{name} is missing, and no checkpoint is left" in said.err
+    assert "this run is complete" in said.out
+
+
+def test_log_plot_and_card_are_the_same_after_a_resume(train, tmp_path):
+    """The order of their figures too."""
+    wanted = train(*SCORED, output=tmp_path / "whole/run", save_total_limit=9)
+    output = train(*SCORED, save_total_limit=9)
+    cut_off(output, step=4)
+    train(*SCORED, save_total_limit=9)
+
+    def names(folder: Path) -> list[list[str]]:
+        lines = (folder / "training_log.jsonl").read_text().splitlines()
+        return [list(json.loads(line)) for line in lines]
+
+    assert names(output) == names(wanted)
+    card = (wanted / "README.md").read_text().replace(str(wanted), str(output))
+    assert (output / "README.md").read_text() == card
+    assert "| exact match |" in card and list(record(output)["scores"]) == list(
+        record(wanted)["scores"]
+    )
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "null", "[" * 100_000, '{"settings": 7}', '{"settings": {}}', '{"complete": true}',
+])  # fmt: skip
+def test_a_record_of_anybody_is_another_run(text, train):
+    output = train()
+    (output / "training_args.json").write_text(text)
+    with pytest.raises(UserError, match="give another folder or --overwrite") as caught:
+        train()
+    assert "\n" not in str(caught.value)
+    train("--overwrite")
+    assert record(output)["complete"]
+
+
+@pytest.mark.parametrize("change", [
+    {"files": 7}, {"files": [1]}, {"files": {"config.json": 7}}, {"files": {"../x": {"bytes": 1}}},
+    {"files": {"config.json": {"bytes": "x"}}}, {"files": {"config.json": {}}}, {"complete": "yes"},
+    {"complete": False, "begun_with": 7}, {"complete": False, "packages": [1]},
+    {"complete": False, "begun_with": [], "packages": None}, {"warnings": 7, "scores": "x"},
+], ids=str)  # fmt: skip
+def test_a_record_edited_by_hand_is_mended(change, train):
+    output = train()
+    (output / "training_args.json").write_text(json.dumps(record(output) | change))
+    train()
+    assert record(output)["complete"] is True
 
 
 @pytest.mark.parametrize("settings", [{"logging_steps": 4}, {"logging_strategy": "epoch"}])
@@ -302,9 +435,14 @@ def test_a_learning_rate_beyond_float32_is_refused(train):
         train("--learning_rate", "1e39")
 
 
-def test_an_unknown_metric_is_named_with_those_there_are(train):
-    with pytest.raises(UserError, match="metric_for_best_model: choose from exact_match, f1"):
+def test_an_unknown_metric_is_named_with_those_there_are(train, tmp_path, capsys):
+    """Before anything is trained, or written."""
+    with pytest.raises(UserError, match="choose from exact_match, f1, answerable_exact_match, "):
         train(*SCORED, metric_for_best_model="nonsense")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="metric_for_best_model needs --eval_data"):
+        train(metric_for_best_model="f1")
+    assert not (tmp_path / "run").exists()
 
 
 # Data

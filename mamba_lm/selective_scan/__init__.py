@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from errors import UserError, warn
 from mamba_lm.selective_scan import reference
@@ -205,7 +206,7 @@ def load_backend(name: str) -> ModuleType:
         raise UserError(
             f"the {name} selective scan is not installed ({error}): {_INSTALL[name]}"
         ) from error
-    print(f"selective scan: {name} backend", file=sys.stderr)
+    tqdm.write(f"selective scan: {name} backend", file=sys.stderr)  # above a bar, if there is one
     return module
 
 

@@ -1,5 +1,6 @@
 """Examples that are too long are cut around their answer; the report counts what is read."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from context_qa.training_data import data_report, within_length
 from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.prefix_suffix import collate
-from squad_utils import PROMPT_ORDERS, Example
+from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 ROOT = Path(__file__).parents[2]
 ORDERS = PROMPT_ORDERS[:3]
@@ -88,6 +89,88 @@ def test_the_answer_is_not_looked_for_inside_of_other_words(tokenizer):
         assert words in example.context and len(example.context) < 200
 
 
+FILLER = "and so it went on and on for a very long time " * 10
+LATER = f"It has 10 rooms. {FILLER} The bill of 10 euros was paid in 1066."
+
+
+def rows(answer: str, start: object) -> dict[str, list[dict]]:
+    """One question in each layout that says where its answer is."""
+    row = {"id": "x", "context": LATER, "question": "How many?"}
+    listed = [{"text": answer, "answer_start": start}]
+    pair = {"text": [answer], "answer_start": [start]}
+    qas = {"paragraphs": [{"context": LATER, "qas": [row | {"answers": listed}]}]}
+    return {
+        "listed": [row | {"answers": listed}],
+        "hugging face": [row | {"answers": pair}],
+        "squad": [{"data": [qas]}],
+    }
+
+
+def read_cut(tmp_path, tokenizer, written: list[dict]):
+    path = tmp_path / "data.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    examples = read_examples(str(path))
+    found = within_length(examples, tokenizer, ORDERS[0], 60)
+    report = data_report(found, GroupedBatches(found.examples, 4), tokenizer, ORDERS[0], 60)
+    return found.examples[0], str(report)
+
+
+@pytest.mark.parametrize("layout", ["listed", "hugging face", "squad"])
+@pytest.mark.parametrize("answer, wanted", [("10", "10 euros"), ("66", "1066.")])
+def test_the_answer_is_kept_where_the_data_says(answer, wanted, layout, tokenizer, tmp_path):
+    start = LATER.rindex(wanted) + wanted.index(answer)
+    cut, report = read_cut(tmp_path, tokenizer, rows(answer, start)[layout])
+    assert wanted in cut.context and "rooms" not in cut.context
+    assert cut.context.startswith(answer, cut.answer_start)
+    assert "answer_start" not in report
+
+
+@pytest.mark.parametrize("layout", ["listed", "hugging face", "squad"])
+@pytest.mark.parametrize(
+    "start, is_told",
+    [
+        (3, True),
+        (-2, True),
+        (10**30, True),
+        (None, False),
+        ("7", False),
+        (7.0, False),
+        ([7], False),
+    ],
+)
+def test_without_a_right_place_the_first_answer_counts(start, is_told, layout, tokenizer, tmp_path):
+    cut, report = read_cut(tmp_path, tokenizer, rows("10", start)[layout])
+    assert "10 rooms" in cut.context
+    assert ("answer_start is wrong in 1 too long" in report) == is_told
+
+
+@pytest.mark.parametrize("starts", [None, 7, [], ["x"], {}])
+def test_places_that_are_no_list_are_not_used(starts, tokenizer, tmp_path):
+    row = {"context": LATER, "question": "How many?"}
+    row["answers"] = {"text": ["10"], "answer_start": starts}
+    cut, _ = read_cut(tmp_path, tokenizer, [row])
+    assert "10 rooms" in cut.context
+    other = {"context": LATER, "prompt": "How many?", "response": "10", "answers": starts}
+    assert "10 rooms" in read_cut(tmp_path, tokenizer, [other])[0].context
+
+
+@pytest.mark.parametrize("name", ["dev-v1.1.json", "train-v1.1.44articles.json"])
+def test_no_example_of_squad_loses_the_answer_that_was_annotated(name, tokenizer):
+    path = ROOT.parent / "shared/data/squad" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    examples = [e for e in read_examples(str(path)) if e.context.count(e.target) > 1][::3]
+    found = within_length(examples, tokenizer, ORDERS[0], 110)
+    whole = {example.id: example for example in examples}
+    cut = [e for e in found.examples if e.context != whole[e.id].context]
+    assert len(cut) > 300 and found.num_misplaced == 0
+    for example in cut:
+        original = whole[example.id]
+        skipped = original.answer_start - example.answer_start
+        assert original.context.startswith(example.context, skipped)
+        assert example.context.startswith(example.target, example.answer_start)
+
+
 def test_what_cannot_be_cut_is_dropped(tokenizer):
     context = "Some words of a passage that is too long. " * 20
     examples = [
@@ -105,7 +188,7 @@ def test_what_cannot_be_cut_is_dropped(tokenizer):
 
 def test_without_a_limit_all_stays(tokenizer):
     examples = make_examples()
-    assert within_length(examples, tokenizer, ORDERS[0], None) == (examples, 0, 0)
+    assert within_length(examples, tokenizer, ORDERS[0], None) == (examples, 0, 0, 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,12 +9,21 @@ from types import SimpleNamespace
 import pytest
 
 import eval_mamba_with_context
+from context_qa.dataset import Pairing, continuation
 from context_qa.model_card import model_card
 from context_qa.provenance import RECORD, trained_prompt_order
 from context_qa.results import read_results
 from context_qa.training_data import DataReport
-from context_qa.training_scores import doubts, examples_to_score, scorer, training_scores
+from context_qa.training_scores import (
+    SCORES,
+    doubts,
+    examples_to_score,
+    scorer,
+    training_scores,
+)
+from errors import UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.prefix_suffix import PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +46,23 @@ def test_scores_are_those_of_the_evaluation_script(negatives, order, tmp_path, m
     examples = examples_to_score(read_examples(str(data)), "random")
     model, tokenizer = load_model_and_tokenizer("models/demo")
     found = scorer(examples, tokenizer, order)(model)
+    assert tuple(found) == SCORES
+    loss = found.pop("loss")
     assert found == training_scores(read_results(str(results)))
-    assert found.keys() == {"exact_match", "f1", "answerable_exact_match",
-                            "unanswerable_exact_match", "abstention_f1"}  # fmt: skip
     assert 0 < found["answerable_exact_match"] <= 100
+    pairings = [Pairing(example, example.context) for example in examples]
+    learnt = collate(continuation(pairing, tokenizer, order) for pairing in pairings)
+    assert loss == pytest.approx(PrefixSuffixLM(model)(**learnt)["loss"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["nonsense", "eval_nonsense", "abstention_f1", "eval_"])
+def test_a_metric_that_there_will_not_be_is_refused_before(metric):
+    """Here all questions are answerable."""
+    examples = [Example("1", "Bo is a cat.", "Who?", ("Bo",))]
+    with pytest.raises(UserError, match=r"choose from exact_match, f1, loss$"):
+        scorer(examples, None, PROMPT_ORDERS[0], metric)
+    for known in ("f1", "eval_f1", "loss", "eval_loss", "exact_match"):
+        scorer(examples, None, PROMPT_ORDERS[0], known)
 
 
 def row(answers, guess, exact_match, f1) -> dict:
@@ -97,10 +119,11 @@ def arguments(**changes) -> SimpleNamespace:
 def test_a_card_says_what_was_done():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
     steps = {"steps": 1234, "epochs": 2.5, "step_of_model": 1000}
-    card = model_card(arguments(), report, steps, {"exact_match": 61.25, "abstention_f1": 50.0})
+    scores = {"exact_match": 61.25, "abstention_f1": 50.0, "loss": 1.25}
+    card = model_card(arguments(), report, steps, scores)
     for text in ("# mine\n", "from `models/demo`", "`data.jsonl`", "negatives hard", "0.5 unanswer",
                  "1,234 optimiser steps of 32 x 2", "after step 1,000",
-                 "| exact match | 61.2 |", "99 tokens",
+                 "| exact match | 61.2 |", "loss on its references is 1.250 nats", "99 tokens",
                  "prompt_mamba_with_context.py models/mine", "On `eval.jsonl`",
                  "data: 9 questions, 8 of them answerable"):  # fmt: skip
         assert text in card, text

@@ -15,8 +15,24 @@ from mamba_lm.training_checkpoints import (
     seal,
 )
 
+STATE = json.dumps(
+    {
+        "global_step": 7,
+        "max_steps": 9,
+        "num_train_epochs": 1,
+        "train_batch_size": 4,
+        "num_input_tokens_seen": 0,
+        "logging_steps": 1,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "epoch": 0.5,
+        "total_flos": 0,
+        "log_history": [{"step": 7, "loss": 2.5}],
+        "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": False}}},
+    }
+).encode()
 FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "scheduler.pt": b"rate",
-         "trainer_state.json": b"{}", "rng_state.pth": b"random"}  # fmt: skip
+         "trainer_state.json": STATE, "rng_state.pth": b"random"}  # fmt: skip
 
 
 def write(output, step, files=FILES):
@@ -55,7 +71,7 @@ def change(path):
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (truncate, "{} has . bytes instead of ."),
+        (truncate, r"{} has \d+ bytes instead of \d+"),
         (change, "{} is not what was written"),
         (lambda path: path.unlink(), "{} is missing"),
     ],

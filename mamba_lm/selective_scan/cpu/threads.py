@@ -19,6 +19,7 @@ from pathlib import Path
 import numba
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mamba_lm.selective_scan.cpu.packing import HEADER, SIGNATURE
 
@@ -94,7 +95,8 @@ def _digest_of_sources() -> str:
 
 @functools.cache
 def _say_compiling() -> None:
-    print("compiling the CPU kernels: up to a minute, once per machine", file=sys.stderr)
+    said = "compiling the CPU kernels: up to a minute, once for this copy of the code"
+    tqdm.write(said, file=sys.stderr)  # above a bar, if there is one
 
 
 @functools.cache
