@@ -93,8 +93,8 @@ class _Text:
     def _settled(self, text: str) -> str:
         """The text without its end, if that can still change: half a character, and blanks."""
         text = text.rstrip("\ufffd").rstrip()
-        if self._is_cleaned:  # " n't" loses its blank, and no longer pattern loses one
-            for _ in range(3):
+        if self._is_cleaned:  # a blank is lost by up to three characters behind it: " n't"
+            for _ in range(2):
                 text = text[:-1].rstrip()
         return text
 
