@@ -8,11 +8,11 @@ on exact match, and the questions that only one of the two has right, both witho
 """
 
 import argparse
-import json
 
 from context_qa.comparison import compare
 from context_qa.metrics import PARTS, SCORES
-from errors import run_script
+from errors import printable, run_script
+from files import json_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,13 +29,14 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
-        print(json.dumps(comparison, ensure_ascii=False))
+        print(json_line(comparison))
     else:
         show(comparison)
 
 
 def show(comparison: dict, most: int = 10) -> None:
-    print(f"A: {comparison['results_a']}\nB: {comparison['results_b']}")
+    for side in "ab":
+        print(f"{side.upper()}: {printable(comparison[f'results_{side}'])}")
     left_out = comparison["num_left_out"]
     beside = f"; {left_out:,} in one file only are left out" if left_out else ""
     print(f"{comparison['num_questions']:,} questions in both{beside}\n")
@@ -60,7 +61,7 @@ def show(comparison: dict, most: int = 10) -> None:
         if flipped:
             print(f"\nOnly {side.upper()} is right{shown}:")
         for row in flipped[:most]:
-            print(f"  {row['idx']}: {row['question']}")
+            print(f"  {row['idx']}: {printable(row['question'])}")
             print(f"      answer {row['answer']!r}  A {row['guess_a']!r}  B {row['guess_b']!r}")
 
 

@@ -6,13 +6,14 @@ Without one, or without these packages, both are plain lines.
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from context_qa.explanation import ASCII, BLOCKS, Explanation, printable
+from context_qa.explanation import ASCII, BLOCKS, Explanation, shown
 from errors import UserError
 
 ASKS_FOR_CONTEXT = "Context, ended by an empty line:"
@@ -31,11 +32,11 @@ class Screen:
         self._rich = _rich_console()
 
     def say(self, text: str, end: str = "\n") -> None:
-        print(printable(text), end=end, file=sys.stderr, flush=True)
+        print(shown(text), end=end, file=sys.stderr, flush=True)
 
     def write(self, text: str, style: str = "") -> None:
         """Show a piece of an answer, at once."""
-        text = printable(text)
+        text = shown(text)
         if self._rich is None:
             print(text, end="", flush=True)
         else:
@@ -47,12 +48,14 @@ class Screen:
         if self._rich is not None and self._rich.color_system and not self._rich.no_color:
             from rich.text import Text
 
-            text = Text(printable(explanation.context))
-            for style in explanation.styles():
-                text.stylize(*style)
+            parts = [shown(character) for character in explanation.context]
+            places = list(itertools.accumulate(map(len, parts), initial=0))
+            text = Text("".join(parts))
+            for style, start, end in explanation.styles():
+                text.stylize(style, places[start], places[end])
             self._rich.print(text)
         else:
-            width = max(shutil.get_terminal_size().columns, 20)
+            width = shutil.get_terminal_size().columns
             shades = BLOCKS if _holds(sys.stdout, BLOCKS) else ASCII
             print("\n".join(explanation.plain_lines(width, shades)))
         self.write(f"({explanation.legend()})\n", "dim")
