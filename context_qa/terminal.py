@@ -53,7 +53,8 @@ class Screen:
             text = Text("".join(parts))
             for style, start, end in explanation.styles():
                 text.stylize(style, places[start], places[end])
-            self._rich.print(text)
+            # Too narrow for words, rich would leave wide characters out; the terminal does not.
+            self._rich.print(text, soft_wrap=self._rich.width < 20)
         else:
             width = shutil.get_terminal_size().columns
             shades = BLOCKS if _holds(sys.stdout, BLOCKS) else ASCII
@@ -68,6 +69,8 @@ def _rich_console():
     except ImportError:
         return None
     console = Console(file=sys.stdout)
+    if not console.width:  # as COLUMNS=0 has it: nothing would be shown
+        console.width = shutil.get_terminal_size().columns
     return console if console.is_terminal else None
 
 
