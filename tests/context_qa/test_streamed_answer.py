@@ -202,6 +202,18 @@ def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, token
     assert answer.text == "Bo\ufffd" == "".join(pieces)
 
 
+def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_holds(
+    answerer, tokenizer
+):
+    """What a model card says: text of `transformers`, cut at the first newline, would be "Bo?"."""
+    ids = tokenizer(" Bo?\nA:", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[-1:]) == "?\nA:"
+    state, [length] = answerer.read_prefixes([CONTEXT])
+    tokens = iter(ids)
+    suffix = "\n\nQ: Why?\nA:"
+    assert stream_answer(answerer, state, suffix, length, lambda _: next(tokens)).text == "Bo"
+
+
 def test_a_slow_tokenizer_is_shown_at_the_end():
     stream = _Text(SimpleNamespace())
     assert [stream.add(5), stream.add(6), stream.rest("Bo")] == ["", "", "Bo"]
