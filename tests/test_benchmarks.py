@@ -447,6 +447,31 @@ def test_learning_measures_both_kinds_of_batches(monkeypatch, tmp_path, capsys):
         run(learning, monkeypatch, *arguments, "--conditions", "sorted:8")
 
 
+def test_learning_ends_with_its_runs(monkeypatch, tmp_path):
+    """What interrupts it is not kept waiting by what has been started."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    started = []
+
+    class Endless(subprocess.Popen):
+        def __init__(self, command, **kwargs):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(3600)"], **kwargs)
+            started.append(self)
+            if len(started) == 2:
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(learning, monkeypatch, TRAIN, VALIDATION, tmp_path / "rows.jsonl", "--model", "m")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [process.wait() for process in started] == [-signal.SIGTERM] * 2
+
+
 def test_a_contender_that_takes_too_long_is_called_once():
     calls = []
 
