@@ -40,16 +40,20 @@ def show(comparison: dict, most: int = 10) -> None:
     left_out = comparison["num_left_out"]
     beside = f"; {left_out:,} in one file only are left out" if left_out else ""
     print(f"{comparison['num_questions']:,} questions in both{beside}\n")
-    print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}   95 % interval")
+    entries, over = comparison["differences"], comparison["intervals_over"]
+    has_intervals = any(entry["interval"] for entry in entries.values())
+    print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}{'   95 % interval' * has_intervals}")
     for prefix, title in PARTS.items():
         for metric in SCORES:
-            entry = comparison["differences"].get(prefix + metric)
+            entry = entries.get(prefix + metric)
             if entry is not None:
                 low_high = entry["interval"]
-                interval = "{:+6.2f} to {:+6.2f}".format(*low_high) if low_high else "-"
+                interval = "{:+6.2f} to {:+6.2f}".format(*low_high) if low_high else ""
                 name = f"{title}: {metric.replace('_', ' ')}"
                 values = f"{entry['a']:7.2f}{entry['b']:7.2f}{entry['difference']:+8.2f}"
-                print(f"{name:30}{values}   {interval}")
+                print(f"{name:30}{values}   {interval}".rstrip())
+    about = f"bootstrap over {over}" if has_intervals else f"{over} cannot be resampled"
+    print(f"{'' if has_intervals else 'no '}95 % intervals: {about}")
     only_a, only_b = len(comparison["only_a_right"]), len(comparison["only_b_right"])
     print(
         f"\nexact match in A alone {only_a:,}, in B alone {only_b:,}; "

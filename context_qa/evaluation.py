@@ -268,8 +268,11 @@ def print_summary(summary: Mapping) -> None:
             f"exact match, Unicode forms and accents folded: {summary['folded_exact_match']:.1f} "
             "(the official script compares characters as they are written)"
         )
+    over = summary["intervals_over"]
     if intervals:
-        print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}")
+        print(f"in parentheses: 95 % intervals, bootstrap over {over}")
+    else:
+        print(f"no 95 % intervals: {over} cannot be resampled")
     print()
     parts = [part for part in ("abstention", "abstention_with_negatives") if part in summary]
     print(f"{'':32}" + "".join(f"{part.replace('_', ' '):>27}" for part in parts).rstrip())

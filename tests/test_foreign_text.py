@@ -132,8 +132,10 @@ def test_reported_results(run, hostile):
 
 
 def test_a_summarys_warnings(capsys):
-    print_summary({"scores": {}, "intervals": {}, "warnings": [HOSTILE, 5]})
-    assert is_harmless(capsys.readouterr().out)
+    about = {"scores": {}, "intervals": {}, "intervals_over": "1 article"}
+    print_summary(about | {"warnings": [HOSTILE, 5]})
+    out = capsys.readouterr().out
+    assert is_harmless(out) and "no 95 % intervals: 1 article cannot be resampled\n" in out
 
 
 def test_evaluated_questions_and_a_resumed_run(tmp_path):
