@@ -258,8 +258,8 @@ def _score_table(found: Mapping) -> str:
     return (
         _table("Scores", ("percent", "questions", "exact match", "F1", "raw match"), lines)
         + f"<p>{_about_intervals(found)} Exact match and F1 are those of SQuAD 2.0, the best over "
-        "the references, where abstaining counts as the empty answer. Raw match: the very text of the "
-        f"first reference, but for case.{_folded(found)}</p>"
+        "the references, where abstaining counts as the empty answer. Raw match: the very text of "
+        f"the first reference, but for case.{_folded(found)}</p>"
     )
 
 
