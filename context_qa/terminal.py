@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,10 +147,36 @@ class Prompts(Lines):
 
     def context(self) -> str:
         self._screen.say(ASKS_FOR_CONTEXT)
-        return typed(lambda: self._contexts.prompt(""))
+        return typed(lambda: _ask(self._contexts, ""))
 
     def question(self) -> str:
-        return " ".join(typed(lambda: self._questions.prompt(ASKS_FOR_QUESTION)).split())
+        return " ".join(typed(lambda: _ask(self._questions, ASKS_FOR_QUESTION)).split())
+
+
+def _ask(session, message: str) -> str:
+    """What is typed at a prompt. Signals that end the script are handled by its event loop: what
+    their handlers raise would be lost in one of the loop's own tasks."""
+    import asyncio
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def end(number: int) -> None:
+        try:
+            before[number](number, None)
+        except BaseException as error:
+            if not session.app.is_done:
+                session.app.exit(exception=error)
+
+    def prepare() -> None:
+        for number in before:
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
+
+    try:
+        return session.prompt(message, pre_run=prepare)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _context_keys():
