@@ -6,11 +6,23 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo demo_model test test-slow bench lint
+.PHONY: setup install demo demo_model test test-slow bench lint
 
-setup: $(VENV)/.installed
+# Nothing is installed where all that is required is there: pip compares the installed packages with
+# the files' versions, without the network. There is no stamp, whose date would say nothing in another
+# clone. A VENV that is given and lacks something changes by `make setup` alone, not on the way to
+# another target.
+setup:
+	@if $(RUN) -m pip install --quiet --dry-run --no-index -r requirements-dev.txt 2>/dev/null; then \
+		:; \
+	elif [ "$(origin VENV)" != file ] && [ -e "$(VENV)" ] && [ -z "$(filter setup,$(MAKECMDGOALS))" ]; then \
+		echo "$(VENV): lacks what requirements-dev.txt names; make setup VENV=$(VENV) installs it there"; \
+		exit 2; \
+	else \
+		$(MAKE) --no-print-directory install; \
+	fi
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.12"; exit 2; }
 	@echo "Downloading into $(VENV): torch 2.13, triton, transformers, numba, pandas, duckdb and their needs."
@@ -19,7 +31,6 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-r requirements-dev.txt
-	@touch $@
 
 demo: setup
 	@echo "== The shipped checkpoint on passages it has never seen"

@@ -8,11 +8,11 @@ on exact match, and the questions that only one of the two has right, both witho
 """
 
 import argparse
-import json
 
 from context_qa.comparison import compare
 from context_qa.metrics import PARTS, SCORES
-from errors import run_script
+from errors import printable, run_script
+from files import json_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,26 +29,31 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
-        print(json.dumps(comparison, ensure_ascii=False))
+        print(json_line(comparison))
     else:
         show(comparison)
 
 
 def show(comparison: dict, most: int = 10) -> None:
-    print(f"A: {comparison['results_a']}\nB: {comparison['results_b']}")
+    for side in "ab":
+        print(f"{side.upper()}: {printable(comparison[f'results_{side}'])}")
     left_out = comparison["num_left_out"]
     beside = f"; {left_out:,} in one file only are left out" if left_out else ""
     print(f"{comparison['num_questions']:,} questions in both{beside}\n")
-    print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}   95 % interval")
+    entries, over = comparison["differences"], comparison["intervals_over"]
+    has_intervals = any(entry["interval"] for entry in entries.values())
+    print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}{'   95 % interval' * has_intervals}")
     for prefix, title in PARTS.items():
         for metric in SCORES:
-            entry = comparison["differences"].get(prefix + metric)
+            entry = entries.get(prefix + metric)
             if entry is not None:
                 low_high = entry["interval"]
-                interval = "{:+6.2f} to {:+6.2f}".format(*low_high) if low_high else "-"
+                interval = "{:+6.2f} to {:+6.2f}".format(*low_high) if low_high else ""
                 name = f"{title}: {metric.replace('_', ' ')}"
                 values = f"{entry['a']:7.2f}{entry['b']:7.2f}{entry['difference']:+8.2f}"
-                print(f"{name:30}{values}   {interval}")
+                print(f"{name:30}{values}   {interval}".rstrip())
+    about = f"bootstrap over {over}" if has_intervals else f"{over} cannot be resampled"
+    print(f"{'' if has_intervals else 'no '}95 % intervals: {about}")
     only_a, only_b = len(comparison["only_a_right"]), len(comparison["only_b_right"])
     print(
         f"\nexact match in A alone {only_a:,}, in B alone {only_b:,}; "
@@ -60,7 +65,7 @@ def show(comparison: dict, most: int = 10) -> None:
         if flipped:
             print(f"\nOnly {side.upper()} is right{shown}:")
         for row in flipped[:most]:
-            print(f"  {row['idx']}: {row['question']}")
+            print(f"  {row['idx']}: {printable(row['question'])}")
             print(f"      answer {row['answer']!r}  A {row['guess_a']!r}  B {row['guess_b']!r}")
 
 

@@ -59,13 +59,13 @@ def _throw_output_away() -> None:
 
 # What moves a terminal's cursor, colours or erases it, breaks a line or turns its direction round,
 # and halves of surrogate pairs, which no encoding has.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "") -> str:
     """Foreign text as it may reach a terminal: on one line, its control characters as Python writes
     them; those in `keep`, such as "\n", stay as they are."""
-    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
 
 
 def _escaped(character: str) -> str:

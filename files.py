@@ -4,11 +4,12 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from errors import UserError
+from errors import CONTROLS, UserError
 
 MODEL_FILES = (  # a model's configuration and weights, in one file or in several
     *("config.json", "generation_config.json"),
@@ -67,6 +68,22 @@ def _is_nested_too_deep(value: object) -> bool:
         if not level:
             return False
     return True
+
+
+def json_line(value: object) -> str:
+    """A value as JSON on one line that a terminal may get: NaN and infinities, which JSON lacks,
+    are null, and control characters are escaped."""
+    return plain_json(json.dumps(value, ensure_ascii=False))
+
+
+def plain_json(text: str) -> str:
+    """JSON as Python or DuckDB writes it, in the form of `json_line`."""
+    text = _JSON_WORD.sub(lambda found: _PLAIN_WORDS.get(found[0][-1], found[0]), text)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+_JSON_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)|[\t\n\r]')
+_PLAIN_WORDS = {"N": "null", "y": "null", "\t": " ", "\n": " ", "\r": " "}  # by their last letter
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ and no network.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import re
 import sys
@@ -20,7 +22,8 @@ from collections.abc import Iterable, Sequence
 import duckdb
 
 from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
-from errors import UserError, run_script
+from errors import UserError, printable, run_script
+from files import plain_json
 
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
 COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
@@ -101,15 +104,22 @@ def valid_text(text: str) -> str:
 
 
 def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
-    """Print a query's answer; csv with lists and dates as DuckDB writes them."""
+    """Print a query's answer; csv with lists and dates as DuckDB writes them. A terminal gets no
+    control characters, a file or a pipe gets csv as it is; json has escapes for them."""
     if format == "table":
-        answer.show(max_rows=100)
+        table = io.StringIO()
+        with contextlib.redirect_stdout(table):
+            answer.show(max_rows=100)
+        print(printable(table.getvalue(), keep="\n"), end="")
     elif format == "csv":
         rows = answer.query("answer", "SELECT COLUMNS(*)::VARCHAR FROM answer").fetchall()
-        csv.writer(sys.stdout, lineterminator="\n").writerows([answer.columns, *rows])
+        table = [answer.columns, *rows]
+        if sys.stdout.isatty():
+            table = [[cell and printable(cell) for cell in row] for row in table]
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table)
     else:
         rows = answer.query("a row", 'SELECT to_json("a row") FROM "a row"').fetchall()
-        print(*(text + "\n" for [text] in rows), sep="", end="")
+        print(*(plain_json(text) + "\n" for [text] in rows), sep="", end="")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from context_qa.report import report_page
 from context_qa.results import read_objects, read_summary, results_rows, summary_path
-from errors import keep_inputs, run_script
+from errors import keep_inputs, printable, run_script
 from files import write_whole
 
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     keep_inputs(output, args.results, str(summary_path(args.results)))
     page = report_page(rows, read_summary(args.results), Path(args.results).name, is_torn)
     write_whole(output, page)
-    print(output)
+    print(printable(output))
 
 
 if __name__ == "__main__":

@@ -69,20 +69,31 @@ def main(args: argparse.Namespace) -> None:
         train_one(args)
         return
     runs = [(condition, seed) for seed in args.seeds for condition in args.conditions]
+    started: list[subprocess.Popen] = []
     with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(lambda run: start(*run), runs))
+        try:
+            list(pool.map(lambda run: train_elsewhere(*run, started), runs))
+        except BaseException:  # the pool waits for what has been started
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()
+            raise
     rows = [json.loads(line) for line in Path(args.output).read_text().splitlines()]
     print_table([row for row in rows if row["condition"] in args.conditions])
 
 
-def start(condition: str, seed: int) -> None:
-    """This script again, as one run in a process of its own."""
+def train_elsewhere(condition: str, seed: int, started: list[subprocess.Popen]) -> None:
+    """This script again, as one run in a process of its own, which is added to `started`."""
     environment = {**os.environ, "LEARNING_RUN": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
     command += ["--conditions", condition, "--seeds", str(seed)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    started.append(run)
+    _, said = run.communicate()
     if run.returncode != 0:
-        said = run.stderr.strip().splitlines() or [f"ended with {run.returncode}"]
+        said = said.strip().splitlines() or [f"ended with {run.returncode}"]
         raise UserError(f"{condition}, seed {seed}: {said[-1]}")
 
 

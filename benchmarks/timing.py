@@ -1,7 +1,7 @@
 """What the benchmarks share: peers timed in alternation, a table with ratios, the same as JSON."""
 
 import argparse
-import atexit
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -13,10 +13,12 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -72,48 +74,71 @@ class Contender:
 
 
 class Worker:
-    """A contender in a process of its own, where no other's settings or memory can touch it."""
+    """A contender in a process of its own, where no other's settings or memory can touch it. The
+    process ends with this one, whatever it is doing."""
 
     def __init__(self, prepare: Callable[..., Contender], *args):
         """prepare: importable by name; makes the contender from args, in the process."""
-        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        atexit.register(self.process.shutdown)  # held till then: else collected amid Python's exit
-        self.sizes = self.process.submit(_start, prepare, args)  # workers start side by side
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # Daemons are terminated at the exit, not waited for.
+        self._process = context.Process(target=_work, args=(theirs, prepare, args), daemon=True)
+        resource_tracker.ensure_running()  # by the first start otherwise, which unblocks signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is inherited for good
+        try:
+            self._process.start()  # workers start side by side
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
 
     @property
     def items(self) -> int:
         """Of a call; waits until the contender is made, raises what went wrong with it."""
-        return _result(self.sizes)[0]
+        return self._sizes[0]
 
     @property
     def tokens(self) -> int:
-        return _result(self.sizes)[1]
+        return self._sizes[1]
 
     def time(self) -> float:
         """Seconds of one call."""
-        return _result(self.process.submit(_timed))
+        return self._measure(Contender.time)
 
     def peak_growth(self) -> int:
         """Bytes by which one call raises the process's resident memory at its peak."""
-        return _result(self.process.submit(_peak_growth))
+        return self._measure(_peak_growth)
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, int]:
+        return self._answer()
+
+    def _measure(self, measure: Callable[[Contender], float]) -> float:
+        assert self._sizes  # the first answer
+        self._pipe.send(measure)
+        return self._answer()
+
+    def _answer(self):
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise UserError("a contender's process was killed: is the memory enough?") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-def _result(future: Future):
-    try:
-        return future.result()
-    except BrokenExecutor as error:
-        raise UserError("a contender's process was killed: is the memory enough?") from error
-
-
-_contender: Contender  # of this process, if it is a worker
-
-
-def _start(prepare: Callable[..., Contender], args: tuple) -> tuple[int, int]:
-    global _contender
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: the parent tells
+def _work(pipe: Connection, prepare: Callable[..., Contender], args: tuple) -> None:
+    """A worker's process: the contender's sizes, then what it is asked to measure."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _contender = prepare(*args)
-    return _contender.items, _contender.tokens
+    try:
+        contender = prepare(*args)
+        pipe.send((contender.items, contender.tokens))
+        while True:
+            pipe.send(pipe.recv()(contender))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        with suppress(BrokenPipeError):
+            pipe.send(error)
 
 
 def _end_with_parent() -> None:
@@ -122,15 +147,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _timed() -> float:
-    return _contender.time()
-
-
-def _peak_growth() -> int:
+def _peak_growth(contender: Contender) -> int:
     with suppress(OSError):  # Linux: the peak starts again from what is resident now
         Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
-    _contender.call()
+    contender.call()
     return peak_bytes() - before
 
 

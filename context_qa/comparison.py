@@ -34,6 +34,7 @@ def compare(path_a: str, path_b: str) -> dict:
         "num_questions": len(rows_a),
         "num_left_out": left_out,
         "differences": differences(parts_a, parts_b, articles),
+        "intervals_over": metrics.intervals_over(own_a or rows_a, articles),
         "mcnemar_p": mcnemar(len(only_a), len(only_b)),
         "only_a_right": only_a,
         "only_b_right": only_b,

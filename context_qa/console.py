@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import json
 import os
 import sys
 import time
@@ -15,11 +14,11 @@ from tqdm import tqdm
 
 from context_qa.answering import MAX_NEW_TOKENS, Answerer
 from context_qa.data_warnings import model_warnings
-from context_qa.explanation import Explanation, answer_spans, token_strengths
+from context_qa.explanation import Explanation, answer_spans, shown, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.terminal import Screen, typed
-from errors import UserError, not_negative, positive_int, printable, probability, seed, warn
-from files import read_text
+from errors import UserError, not_negative, positive_int, probability, seed, warn
+from files import json_line, read_text
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
@@ -123,7 +122,7 @@ class Console:
             self.screen.say(suffix)
         if self.as_json:
             answer = stream_answer(self.answerer, state, suffix, num_tokens, self.sampler)
-            print(json.dumps(self._record(question, answer), ensure_ascii=False), flush=True)
+            print(json_line(self._record(question, answer)), flush=True)
         else:
             self.screen.write(label)
             try:
@@ -195,7 +194,7 @@ def load_console(
     note = Path(args.model) / NOTE
     if note.is_file():
         text = note.read_text(encoding="utf-8", errors="replace").strip()
-        print(printable(text, keep="\n\t"), file=sys.stderr)
+        print(shown(text), file=sys.stderr)
     answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
     return Console(answerer, sampler, args.json, layers, show_prompt)

@@ -20,7 +20,7 @@ from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from errors import UserError, keep_inputs, positive_int, warn
+from errors import UserError, keep_inputs, positive_int, printable, warn
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from squad_utils import Example, read_examples, same_question
@@ -142,7 +142,7 @@ class _Run:
         _, rows = self.answer(questions, output, threshold=1.0)  # none is to abstain
         threshold = from_first(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
-            print(f"no-answer threshold {threshold:.6g}, tuned on {source}")
+            print(f"no-answer threshold {threshold:.6g}, tuned on {printable(source)}")
         return threshold
 
     def answer(
@@ -268,8 +268,11 @@ def print_summary(summary: Mapping) -> None:
             f"exact match, Unicode forms and accents folded: {summary['folded_exact_match']:.1f} "
             "(the official script compares characters as they are written)"
         )
+    over = summary["intervals_over"]
     if intervals:
-        print(f"in parentheses: 95 % intervals, bootstrap over {summary['intervals_over']}")
+        print(f"in parentheses: 95 % intervals, bootstrap over {over}")
+    else:
+        print(f"no 95 % intervals: {over} cannot be resampled")
     print()
     parts = [part for part in ("abstention", "abstention_with_negatives") if part in summary]
     print(f"{'':32}" + "".join(f"{part.replace('_', ' '):>27}" for part in parts).rstrip())
@@ -277,7 +280,7 @@ def print_summary(summary: Mapping) -> None:
         values = (summary[part].get(name) for part in parts)
         print(f"{name.replace('_', ' '):32}" + "".join(f"{_figure(v):>27}" for v in values))
     for warning in summary.get("warnings", ()):
-        print(f"warning: {warning}")
+        print(f"warning: {printable(str(warning))}")
 
 
 def _interval(intervals: Mapping, name: str) -> str:

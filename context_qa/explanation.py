@@ -1,14 +1,16 @@
 """What a model let in of a context, and where its answer stands there: shades and marks."""
 
 import itertools
+import math
 import re
-import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import regex
 from torch import Tensor
+from wcwidth import wcswidth
 
+from errors import printable
 from mamba_lm.tokenizer import encode_with_offsets
 from squad_utils import UNSPACED, abstains, fold
 
@@ -19,7 +21,13 @@ COLORS = ("", *(f"black on #{rgb}" for rgb in ("ffe9b8", "ffcf70", "ffab40", "f5
 MARK = "bold underline"
 OPEN, CLOSE = "[", "]"
 _CHARACTER = regex.compile(r"\X")  # as people count them: a letter with its accents is one
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a line
+
+
+class _Cell(NamedTuple):
+    """A character as it is shown and, below it, as many shades as it is columns wide."""
+
+    text: str
+    shades: str
 
 
 class Explanation(NamedTuple):
@@ -42,6 +50,7 @@ class Explanation(NamedTuple):
         levels = [0] * len(self.context)
         for start, end, strength in self.tokens:
             share = (strength - low) / (high - low) if high > low else 0.0
+            share = share if math.isfinite(share) else 0.0
             level = min(max(int(LEVELS * share), 0), LEVELS - 1)
             for place in range(start, end):  # two tokens may share a character
                 if not self.context[place].isspace():
@@ -62,11 +71,16 @@ class Explanation(NamedTuple):
         levels = self.levels()
         opening = {start for start, _ in self.spans}
         closing = {end for _, end in self.spans}
-        cells: list[tuple[str, str]] = []  # a character and the shade below it
-        for place, character in enumerate(printable(self.context)):
-            cells += [(CLOSE, " ")] * (place in closing) + [(OPEN, " ")] * (place in opening)
-            cells.append((character, shades[levels[place]] * _columns(character)))
-        cells += [(CLOSE, " ")] * (len(self.context) in closing)
+        cells: list[_Cell] = []
+        for match in _CHARACTER.finditer(self.context):
+            start, end = match.span()
+            cells += [_Cell(CLOSE, " ")] * (start in closing) + [_Cell(OPEN, " ")] * (
+                start in opening
+            )
+            text = shown(match[0])
+            shade = shades[max(levels[start:end])]
+            cells.append(_Cell(text, shade * max(wcswidth(text), 0)))
+        cells += [_Cell(CLOSE, " ")] * (len(self.context) in closing)
         for line in _wrapped(cells, width):
             for row in zip(*line, strict=True):
                 yield "".join(row).rstrip()
@@ -113,42 +127,27 @@ def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
     ]
 
 
-def printable(text: str) -> str:
-    """The text with nothing in it that would command a terminal, character by character."""
-    return "".join(_visible(character) for character in text)
+def shown(text: str) -> str:
+    """Foreign text of several lines as a terminal may get it."""
+    return printable(text.replace("\r\n", "\n").replace("\t", " "), keep="\n")
 
 
-def _visible(character: str) -> str:
-    if character == "\t":
-        return " "
-    is_control = unicodedata.category(character) in ("Cc", "Zl", "Zp") and character != "\n"
-    return "\ufffd" if is_control or character in _TURNING else character
-
-
-def _columns(character: str) -> int:
-    """How many columns of a terminal it takes."""
-    if unicodedata.combining(character) or unicodedata.category(character) == "Cf":
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _wrapped(cells: list[tuple[str, str]], width: int) -> Iterator[list[tuple[str, str]]]:
+def _wrapped(cells: list[_Cell], width: int) -> Iterator[list[_Cell]]:
     """Lines of whole words; words alone that are wider than a line are broken."""
-    line: list[tuple[str, str]] = []
+    line: list[_Cell] = []
     columns = blank = 0  # taken by the line; and where, after its last blank, it can be broken
-    for character, shade in cells:
-        if character == "\n":
+    for cell in cells:
+        if cell.text == "\n":
             yield line
             line, columns, blank = [], 0, 0
             continue
-        taken = _columns(character)
-        if line and columns + taken > width and character != " ":
+        if line and columns + len(cell.shades) > width and cell.text != " ":
             end = blank or len(line)
             yield line[:end]
             line = line[end:]
-            columns, blank = sum(_columns(c) for c, _ in line), 0
-        line.append((character, shade))
-        columns += taken
-        if character == " ":
+            columns, blank = sum(len(c.shades) for c in line), 0
+        line.append(cell)
+        columns += len(cell.shades)
+        if cell.text == " ":
             blank = len(line)
     yield line

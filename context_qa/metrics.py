@@ -67,11 +67,10 @@ def summarize(
     questions and, where there are unanswerable copies, on both together. Where guesses differ from
     references in nothing but the form of their characters, folded_exact_match counts these too."""
     own = parts(rows, first_negative).get("", rows)  # all, where there are copies alone
-    unit = "articles" if all(row["idx"] in articles for row in own) else "questions"
     summary = {
         "scores": scores(rows, first_negative),
         "intervals": score_intervals(rows, articles, first_negative),
-        "intervals_over": f"{len(set(clusters(own, articles)))} {unit}",
+        "intervals_over": intervals_over(own, articles),
         "abstention": abstention(own),
     }
     if len(own) < len(rows):
@@ -120,6 +119,13 @@ def clusters(rows: Sequence[Mapping], articles: Mapping[int, str]) -> list[Hasha
     if all(row["idx"] in articles for row in rows):
         return [articles[row["idx"]] for row in rows]
     return list(range(len(rows)))
+
+
+def intervals_over(rows: Sequence[Mapping], articles: Mapping[int, str]) -> str:
+    """What is resampled for the intervals, in words, such as "48 articles". One alone has none."""
+    unit = "article" if all(row["idx"] in articles for row in rows) else "question"
+    number = len(set(clusters(rows, articles)))
+    return f"{number} {unit}{'s' * (number != 1)}"
 
 
 def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Interval]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from context_qa.training_data import DataReport
 from context_qa.training_scores import LOSS
+from errors import printable
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 _CARD = """---
@@ -35,7 +36,8 @@ tokenised apart, without special tokens:
 {suffix!r}
 ```
 
-The answer ends before the first newline or end-of-text.
+The answer ends before end-of-text or the first token that contains a newline. Where a tokenizer
+joins a mark and a newline to one token, the mark is not part of the answer.
 
 ## Training
 
@@ -85,7 +87,7 @@ def model_card(
     commands = [f"python eval_mamba_with_context.py {args.output} DATA results/{name}.jsonl"]
     if args.prompt_order == PROMPT_ORDERS[0]:  # the one that the console speaks
         commands.insert(0, f"python prompt_mamba_with_context.py {args.output}")
-    return _CARD.format(
+    card = _CARD.format(
         **vars(args) | steps,
         name=name,
         commands="\n".join(commands),
@@ -95,3 +97,4 @@ def model_card(
         longest=report.longest,
         scores="\n".join(lines),
     )
+    return printable(card, keep="\n")  # names and paths are foreign text

@@ -81,6 +81,7 @@ def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: b
         "scores": _score_table(found),
         "abstention": _abstention_table(found),
         "charts": charts(rows, own),
+        "bars": "The line over a bar is the 95 % interval." if found["intervals"] else "",
         "groups": "\n".join(
             _group_table(title, group(own), articles)
             for title, group in GROUPS.items()
@@ -189,9 +190,9 @@ def _title(summary: Mapping, name: str) -> str:
 
 def _notice(rows: Sequence[Mapping], summary: Mapping, is_torn: bool) -> str:
     found = incompleteness(len(rows), summary, is_torn)
-    texts = [f"This file {found}. The figures are those of its rows."] if found else []
-    texts += [f"Warning: {warning}." for warning in summary.get("warnings", ())]
-    return "\n".join(f'<p class="notice" role="note">{escape(text)}</p>' for text in texts)
+    texts = [f"This file {escape(found)}. The figures are those of its rows."] if found else []
+    texts += [f"Warning: {_foreign(warning)}." for warning in summary.get("warnings", ())]
+    return "\n".join(f'<p class="notice" role="note">{text}</p>' for text in texts)
 
 
 def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
@@ -207,8 +208,12 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
     ]
     contexts = {row["context"] for row in rows} - {None}
     where = f" on {len(contexts):,} contexts" if contexts else ""
-    text = f"{name}: {len(rows):,} questions{where}; {', '.join(counts)}."
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_foreign(name)}: {len(rows):,} questions{where}; {', '.join(counts)}.</p>"
+
+
+def _foreign(text: object) -> str:
+    """Text inside of ours, which it does not turn if it is written from the right."""
+    return f"<bdi>{escape(str(text))}</bdi>"
 
 
 def _settings(summary: Mapping) -> str:
@@ -222,7 +227,7 @@ def _settings(summary: Mapping) -> str:
     if len(makers) > 1:
         settings["made_by"] = "; ".join(map(_maker, makers))
     items = [
-        f"<div><dt>{escape(name)}</dt><dd>{escape(_setting(value))}</dd></div>"
+        f'<div><dt>{escape(name)}</dt><dd dir="auto">{escape(_setting(value))}</dd></div>'
         for name, value in settings.items()
         if value is not None
     ]
@@ -252,11 +257,17 @@ def _score_table(found: Mapping) -> str:
             lines.append(_line(title, count, *figures))
     return (
         _table("Scores", ("percent", "questions", "exact match", "F1", "raw match"), lines)
-        + f"<p>Below each score: its 95 % interval, by a bootstrap over {found['intervals_over']}. "
-        "Exact match and F1 are those of SQuAD 2.0, the best over the references, where abstaining "
-        "counts as the empty answer. Raw match: the very text of the first reference, but for "
-        f"case.{_folded(found)}</p>"
+        + f"<p>{_about_intervals(found)} Exact match and F1 are those of SQuAD 2.0, the best over "
+        "the references, where abstaining counts as the empty answer. Raw match: the very text of "
+        f"the first reference, but for case.{_folded(found)}</p>"
     )
+
+
+def _about_intervals(found: Mapping) -> str:
+    over = found["intervals_over"]
+    if not found["intervals"]:
+        return f"No 95 % intervals: {over} cannot be resampled."
+    return f"Below each score: its 95 % interval, by a bootstrap over {over}."
 
 
 def _folded(found: Mapping) -> str:

@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import regex
 
 from context_qa.results import Answer
 from squad_utils import Example, fold
 
 SLIDING_WINDOW = "sliding-window"  # in place of a model's name
+_UNIT = 2**32  # information in whole numbers: sums do not depend on their order, so ties are ties
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
 # A letter's marks are part of its word, and so are the joiners and soft hyphens between letters.
 _LETTER = r"[\w\p{M}\u00ad\u200b-\u200d\u2060]"
@@ -37,6 +39,7 @@ class _Candidate(NamedTuple):
 class _Sentence(NamedTuple):
     words: list[str]  # folded
     candidates: list[_Candidate]
+    places: dict[str, list[int]]  # of each word
 
 
 def sliding_window_answers(
@@ -59,20 +62,21 @@ def sliding_window_answers(
 
 
 def best_phrase(context: str, question: str) -> str:
-    """The phrase of the context that the baseline answers with."""
+    """The phrase of the context that the baseline answers with. The time is about linear in both:
+    a candidate costs what its own words and their places do, not what its sentence does."""
     sentences, information = _parsed(context)
     asked = [fold(token) for token in _TOKEN.findall(question) if token[0].isalnum()]
-    overlaps = [
-        (_overlap(sentence.words, candidate, asked), sentence, candidate)
-        for sentence in sentences
-        for candidate in sentence.candidates
-    ]
-    most = max((overlap for overlap, _, _ in overlaps), default=0)
-    kept = [(sentence, candidate) for overlap, sentence, candidate in overlaps if overlap == most]
-    if not kept:
-        return context.strip()
-    _, best = max(kept, key=lambda pair: _score(*pair, set(asked), information))
-    return best.text
+    overlaps = [_overlaps(sentence, asked) for sentence in sentences]
+    most = max(map(max, filter(None, overlaps)), default=None)
+    best, best_score = context.strip(), -math.inf
+    for sentence, found in zip(sentences, overlaps, strict=True):
+        if most not in found:
+            continue
+        scores = _Scores(sentence, set(asked), information)
+        for candidate, overlap in zip(sentence.candidates, found, strict=True):
+            if overlap == most and (score := scores.of(candidate)) > best_score:
+                best, best_score = candidate.text, score
+    return best
 
 
 @functools.cache
@@ -83,11 +87,12 @@ def _stop_words() -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(context: str) -> tuple[list[_Sentence], dict[str, float]]:
-    """Its sentences with their candidates, and the information of each word (algorithm 1's IC)."""
+def _parsed(context: str) -> tuple[list[_Sentence], dict[str, int]]:
+    """Its sentences with their candidates, and the information of each word (algorithm 1's IC), in
+    units of 1 / _UNIT."""
     sentences = [_sentence(text) for text in _SENTENCE_END.split(context)]
     counts = Counter(word for sentence in sentences for word in sentence.words)
-    return sentences, {word: math.log(1 + 1 / count) for word, count in counts.items()}
+    return sentences, {w: round(_UNIT * math.log(1 + 1 / count)) for w, count in counts.items()}
 
 
 def _sentence(text: str) -> _Sentence:
@@ -104,35 +109,98 @@ def _sentence(text: str) -> _Sentence:
             first, last = places[0], places[-1]
             span = text[tokens[first].start() : tokens[last].end()]
             candidates.append(_Candidate(span, first, last + 1))
-    return _Sentence(words, candidates)
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(words):
+        places.setdefault(word, []).append(place)
+    return _Sentence(words, candidates, places)
 
 
-def _overlap(words: list[str], candidate: _Candidate, asked: list[str]) -> int:
-    before, after = words[: candidate.start], words[candidate.end :]
-    unigrams = {*before, *after} & set(asked)
-    bigrams = {*itertools.pairwise(before), *itertools.pairwise(after)}
-    return len(unigrams) + len(bigrams & set(itertools.pairwise(asked)))
-
-
-def _score(
-    sentence: _Sentence, candidate: _Candidate, asked: set[str], information: dict[str, float]
-) -> float:
+def _overlaps(sentence: _Sentence, asked: list[str]) -> list[int]:
+    """Of each candidate, how many of the question's unigrams and bigrams its sentence has outside
+    of it."""
     words = sentence.words
-    wanted = asked | set(words[candidate.start : candidate.end])
-    gains = [information[word] if word in wanted else 0.0 for word in words]
-    window = sum(gains[: len(wanted)])
-    best = window
-    for left, entered in itertools.zip_longest(gains, gains[len(wanted) :], fillvalue=0.0):
-        window += entered - left
-        best = max(best, window)
-    return best - _distance(words, candidate, asked)
+    unigrams = _ends({w: sentence.places[w] for w in set(asked) if w in sentence.places})
+    pairs = dict.fromkeys(itertools.pairwise(asked))
+    places = {
+        pair: [p for p in sentence.places.get(pair[0], ()) if tuple(words[p : p + 2]) == pair]
+        for pair in pairs
+    }
+    bigrams = _ends({pair: found for pair, found in places.items() if found})
+    overlaps = []
+    for _, start, end in sentence.candidates:
+        own = {*words[start:end]}
+        # A bigram is outside if neither of its words is inside.
+        touching = {*itertools.pairwise(words[max(start - 1, 0) : end + 1])}
+        lost = sum(start <= unigrams[w][0] and unigrams[w][1] < end for w in own & unigrams.keys())
+        lost += sum(
+            start - 1 <= bigrams[pair][0] and bigrams[pair][1] < end
+            for pair in touching & bigrams.keys()
+        )
+        overlaps.append(len(unigrams) + len(bigrams) - lost)
+    return overlaps
 
 
-def _distance(words: list[str], candidate: _Candidate, asked: set[str]) -> float:
-    """Between a question's word and one of the candidate's, as a share of the sentence."""
-    in_question = [i for i, w in enumerate(words) if w in asked and w not in _stop_words()]
-    own = set(words[candidate.start : candidate.end]) - asked
-    in_answer = [i for i, w in enumerate(words) if w in own]
-    if not in_question or not in_answer:
-        return 1.0
-    return min(abs(i - j) for i in in_question for j in in_answer) / max(len(words) - 1, 1)
+def _ends(places: dict) -> dict:
+    """The first and the last place of each."""
+    return {key: (found[0], found[-1]) for key, found in places.items()}
+
+
+class _Scores:
+    """The scores of one sentence's candidates. Candidates of the same words have the same one."""
+
+    def __init__(self, sentence: _Sentence, asked: set[str], information: dict[str, int]):
+        self._sentence, self._asked, self._information = sentence, asked, information
+        found = asked & sentence.places.keys()
+        gains = np.zeros(len(sentence.words), dtype=np.int64)
+        for word in found:
+            gains[sentence.places[word]] = information[word]
+        self._gained = np.concatenate([[0], gains.cumsum()])  # by the words up to each place
+        self._in_question = self._places(found - _stop_words())
+        self._known: dict[frozenset[str], float] = {}
+        self._plain: dict[int, int] = {}  # the best window of each size, by question words alone
+
+    def of(self, candidate: _Candidate) -> float:
+        """The best window, of as many words as question and candidate have, less the distance."""
+        own = frozenset(self._sentence.words[candidate.start : candidate.end]) - self._asked
+        if own not in self._known:
+            in_answer = self._places(own)
+            window = self._window(in_answer, len(self._asked) + len(own))
+            self._known[own] = window / _UNIT - self._distance(in_answer)
+        return self._known[own]
+
+    def _places(self, words: Collection[str]) -> np.ndarray:
+        places = itertools.chain.from_iterable(self._sentence.places[word] for word in words)
+        return np.array(sorted(places), dtype=np.int64)
+
+    def _window(self, in_answer: np.ndarray, size: int) -> int:
+        """The most that a window of this size gains. If not by question words alone, then it holds
+        a word of the candidate."""
+        length, words = len(self._sentence.words), self._sentence.words
+        if size not in self._plain:
+            self._plain[size] = self._most(np.arange(length), size)
+        if not len(in_answer):
+            return self._plain[size]
+        gains = [self._information[words[place]] for place in in_answer]
+        gained = np.concatenate([[0], np.cumsum(gains)])
+        if len(in_answer) * size < length:
+            starts = (in_answer[:, None] - np.arange(size)).ravel().clip(0)
+        else:
+            starts = np.arange(length)
+        before, within = np.searchsorted(in_answer, [starts, starts + size])
+        return max(self._plain[size], self._most(starts, size, gained[within] - gained[before]))
+
+    def _most(self, starts: np.ndarray, size: int, more: np.ndarray | int = 0) -> int:
+        ends = np.minimum(starts + size, len(self._sentence.words))
+        return int((self._gained[ends] - self._gained[starts] + more).max())
+
+    def _distance(self, in_answer: np.ndarray) -> float:
+        """Between a question's word and one of the candidate's, as a share of the sentence."""
+        asked = self._in_question
+        if not len(asked) or not len(in_answer):
+            return 1.0
+        right = np.searchsorted(asked, in_answer)
+        nearest = min(
+            np.abs(asked[right.clip(max=len(asked) - 1)] - in_answer).min(),
+            np.abs(asked[(right - 1).clip(0)] - in_answer).min(),
+        )
+        return int(nearest) / max(len(self._sentence.words) - 1, 1)

@@ -1,11 +1,12 @@
 """An answer that is told while it comes."""
 
+import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from context_qa.answering import Answerer, as_probability
 from context_qa.results import Answer
@@ -58,26 +59,71 @@ def stream_answer(
         num_new_tokens=len(said),
         seconds_to_first_token=(first_at or ended) - started,
     )
-    show(answer.text[text.num_shown :])  # half a character, if it ends in one
+    show(text.rest(answer.text))
     return answer
 
 
 class _Text:
-    """The text of tokens as they come: whole characters, without the blanks at both ends."""
+    """The text of tokens as they come, without the blanks at both ends. What has been shown stays
+    as it is, whatever comes: it is the beginning of what the tokenizer makes of all of them."""
 
     def __init__(self, tokenizer):
-        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)  # a slow one has none
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._blanks = ""
-        self.num_shown = 0  # characters
+        self._tokenizer = tokenizer
+        self._is_early = _decodes_from_the_left(tokenizer)
+        self._is_cleaned = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+        self._said: list[int] = []
+        self._shown = ""
 
     def add(self, token: int) -> str:
         """What can be shown now and could not before."""
-        if self._tokenizer is None:
+        self._said.append(token)
+        if not self._is_early or _may_be_a_byte(self._tokenizer.convert_ids_to_tokens(token)):
             return ""
-        text = self._blanks + (self._stream.step(self._tokenizer, token) or "")
-        text = text if self.num_shown else text.lstrip()
-        visible = text.rstrip()
-        self._blanks = text[len(visible) :]
-        self.num_shown += len(visible)
-        return visible
+        # All tokens again: answers are short, and no tokenizer decodes pieces as it does the whole.
+        settled = self._settled(self._tokenizer.decode(self._said).strip())
+        piece = settled[len(self._shown) :] if settled.startswith(self._shown) else ""
+        self._shown += piece
+        return piece
+
+    def rest(self, text: str) -> str:
+        """What of the answer has not been shown: all of it, on a line of its own, if it does not
+        begin with what has."""
+        return text[len(self._shown) :] if text.startswith(self._shown) else f"\n{text}"
+
+    def _settled(self, text: str) -> str:
+        """The text without its end, if that can still change: half a character, and blanks."""
+        text = text.rstrip("\ufffd").rstrip()
+        if self._is_cleaned:  # a blank is lost by up to three characters behind it: " n't"
+            for _ in range(2):
+                text = text[:-1].rstrip()
+        return text
+
+
+_BY_TOKEN = ("ByteFallback", "CTC", "Metaspace", "Replace", "Strip", "WordPiece")
+
+
+def _decodes_from_the_left(tokenizer) -> bool:
+    """Whether later tokens change no more than the end of the text: half a character, or a run of
+    bytes. So it is unless a decoder looks at all of the text, or at which token is the last."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow one
+        return False
+    if backend.decoder is None:
+        return True
+    decoder = json.loads(backend.decoder.__getstate__())
+    is_joined = False
+    for part in decoder.get("decoders", [decoder]):
+        if is_joined:
+            if part["type"] != "Fuse" and (part["type"] != "Strip" or part["stop"]):
+                return False
+        elif part["type"] in ("Fuse", "ByteLevel"):
+            is_joined = True
+        elif part["type"] not in _BY_TOKEN:
+            return False
+    return True
+
+
+def _may_be_a_byte(token: str | None) -> bool:
+    """A run of <0x..> is one text, or none if its last character is not whole; an id without a
+    token does not end it."""
+    return token is None or re.fullmatch("<0x..>", token) is not None

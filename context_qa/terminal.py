@@ -6,13 +6,15 @@ Without one, or without these packages, both are plain lines.
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from context_qa.explanation import ASCII, BLOCKS, Explanation, printable
+from context_qa.explanation import ASCII, BLOCKS, Explanation, shown
 from errors import UserError
 
 ASKS_FOR_CONTEXT = "Context, ended by an empty line:"
@@ -31,11 +33,11 @@ class Screen:
         self._rich = _rich_console()
 
     def say(self, text: str, end: str = "\n") -> None:
-        print(printable(text), end=end, file=sys.stderr, flush=True)
+        print(shown(text), end=end, file=sys.stderr, flush=True)
 
     def write(self, text: str, style: str = "") -> None:
         """Show a piece of an answer, at once."""
-        text = printable(text)
+        text = shown(text)
         if self._rich is None:
             print(text, end="", flush=True)
         else:
@@ -47,12 +49,15 @@ class Screen:
         if self._rich is not None and self._rich.color_system and not self._rich.no_color:
             from rich.text import Text
 
-            text = Text(printable(explanation.context))
-            for style in explanation.styles():
-                text.stylize(*style)
-            self._rich.print(text)
+            parts = [shown(character) for character in explanation.context]
+            places = list(itertools.accumulate(map(len, parts), initial=0))
+            text = Text("".join(parts))
+            for style, start, end in explanation.styles():
+                text.stylize(style, places[start], places[end])
+            # Too narrow for words, rich would leave wide characters out; the terminal does not.
+            self._rich.print(text, soft_wrap=self._rich.width < 20)
         else:
-            width = max(shutil.get_terminal_size().columns, 20)
+            width = shutil.get_terminal_size().columns
             shades = BLOCKS if _holds(sys.stdout, BLOCKS) else ASCII
             print("\n".join(explanation.plain_lines(width, shades)))
         self.write(f"({explanation.legend()})\n", "dim")
@@ -65,6 +70,8 @@ def _rich_console():
     except ImportError:
         return None
     console = Console(file=sys.stdout)
+    if not console.width:  # as COLUMNS=0 has it: nothing would be shown
+        console.width = shutil.get_terminal_size().columns
     return console if console.is_terminal else None
 
 
@@ -140,10 +147,36 @@ class Prompts(Lines):
 
     def context(self) -> str:
         self._screen.say(ASKS_FOR_CONTEXT)
-        return typed(lambda: self._contexts.prompt(""))
+        return typed(lambda: _ask(self._contexts, ""))
 
     def question(self) -> str:
-        return " ".join(typed(lambda: self._questions.prompt(ASKS_FOR_QUESTION)).split())
+        return " ".join(typed(lambda: _ask(self._questions, ASKS_FOR_QUESTION)).split())
+
+
+def _ask(session, message: str) -> str:
+    """What is typed at a prompt. Signals that end the script are handled by its event loop: what
+    their handlers raise would be lost in one of the loop's own tasks."""
+    import asyncio
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def end(number: int) -> None:
+        try:
+            before[number](number, None)
+        except BaseException as error:
+            if not session.app.is_done:
+                session.app.exit(exception=error)
+
+    def prepare() -> None:
+        for number in before:
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
+
+    try:
+        return session.prompt(message, pre_run=prepare)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _context_keys():

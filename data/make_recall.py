@@ -14,7 +14,7 @@ import random
 import re
 
 from data.prepare_squad import write_oxen_layout
-from errors import UserError, keep_inputs, run_script
+from errors import UserError, keep_inputs, printable, run_script
 from files import read_text
 from squad_utils import Example
 
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
                         "name or a number")  # fmt: skip
     write_oxen_layout(examples, args.output)
     num_contexts = len({example.context for example in examples})
-    print(f"{args.output}: {len(examples):,} questions on {num_contexts:,} passages")
+    print(f"{printable(args.output)}: {len(examples):,} questions on {num_contexts:,} passages")
 
 
 def without_marks(line: str) -> str:

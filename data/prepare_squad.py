@@ -11,7 +11,7 @@ reference answer, or "I don't know." where there is none. Run it from the reposi
 import argparse
 import json
 
-from errors import UserError, keep_inputs, run_script
+from errors import UserError, keep_inputs, printable, run_script
 from files import read_text, write_whole
 from squad_utils import Example, read_examples
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
 
     num_contexts = len({example.context for example in examples})
     num_answerable = sum(example.is_answerable for example in examples)
-    print(f"{args.output}: {len(examples):,} rows")
+    print(f"{printable(args.output)}: {len(examples):,} rows")
     print(f"contexts: {num_contexts:,} ({len(examples) / num_contexts:.2f} questions each)")
     print(f"answerable: {num_answerable:,}, unanswerable: {len(examples) - num_answerable:,}")
 

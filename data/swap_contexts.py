@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
-from errors import UserError, keep_inputs, run_script
+from errors import UserError, keep_inputs, printable, run_script
 from squad_utils import read_examples
 
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
         for example, context in zip(questions, drawn, strict=True)
     ]
     write_oxen_layout(swapped, args.output)
-    print(f"{args.output}: {len(swapped):,} questions over other contexts")
+    print(f"{printable(args.output)}: {len(swapped):,} questions over other contexts")
 
 
 if __name__ == "__main__":

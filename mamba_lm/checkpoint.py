@@ -316,7 +316,7 @@ def load_model_and_tokenizer(
     model = load_model(name, device, dtype)
     loaded = load_tokenizer(name, tokenizer)
     rows, ids = model.config.vocab_rows, vocabulary_bound(loaded)
-    fit = f"{name}: has {rows:,} vocabulary rows, the tokenizer {loaded.name_or_path} "
+    fit = f"{name}: has {rows:,} vocabulary rows, the tokenizer {loaded.name_or_path} has "
     if ids > rows:
         raise UserError(f"{fit}token ids up to {ids - 1:,}; give --tokenizer the model's own")
     if rows - ids > max(64, rows // 20):

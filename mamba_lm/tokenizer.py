@@ -93,6 +93,7 @@ def load_tokenizer_at(path: Path):
             f"{path}: the tokenizer has no end-of-text token; name it as eos_token in "
             f"{folder / 'tokenizer_config.json'}"
         )
+    loaded.name_or_path = str(path)  # empty, of a file alone; messages name the tokenizer by it
     return loaded
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +38,7 @@ from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import reference
 from squad_utils import read_examples
 
+ROOT = Path(__file__).parents[1]
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"
 
 
@@ -320,6 +322,67 @@ def test_a_worker_that_is_killed_is_told():
         worker.items  # noqa: B018
 
 
+def fail_when_called() -> timing.Contender:
+    def fail():
+        raise ZeroDivisionError("a bug")
+
+    return timing.Contender(fail)
+
+
+def test_a_bug_in_a_worker_is_one_with_its_place():
+    worker = timing.Worker(fail_when_called)
+    with pytest.raises(ZeroDivisionError, match="a bug") as caught:
+        worker.time()
+    assert "in fail_when_called" not in caught.value.__notes__[0]
+    assert "in fail\n" in caught.value.__notes__[0]
+
+
+ENDLESS = """
+import sys, time
+from benchmarks.timing import Contender, Worker
+from errors import run_script
+
+def endless():
+    print("begun", flush=True)
+    return Contender(lambda: time.sleep(3600))
+
+def main(args):
+    workers = [Worker(endless), Worker(endless)]
+    print("started", flush=True)
+    for worker in workers:
+        worker.time()
+
+if __name__ == "__main__":
+    run_script(main, lambda: None)
+"""
+
+
+@pytest.mark.parametrize("line", ["started", "begun"])  # while a worker imports, and computes
+@pytest.mark.parametrize(
+    ("sent", "to_all", "code"),
+    [(signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGINT, True, 130)],
+    ids=["terminated", "all terminated", "Ctrl-C"],
+)
+def test_a_benchmark_ends_with_its_workers_in_one_line(tmp_path, line, sent, to_all, code):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.stdout.readline() != f"{line}\n":
+        assert process.poll() is None
+    (os.killpg if to_all else os.kill)(process.pid, sent)
+    err = process.communicate(timeout=600)[1]  # comes to its end when the last worker is gone
+    assert process.returncode == code
+    assert err == ("interrupted\n" if code == 130 else "terminated\n")
+
+
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gguf", "llama_cpp")),
     reason="gguf and llama-cpp-python are not installed (requirements-benchmarks.txt)",
@@ -372,6 +435,31 @@ def test_learning_measures_both_kinds_of_batches(monkeypatch, tmp_path, capsys):
     assert re.search(r"^grouped:8 +1 +\d", table, re.MULTILINE)
     with pytest.raises(UserError, match="give shuffled:N or grouped:N"):
         run(learning, monkeypatch, *arguments, "--conditions", "sorted:8")
+
+
+def test_learning_ends_with_its_runs(monkeypatch, tmp_path):
+    """What interrupts it is not kept waiting by what has been started."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    started = []
+
+    class Endless(subprocess.Popen):
+        def __init__(self, command, **kwargs):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(3600)"], **kwargs)
+            started.append(self)
+            if len(started) == 2:
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(learning, monkeypatch, TRAIN, VALIDATION, tmp_path / "rows.jsonl", "--model", "m")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [process.wait() for process in started] == [-signal.SIGTERM] * 2
 
 
 def test_a_contender_that_takes_too_long_is_called_once():

@@ -1,6 +1,7 @@
 """compare_results.py: paired differences, and what may not be compared."""
 
 import json
+import re
 import sys
 from math import comb
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_intervals_are_over_articles_where_a_summary_has_them(run, tmp_path):
         low, high = compared(run, *paths)["differences"]["exact_match"]["interval"]
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
+
+
+def test_one_article_has_no_intervals_and_no_text_speaks_of_one(run, tmp_path):
+    a = write(tmp_path / "a", rows(A), [["Norway", 9]])
+    out = run(a, write(tmp_path / "b", rows(B)))
+    assert "no 95 % intervals: 1 article cannot be resampled\n" in out
+    assert out.count("95 % interval") == 1 and not re.search(" $", out, re.MULTILINE)
+    out = run(write(tmp_path / "a", rows(A), [["Norway", 3], ["Italy", 6]]), tmp_path / "b")
+    assert (
+        "B - A   95 % interval\n" in out and "\n95 % intervals: bootstrap over 2 articles\n" in out
+    )
 
 
 def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tmp_path):

@@ -40,6 +40,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# SIGTERM comes while prompt_toolkit is in a task of its own.
+AMID_A_TASK = """
+import runpy, signal, sys
+from prompt_toolkit.output import vt100
+get_size = vt100._get_size
+def interrupted(number):
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_poll_output_size":
+            signal.raise_signal(signal.SIGTERM)
+        frame = frame.f_back
+    return get_size(number)
+vt100._get_size = interrupted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Terminal:
     """A program at a pseudo-terminal, and what its screen shows."""
 
@@ -237,6 +255,12 @@ def test_a_context_that_never_comes(start, sent, code):
         terminal.kill(sent)
     assert terminal.end() == code
     assert "Traceback" not in terminal.text()
+
+
+def test_sigterm_amid_a_task_of_the_prompt(start):
+    terminal = start(WITH_CONTEXT, by=AMID_A_TASK)
+    assert terminal.end() == 143
+    assert terminal.text().endswith("\nterminated")
 
 
 def test_json_at_a_terminal_is_all_that_standard_output_gets(start, tmp_path):

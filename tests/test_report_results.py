@@ -14,7 +14,7 @@ import pytest
 import report_results
 from context_qa.results import Answer, result_row, summary_path
 from errors import run_script
-from squad_utils import NO_ANSWER, Example
+from squad_utils import NO_ANSWER, Example, fold
 
 ROOT = Path(__file__).parents[1]
 OSLO = "Bo is from\u2028Oslo, “Norway”, and Ann from Bergen. Westoslo? No Osloite but Bo left OSLO."
@@ -180,23 +180,65 @@ def test_scores_and_their_intervals(report):
     assert len(of_confidence) == 3
 
 
+def test_one_article_has_no_intervals_and_no_text_speaks_of_one(report):
+    alone = (ROWS[:5], [["Norway", 5]], "1 article"), (ROWS[:1], [], "1 question")
+    for rows, articles, over in alone:
+        summary = SUMMARY | {"articles": articles, "num_questions": len(rows)}
+        html = report(rows, summary | {"first_negative": None})
+        assert f"<p>No 95 % intervals: {over} cannot be resampled. Exact match" in html
+        assert "95 % interval" not in html.replace("No 95 % intervals", "")
+        assert "<i style=" not in html and "–" not in "".join(table(html, "Scores")[1])
+
+
+def test_texts_of_either_direction_are_shown_in_their_own(report):
+    """What is written from the right; in a browser, of the table too."""
+    arabic = "\u0643\u062a\u0627\u0628"
+    arguments = {"model": arabic, "data": arabic}
+    html = report(ROWS, SUMMARY | {"arguments": arguments, "warnings": [arabic]})
+    assert f'<h1 dir="auto">{arabic} on {arabic}</h1>' in html
+    assert f"Warning: <bdi>{arabic}</bdi>." in html and "<p><bdi>made.jsonl</bdi>: 6 q" in html
+    assert f'<dt>model</dt><dd dir="auto">{arabic}</dd>' in html
+    for shown in ("opener", "answer", "guess"):
+        assert re.search(rf'"(button|span)", .*CLIPPED.*row\.({shown}|question)\)', html), shown
+
+
+def test_the_search_folds_as_answers_are_folded():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    page = report_results.report_page(ROWS, SUMMARY, "x")
+    source = re.search(r"^function fold\(.*?(?=^function sortBy)", page, re.M | re.S)[0]
+    assert "const wanted = fold(search.value" in page and "contexts.map(fold)" in page
+    texts = [
+        "ÅNGSTRÖM Straße",
+        "１９９８ ﬁve",
+        "“x” ’y’ —",
+        "\u0660\u0669",
+        "Zoe\u0301\n\tA",
+        "10⁵ 日本",
+    ]
+    script = f"{source}\nconsole.log(JSON.stringify({json.dumps(texts)}.map((text) => fold(text))))"
+    done = subprocess.run([node, "-e", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [fold(text) for text in texts]
+
+
 def test_what_was_evaluated(report):
     html = report(ROWS, SUMMARY)
-    assert "<h1>models/demo on some.jsonl</h1>" in html
+    assert '<h1 dir="auto">models/demo on some.jsonl</h1>' in html
     assert "6 questions on 2 contexts; 3 with an answer, 2 without an answer, 1 negatives" in html
-    assert "<dt>dtype</dt><dd>float32</dd>" in html and "<dt>limit</dt>" not in html
+    assert '<dt>dtype</dt><dd dir="auto">float32</dd>' in html and "<dt>limit</dt>" not in html
     assert "Incomplete" not in html
 
 
 def test_without_a_summary(report):
     html = report(ROWS)
-    assert "<h1>made.jsonl</h1>" in html and "No summary stands beside" in html
+    assert '<h1 dir="auto">made.jsonl</h1>' in html and "No summary stands beside" in html
     assert "bootstrap over 6 questions" in html  # none of them known to be a copy
 
 
 def test_warnings_of_the_run_are_shown(report):
     html = report(ROWS, SUMMARY | {"warnings": ["2 ids are <b>there</b> twice"]})
-    assert "Warning: 2 ids are &lt;b&gt;there&lt;/b&gt; twice." in html
+    assert "Warning: <bdi>2 ids are &lt;b&gt;there&lt;/b&gt; twice</bdi>." in html
 
 
 def test_the_folded_score_is_there_where_it_differs(report):
@@ -408,6 +450,7 @@ addEventListener("load", async () => {
   seen.all = counter.value;
   seen.question = await type("WHO is");
   seen.context = await type("roma)");
+  seen.accents = await type("  ÖSLO, “norway");
   seen.answers = await type("in oslo");
   seen.nothing = await type("nowhere <b>");
   await type("");
@@ -488,6 +531,7 @@ def test_in_a_browser_all_rows_are_shown_without_errors(seen):
 def test_in_a_browser_search_finds_questions_answers_and_contexts(seen):
     assert seen["question"] == ["1 of 7 questions", ["2"]]
     assert seen["context"] == ["3 of 7 questions", ["1", "2", "5"]]
+    assert seen["accents"] == ["3 of 7 questions", ["0", "3", "4"]]
     assert seen["answers"] == ["1 of 7 questions", ["0"]]
     assert seen["nothing"] == ["0 of 7 questions", []]
 

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from wcwidth import wcswidth
 
 from context_qa.explanation import (
     ASCII,
@@ -13,7 +14,7 @@ from context_qa.explanation import (
     MARK,
     Explanation,
     answer_spans,
-    printable,
+    shown,
     token_strengths,
 )
 from mamba_lm.checkpoint import load_tokenizer
@@ -107,16 +108,46 @@ def test_plain_lines_are_of_whole_words_in_the_width(width):
             assert (shade == "█") == (character == "x")
 
 
-def test_shades_stand_below_wide_and_combining_characters():
-    lines = list(explained("日本 e\u0301t\u200b a", {"日本": 1.0, "a": 1.0}).plain_lines(80))
-    assert lines == ["日本 e\u0301t\u200b a", "████    █"]
+@pytest.mark.parametrize(
+    ("word", "columns"),
+    [
+        ("日本", 4),
+        ("e\u0301t\u200b", 2),
+        ("ก้ำ", 2),  # Thai: a mark above, and a vowel that takes a column
+        ("\u1112\u1161\u11ab", 2),  # a Hangul syllable in three letters
+        ("한", 2),
+        ("🙂", 2),
+        ("👩\u200d👩\u200d👧", 2),  # three people, one picture
+        ("क्षि", 2),
+        ("ｶ", 1),
+    ],
+    ids=ascii,
+)
+def test_shades_stand_below_characters_of_any_width(word, columns):
+    context = f"{word} a b"
+    lines = list(explained(context, {word: 1.0, "a": 1.0}).plain_lines(80))
+    assert lines == [context, "█" * columns + " █"]
+    assert wcswidth(word) == columns
 
 
-def test_control_characters_are_shown_as_none():
-    assert printable("a\tb\x1b[2J\x07\x9bé\r\n“”") == "a b\ufffd[2J\ufffd\ufffdé\ufffd\n“”"
-    assert printable("a\u202eb\u2066c\u2028d\u200de") == "a\ufffdb\ufffdc\ufffdd\u200de"
-    lines = list(explained("a \x1b[31mb", {"a": 1.0}).plain_lines(80))
-    assert lines == ["a \ufffd[31mb", "█"]
+@pytest.mark.parametrize("width", [1, 2, 3, 7])
+def test_lines_fit_a_tiny_terminal(width):
+    context = "Bo 日本 👩\u200d👧 ก้ำ e\u0301 \u1112\u1161\u11ab end"
+    lines = list(explained(context, {"Bo": 1.0}, "Bo").plain_lines(width))
+    assert max(map(wcswidth, lines)) <= max(width, 2)  # a wide character is not cut
+    assert "".join(lines[::2]).replace(" ", "") == "[Bo]" + context[2:].replace(" ", "")
+
+
+def test_control_characters_are_shown_as_their_names():
+    assert shown("a\tb\x1b[2J\x07\x9bé\r\n“”\r") == "a b\\x1b[2J\\x07\\x9bé\n“”\\r"
+    assert shown("a\u202eb\u2066c\u2028d\u200de") == "a\\u202eb\\u2066c\\u2028d\u200de"
+    lines = list(explained("a \x1b[31mb\r\nc", {"a": 1.0}).plain_lines(80))
+    assert lines == ["a \\x1b[31mb", "█", "c", ""]
+
+
+def test_strengths_that_are_no_numbers_have_no_shade():
+    tokens = [(0, 1, 1.0), (1, 2, float("inf")), (2, 3, float("nan"))]
+    assert set(Explanation("abc", tokens, []).levels()) <= set(range(LEVELS))
 
 
 def test_styles_cover_the_context_and_then_mark():

@@ -1,10 +1,13 @@
 """An answer token by token is the answering loop's, and its pieces are its text."""
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from context_qa.answering import Answerer
 from context_qa.streamed_answer import _Text, stream_answer
@@ -79,16 +82,112 @@ def test_broken_weights_are_told(answerer):
         stream_answer(answerer, broken, "\n\nQ: Why?\nA:", length)
 
 
+def pieces_of(tokenizer, said: list[int]) -> list[str]:
+    stream = _Text(tokenizer)
+    pieces = [stream.add(token) for token in said]
+    return [*pieces, stream.rest(tokenizer.decode(said).strip())]
+
+
 @pytest.mark.parametrize(
     "text", [" Bo  Li ", "\t“Oslo”, é 日本 🙂 ", "  ", "", " a\u0301 b", "don't  know.  "]
 )
 def test_pieces_are_whole_characters_without_outer_blanks(tokenizer, text):
-    pieces, stream = [], _Text(tokenizer)
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        pieces.append(stream.add(token))
+    pieces = pieces_of(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
     assert "".join(pieces) == text.strip()
     assert "\ufffd" not in "".join(pieces)
-    assert stream.num_shown == len(text.strip())
+    assert pieces[-1] == ""
+
+
+BYTES = [f"<0x{n:02X}>" for n in range(256)]
+LLAMA = [
+    decoders.Replace("▁", " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
+]
+SENTENCEPIECE = ["<unk>", "▁", "▁Bo", "▁▁", "o", ".", "▁日", "é", "\n", "\ufffd", *BYTES]
+WORDS = [
+    "Bo",
+    "n",
+    "'",
+    "t",
+    "##t",
+    "s",
+    "ve",
+    "##ve",
+    ".",
+    ",",
+    "!",
+    "do",
+    "not",
+    "n't",
+    "'s",
+    "'m",
+]
+BLANKS = ["▁'", "▁", "▁n", "n", "'", "t", "▁.", "v", "e"]
+KINDS = {  # vocabulary, decoder, whether texts are cleaned up, whether anything is shown early
+    "Llama": (SENTENCEPIECE, decoders.Sequence(LLAMA), False, True),
+    "bytes, then blanks": (
+        SENTENCEPIECE,
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]),
+        False,
+        True,
+    ),
+    "Metaspace": (["▁", "▁Bo", "Bo", "▁▁", "o▁", "."], decoders.Metaspace(), False, True),
+    "WordPiece": (WORDS, decoders.WordPiece(cleanup=False), False, True),
+    "WordPiece, cleaned": (WORDS, decoders.WordPiece(cleanup=True), True, True),
+    "cleaned blanks": (BLANKS, decoders.Metaspace(), True, True),
+    "no decoder": (WORDS, None, False, True),
+    "no decoder, cleaned": (WORDS, None, True, True),
+    "CTC": (["<pad>", "|", "a", "b", "'"], decoders.CTC(), False, True),
+    "ends of words": (["a", "a</w>", ".</w>", "b</w>c"], decoders.BPEDecoder(), False, False),
+    "all of the text": (
+        ["a", "b", "c", " "],
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
+        False,
+        False,
+    ),
+    "its end": (
+        ["a", "b", " "],
+        decoders.Sequence([decoders.Fuse(), decoders.Strip("b", 0, 1)]),
+        False,
+        False,
+    ),
+}  # fmt: skip
+
+
+def made(vocabulary: list[str], decoder, is_cleaned: bool) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(
+        models.WordLevel({token: n for n, token in enumerate(vocabulary)}, vocabulary[0])
+    )
+    if decoder is not None:
+        backend.decoder = decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=is_cleaned
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes of a character", *KINDS])
+def test_whatever_the_tokens_pieces_are_the_decoded_text(tokenizer, kind):
+    if kind in KINDS:
+        *parts, is_early = KINDS[kind]
+        tokenizer = made(*parts)
+    else:
+        is_early = True
+    rng = random.Random(0)
+    ids = list(tokenizer.get_vocab().values())
+    num_early = 0
+    for _ in range(2000):
+        some = rng.sample(ids, min(len(ids), rng.randint(1, 12)))
+        if kind in ("Llama", "bytes, then blanks"):  # often enough a character of several bytes
+            some += tokenizer.convert_tokens_to_ids(["<0xE3>", "<0x81>", "<0x82>", "▁Bo"])
+        said = rng.choices(some, k=rng.randint(1, 12))
+        if rng.random() < 0.1:
+            said.insert(0, max(ids) + 1)  # no token's
+        *pieces, last = pieces_of(tokenizer, said)
+        assert "".join(pieces) + last == tokenizer.decode(said).strip(), said
+        num_early += any(pieces)
+    assert (num_early > 500) == is_early and (is_early or not num_early)
 
 
 def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer):
@@ -103,6 +202,24 @@ def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, token
     assert answer.text == "Bo\ufffd" == "".join(pieces)
 
 
-def test_a_tokenizer_that_decodes_no_streams_is_shown_at_the_end(tokenizer):
+def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_holds(
+    answerer, tokenizer
+):
+    """What a model card says: text of `transformers`, cut at the first newline, would be "Bo?"."""
+    ids = tokenizer(" Bo?\nA:", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[-1:]) == "?\nA:"
+    state, [length] = answerer.read_prefixes([CONTEXT])
+    tokens = iter(ids)
+    suffix = "\n\nQ: Why?\nA:"
+    assert stream_answer(answerer, state, suffix, length, lambda _: next(tokens)).text == "Bo"
+
+
+def test_a_slow_tokenizer_is_shown_at_the_end():
     stream = _Text(SimpleNamespace())
-    assert [stream.add(5), stream.add(6)] == ["", ""] and stream.num_shown == 0
+    assert [stream.add(5), stream.add(6), stream.rest("Bo")] == ["", "", "Bo"]
+
+
+def test_a_text_that_turns_out_to_be_another_is_shown_anew(tokenizer):
+    stream = _Text(tokenizer)
+    assert stream.add(tokenizer("Bo", add_special_tokens=False)["input_ids"][0]) != ""
+    assert stream.rest("another") == "\nanother"

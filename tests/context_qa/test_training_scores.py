@@ -21,7 +21,7 @@ from context_qa.training_scores import (
     scorer,
     training_scores,
 )
-from errors import UserError
+from errors import UserError, printable
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, Example, read_examples
@@ -128,6 +128,13 @@ def test_a_card_says_what_was_done():
                  "data: 9 questions, 8 of them answerable"):  # fmt: skip
         assert text in card, text
     assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_a_card_commands_no_terminal():
+    report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
+    args = arguments(data_path="\x1b[2Jdata\x9b\u202e", output="models/\x07mine", model="a\rb")
+    card = model_card(args, report, {"steps": 1, "epochs": 0.1, "step_of_model": 1}, {"f1": 1.0})
+    assert card == printable(card, keep="\n") and "`\\x1b[2Jdata\\x9b\\u202e`" in card
 
 
 def test_a_card_without_scores_says_so():

@@ -146,6 +146,15 @@ def test_a_tokenizer_of_another_kind_is_not_passed_over(name, make_model, tmp_pa
         load_tokenizer(str(tmp_path / "model"))
 
 
+def test_messages_name_the_tokenizer_of_a_file_alone(make_model, tmp_path, capsys):
+    save_model(make_model(vocab_size=5000), tmp_path / "model")
+    file = tmp_path / "alone.json"
+    byte_level().save(str(file))
+    load_model_and_tokenizer(str(tmp_path / "model"), str(file))
+    said = capsys.readouterr().err
+    assert f", the tokenizer {file} has only " in said and "  " not in said
+
+
 def test_a_tokenizer_much_smaller_than_the_vocabulary_is_warned_about(make_model, tmp_path, capsys):
     for rows, is_said in ((2156, False), (2216, False), (4000, True)):
         save_model(make_model(vocab_size=rows), tmp_path / str(rows))
@@ -188,7 +197,9 @@ def test_the_bound_of_a_vocabulary_is_its_largest_id(holes, make_model, tmp_path
     tokenizer = load_tokenizer_at(holes)
     assert (len(tokenizer), tokenizer.eos_token_id, vocabulary_bound(tokenizer)) == (257, 300, 301)
     save_model(make_model(vocab_size=296), tmp_path / "small")
-    with pytest.raises(UserError, match=r"296 vocabulary rows, the tokenizer .* up to 300;"):
+    with pytest.raises(
+        UserError, match=r"296 vocabulary rows, the tokenizer .* has token ids up to 300;"
+    ):
         load_model_and_tokenizer(str(tmp_path / "small"), str(holes))
     save_model(make_model(vocab_size=304), tmp_path / "fit")
     load_model_and_tokenizer(str(tmp_path / "fit"), str(holes))
