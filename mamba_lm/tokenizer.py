@@ -72,7 +72,7 @@ def load_tokenizer_at(path: Path):
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     added = _read_files(file)
-    with _without_panic_texts(), parsing(lambda reason: _unusable(path, reason)):
+    with _silent_library(), parsing(lambda reason: _unusable(path, reason)):
         loaded = _load(path, file, _eos(path, added))
         vocabulary, end = loaded.get_vocab(), loaded.eos_token_id
     if end is None:
@@ -151,18 +151,22 @@ def _unusable(name: str | Path, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _without_panic_texts() -> Iterator[None]:
-    """What Rust code prints before it panics is not shown: the refusal says it in one line."""
-    sys.stderr.flush()
-    shown = os.dup(2)
+def _silent_library() -> Iterator[None]:
+    """Rust code tells of panics on standard error, of unknown fields on standard output, where
+    answers are: the refusal says it in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    shown = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
+        for descriptor in shown:
+            os.dup2(nothing.fileno(), descriptor)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(shown, 2)
-        os.close(shown)
+        for descriptor, copy in shown.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 def _require_as_written(loaded, file: Path, added: Mapping[str, int]) -> None:
@@ -206,7 +210,7 @@ def _require_as_written(loaded, file: Path, added: Mapping[str, int]) -> None:
 
 def _warn_of_losses(tokenizer, path: Path) -> None:
     """A line where a tokenizer leaves parts of texts out, with no unknown token in their place."""
-    with _without_panic_texts():
+    with _silent_library():
         lost = [name for name, text in _RARE.items() if not _tokens_or_error(tokenizer, text)]
     if lost:
         warn(

@@ -69,7 +69,7 @@ def load_random(folder: Path) -> None:
 
 def read_data(path: Path) -> None:
     for example in read_examples(str(path)):
-        prompt_parts(example, "context_first")
+        prompt_parts(example.context, example.question)
 
 
 def use_results(folder: Path) -> None:
