@@ -24,7 +24,7 @@ def require_file(path: Path) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:  # links in a circle, a name that is too long
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path!s:.300}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{str(path)!r}: no path ({error})") from error
     if not is_file:

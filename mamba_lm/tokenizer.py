@@ -75,11 +75,14 @@ def load_tokenizer_at(path: Path):
     with _silent_library(), parsing(lambda reason: _unusable(path, reason)):
         loaded = _load(path, file, _eos(path, added))
         vocabulary, end = loaded.get_vocab(), loaded.eos_token_id
+        special = set(loaded.all_special_tokens)
     if end is None:
         raise UserError(
             f"{path}: the tokenizer has no end-of-text token; name it as eos_token in "
             f"{file.parent / 'tokenizer_config.json'}"
         )
+    if vocabulary.keys() <= special:
+        raise UserError(f"{path}: the tokenizer has no tokens for texts")
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(f"{path}: two tokens of the tokenizer have one id")
     if added is not None:
@@ -209,13 +212,11 @@ def _require_as_written(loaded, file: Path, added: Mapping[str, int]) -> None:
 
 
 def _warn_of_losses(tokenizer, path: Path) -> None:
-    """A line where a tokenizer leaves parts of texts out, with no unknown token in their place."""
+    """A line where a tokenizer drops parts of texts, with no unknown token in their place."""
     with _silent_library():
         lost = [name for name, text in _RARE.items() if not _tokens_or_error(tokenizer, text)]
     if lost:
-        warn(
-            f"{path}: the tokenizer leaves {' and '.join(lost)} out of texts: no token tells of it"
-        )
+        warn(f"{path}: the tokenizer drops {' and '.join(lost)}: no token stands for them")
 
 
 _RARE = {"newlines": "\n", "characters that it does not know": "\U00012345"}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from errors import UserError, warn
 from files import named_errors
-from mamba_lm.foreign_files import read_foreign_object
 
 MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -63,33 +62,17 @@ def find_change(folder: Path, files: Mapping[str, Mapping]) -> str | None:
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if a run can go on from it."""
-    if not os.path.lexists(checkpoint / MANIFEST):
-        return f"{MANIFEST} is missing"
     try:
-        files = _read_manifest(checkpoint / MANIFEST)
-    except UserError as error:
-        return str(error)
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        change = find_change(checkpoint, files)
+        if change is not None:
+            return change
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
     missing = [name for name in _NEEDED if name not in files]
-    return find_change(checkpoint, files) or (f"it holds no {missing[0]}" if missing else None)
-
-
-def _read_manifest(path: Path) -> dict[str, dict]:
-    """What `describe_files` gave. Raises UserError."""
-    files = read_foreign_object(path).get("files")
-    if not isinstance(files, dict) or not all(map(_is_description, files.items())):
-        raise UserError(f"{path}: not a list of files, their sizes and hashes")
-    return files
-
-
-def _is_description(item: tuple[str, object]) -> bool:
-    name, entry = item
-    return (
-        Path(name).name == name
-        and "\0" not in name
-        and isinstance(entry, dict)
-        and type(entry.get("bytes")) is int
-        and isinstance(entry.get("sha256"), str)
-    )
+    return f"it holds no {missing[0]}" if missing else None
 
 
 def checkpoints(output: str | Path) -> list[Path]:
