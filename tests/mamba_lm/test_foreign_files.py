@@ -237,6 +237,49 @@ def test_a_compressed_file_of_weights_is_refused(folder):
     assert f"{path}: a compressed weights file" in refusal(load_model, str(folder))
 
 
+def repickled(path: Path, pickled: bytes) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    [name] = [name for name in entries if name.endswith("/data.pkl")]
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in (entries | {name: pickled}).items():
+            archive.writestr(entry, data)
+
+
+START = b"\x80\x02}"
+BOMBS = {  # pickles that torch reads, and that take all time or all memory
+    "tuples": START
+    + b"K\x01\x85q\x00"
+    + b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(60))
+    + b"K\x01s.",
+    "bytearray": START + b"K\x01cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
+    "tensor": START + b"K\x01ctorch\nTensor\nJ\xff\xff\xff\x7f\x85Rs.",
+    "storage": START + b"X\x01\0\0\0actorch\nFloatStorage\nq\1J\xff\xff\xff\x7f\x85Rs.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_that_never_end_or_take_all_memory_are_refused(name, folder):
+    path = put_pickle(folder, {"a": torch.ones(1)})
+    repickled(path, BOMBS[name])
+    assert f"{path}: holds " in refusal(load_model, str(folder))
+
+
+def test_a_tensor_of_two_names_is_read(make_model, tmp_path):
+    """The same object, which a pickle then names twice, as conversions leave it."""
+    save_model(make_model(), tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
+    before = load_model(str(tmp_path / "model")).state_dict()
+    put_pickle(tmp_path / "model", {name: torch.nn.Parameter(w) for name, w in weights.items()})
+    after = load_model(str(tmp_path / "model")).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (tmp_path / "model/pytorch_model.bin").unlink()
+    torch.save(weights, tmp_path / "model/pytorch_model.bin")
+    after = load_model(str(tmp_path / "model")).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_weights_of_before_torch_1_6_are_refused_by_name(folder):
     """They say how much memory to take before they have it."""
     path = put_pickle(folder, {"a": torch.ones(1)}, _use_new_zipfile_serialization=False)
