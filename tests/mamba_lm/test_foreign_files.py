@@ -19,6 +19,7 @@ from mamba_lm import checkpoint, foreign_files
 from mamba_lm.checkpoint import find_model, load_model, load_model_and_tokenizer, save_model
 from mamba_lm.delta import LAYERS, delta_layers
 from mamba_lm.foreign_files import parsing
+from mamba_lm.generate import prefill, read, read_and_score
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode, encode_with_offsets, load_tokenizer_at
 
@@ -339,6 +340,15 @@ def test_words_that_a_tokenizer_does_not_know(model, tmp_path, capsys):
     for write in (encode, encode_with_offsets):
         assert "has no tokens for 'who is she' (Word" in refusal(write, found, ["who is she"])
         assert "for one of 2 texts" in refusal(write, found, ["who", "who is she"])
+
+
+def test_a_text_without_tokens_is_not_continued(make_model):
+    """No row of a batch, nor one alone, is continued from padding."""
+    model = make_model()
+    state = prefill(model, [[3], []])
+    assert "no token for any part" in refusal(read, model, [[1], []], state)
+    one = prefill(model, [[3]])
+    assert "no token for any part" in refusal(read_and_score, model, [], one, [1, 2], {0})
 
 
 def test_characters_that_a_tokenizer_drops_are_warned_about(tmp_path, capsys):
