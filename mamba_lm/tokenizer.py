@@ -276,7 +276,9 @@ def _control_tokens(tokenizer) -> dict[int, str]:
     added token that is a word or a mark is part of texts."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     markup = {number: str(t) for number, t in added.items() if _MARKUP.fullmatch(str(t))}
-    markup.pop(tokenizer.unk_token_id, None)
+    model = tokenizer.backend_tokenizer.model if getattr(tokenizer, "is_fast", False) else None
+    unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)}  # a config need not name it
+    markup = {number: name for number, name in markup.items() if name not in unknown}
     return markup | {tokenizer.eos_token_id: tokenizer.eos_token}
 
 
