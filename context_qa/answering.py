@@ -62,6 +62,10 @@ class Answerer:
         self.vocab_size = vocabulary_bound(tokenizer)
         self.stop_ids = stop_tokens(tokenizer)
         self.no_answer_ids = token_ids(tokenizer, answer_text(NO_ANSWER))
+        if not self.no_answer_ids:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has no tokens for {NO_ANSWER!r}"
+            )
 
     def answer(
         self,

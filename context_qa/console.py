@@ -25,7 +25,7 @@ from mamba_lm.device import add_model_flags, choose_device, choose_dtype
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler
 from mamba_lm.tokenizer import require_offsets, token_ids
-from squad_utils import abstains, prompt_parts
+from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -204,8 +204,9 @@ def _load_kernels(answerer: Answerer) -> None:
     """They are loaded, or compiled, at their first use: now, not amid the first answer."""
     brief = copy.copy(answerer)
     brief.max_new_tokens, brief.stop_ids = 1, set()
-    state, [length] = brief.read_prefixes(["\n"])
-    stream_answer(brief, state, "\n", length)
+    text = answer_text(NO_ANSWER)  # which has tokens; a newline may have none
+    state, [length] = brief.read_prefixes([text])
+    stream_answer(brief, state, text, length)
 
 
 def read_context(path: str) -> str:

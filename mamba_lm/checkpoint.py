@@ -23,6 +23,7 @@ from torch import Tensor
 
 from errors import UserError, warn
 from files import MODEL_FILES, atomic_folder
+from mamba_lm.foreign_files import parsing, read_foreign_object
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
 from mamba_lm.model import MambaConfig, MambaLM
@@ -73,7 +74,7 @@ def find_model(name: str) -> ModelFiles:
         )
     read_config(folder / "config.json")  # a folder of something else is refused by this, first
     generation = folder / GENERATION
-    generation = generation if generation.is_file() else None
+    generation = generation if os.path.lexists(generation) else None
     return ModelFiles(folder / "config.json", find_weights(folder), generation)
 
 
@@ -84,11 +85,14 @@ def load_model(
     files = find_model(name)
     config = read_config(files.config, files.is_random)
     if files.is_random:
+        _require_memory(config, files.config)
         return MambaLM(config).to(device, dtype).eval()
     folder = files.config.parent
     weights, config = read_model_weights(folder, config)
+    _require_size(config, weights, files.config)
     with torch.device("meta"):
         model = MambaLM(config)
+    _require_fit(model, weights, folder)
     model.to_empty(device="cpu")
     if config.tie_embeddings:  # to_empty gave each name a parameter of its own
         model.lm_head.weight = model.backbone.embeddings.weight
@@ -134,8 +138,39 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
+def _require_memory(config: MambaConfig, path: Path) -> None:
+    """UserError where random weights need more memory than the machine has."""
+    needed, there = 4 * config.num_parameters, memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"{path}: {config.num_parameters:,} random weights need {needed / 1e9:,.1f} GB of "
+            f"memory; this machine has {there / 1e9:,.1f} GB"
+        )
+
+
+def memory_bytes() -> int:
+    """Of the machine's main memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _require_size(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> None:
+    """UserError where a config tells of a model far larger than its weights, before there is one:
+    what differs by less is told by the weights' names and shapes."""
+    found = sum(value.numel() for value in weights.values())
+    if config.n_layer > len(weights) or config.num_parameters > 2 * found + 2**20:
+        raise UserError(
+            f"{path}: a model of {config.n_layer:,} layers and {config.num_parameters:,} parameters"
+            f"; the weights beside it are {len(weights):,} tensors of {found:,} numbers"
+        )
+
+
 def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
     """Copy weights into the model; UserError unless names and shapes are exactly the model's."""
+    _require_fit(model, weights, source)
+    model.load_state_dict(weights)
+
+
+def _require_fit(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
     if missing or extra:
@@ -148,7 +183,6 @@ def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> No
                 f"{source}: {key} has shape {tuple(value.shape)}, config.json wants "
                 f"{tuple(expected[key].shape)}"
             )
-    model.load_state_dict(weights)
 
 
 def find_folder(name: str) -> Path:
@@ -159,14 +193,13 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{name}: no such model folder; give a folder, a Hub name or a config file")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the Hub client raises many kinds, all of them about reaching it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: no such folder here, and the Hub cannot give it ({reason[:120]}); "
+    with parsing(
+        lambda reason: (
+            f"{name}: no such folder here, and the Hub cannot give it ({reason}); "
             "check the name and the network, or give a local folder"
-        ) from error
+        )
+    ):
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
 
 
 def read_config(path: Path, is_random: bool = False) -> MambaConfig:
@@ -189,15 +222,9 @@ def _is_transformers(raw: dict) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; a model folder contains a config.json") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a JSON object is needed, not {raw!r:.40}")
-    return raw
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; a model folder contains a config.json")
+    return read_foreign_object(path)
 
 
 def _read_generation(files: ModelFiles) -> dict:

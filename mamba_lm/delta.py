@@ -1,7 +1,7 @@
 """Δ as a measure: how much of each token a model lets into its state (Gu & Dao 2023, section 3.5.2:
 a large Δ focuses on the current input, a small one ignores it)."""
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import read_text
 from mamba_lm.checkpoint import find_folder
+from mamba_lm.foreign_files import read_foreign_json
 from mamba_lm.model import MambaLM
 
 LAYERS = "delta_layers.json"  # in a model's folder: a list of the layers whose Δ tells most
@@ -47,12 +47,9 @@ class DeltaNorms:
 def delta_layers(name: str, n_layer: int) -> list[int]:
     """The layers that a model's folder names in `LAYERS`, else all; UserError if it has others."""
     path = None if name.endswith(".json") else Path(find_folder(name)) / LAYERS
-    if path is None or not path.exists():
+    if path is None or not os.path.lexists(path):
         return list(range(n_layer))
-    try:
-        layers = json.loads(read_text(path, "a list of layers"))
-    except ValueError:
-        layers = None
+    layers = read_foreign_json(path)
     is_list = isinstance(layers, list) and layers and len(set(map(str, layers))) == len(layers)
     if not is_list or not all(type(n) is int and 0 <= n < n_layer for n in layers):
         raise UserError(f"{path}: give a list of layers, each from 0 to {n_layer - 1}")

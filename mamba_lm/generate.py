@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
 from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
 
@@ -59,10 +60,12 @@ def read(
     state: MambaState | None = None,
     vocab_size: int | None = None,
 ) -> Reading:
-    """Read one sequence per row, of any lengths >= 1, from `state` on.
+    """Read one sequence per row, of any lengths, from `state` on. UserError for an empty one: a
+    tokenizer can have no token for any part of a text.
 
     vocab_size, the tokenizer's length, bars the padded rows of the embedding from the output.
     """
+    _require_tokens(sequences)
     input_ids, lengths = right_pad(sequences)
     hidden, state = model.encode(input_ids.to(_device(model)), state, lengths)
     lengths = lengths.to(hidden.device)
@@ -234,6 +237,7 @@ def read_and_score(
 ) -> tuple[Reading, float]:
     """`read` of one row, and the `continuation_log_prob` of what might follow: in one pass over the
     weights where the model gives the states on the way."""
+    _require_tokens([token_ids])
     device = _device(model)
     each = model.encode_each(torch.tensor([*token_ids, *continuation], device=device), state)
     if each is None:
@@ -246,6 +250,11 @@ def read_and_score(
     score = sum(log_probs[n, token].item() for n, token in enumerate(continuation))
     score += log_probs[-1, sorted(stop_ids)].logsumexp(dim=0).item()
     return Reading(log_probs[:1], states.fork(torch.tensor([last], device=device))), score
+
+
+def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
+    if not all(sequences):
+        raise UserError("the tokenizer has no token for any part of a text that is to be continued")
 
 
 def token_log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:

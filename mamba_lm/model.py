@@ -77,14 +77,23 @@ class MambaConfig:
 
     def _require_size(self, name: str) -> None:
         value = getattr(self, name)
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise ValueError(f"{name} must be an integer from 1 to 2**31 - 1, not {value!r:.40}")
+        limit = 2**12 if name == "n_layer" else 2**31  # each is made, in a millisecond
+        if type(value) is not int or not 1 <= value < limit:
+            raise ValueError(f"{name} must be an integer from 1 to {limit - 1}, not {value!r:.40}")
 
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding; those from the tokenizer's length on are never sampled."""
         multiple = self.pad_vocab_size_multiple
         return math.ceil(self.vocab_size / multiple) * multiple
+
+    @property
+    def num_parameters(self) -> int:
+        """Of a model that need not exist: tied embeddings once."""
+        m, d, n, r = self.d_model, self.d_inner, self.d_state, self.dt_rank
+        projections = 3 * m * d + (r + 2 * n) * d + r * d + (2 * d + m if self.proj_bias else 0)
+        layer = m + projections + d * (self.d_conv + self.conv_bias) + d * (n + 2)
+        return self.n_layer * layer + m + self.vocab_rows * m * (1 if self.tie_embeddings else 2)
 
 
 class MambaState(NamedTuple):

@@ -1,7 +1,6 @@
 """Weights of a checkpoint folder: which files they are in, what is read from them, their names."""
 
-import json
-import pickle
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -9,18 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from errors import UserError
+from mamba_lm.foreign_files import parsing, read_foreign_object, require_file
+from mamba_lm.formats.pickles import oddity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Modules that torch and training frameworks wrap around a model, and so into its weights' names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_UNREADABLE = (
-    SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile
-)  # fmt: skip
 
 
 class WeightFiles(NamedTuple):
@@ -34,67 +32,101 @@ class WeightFiles(NamedTuple):
 def find_weights(folder: Path) -> WeightFiles:
     """The files that loading reads: the first of these that is there, as `transformers` chooses.
 
-    Raises UserError where there are none or an index is broken.
+    Raises UserError where there are none, an index is broken or what has the name is no file.
     """
     for ending in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / ending).is_file():
+        if os.path.lexists(folder / ending):
+            require_file(folder / ending)
             return WeightFiles((folder / ending,))
         index = folder / f"{ending}.index.json"
-        if index.is_file():
-            place_of = _read_index(index)
+        if os.path.lexists(index):
+            place_of = _read_index(index, Path(ending).suffix)
             return WeightFiles(tuple(sorted(set(place_of.values()))), index, place_of)
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in this folder")
 
 
-def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {key: name for key, name in shards.items() if Path(name).name == name and name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of weights ({error!r})") from error
-    if len(names) < len(shards) or not names:
-        raise UserError(f"{index}: weight_map must give a file of this folder for each weight")
-    return {key: index.parent / name for key, name in names.items()}
+def _read_index(index: Path, suffix: str) -> dict[str, Path]:
+    """The file of each weight: a link may lead out of the folder, as those of the Hub's cache do,
+    a name may not."""
+    shards = read_foreign_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index}: not an index of weights; it needs a weight_map")
+    for key, name in shards.items():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
+            raise UserError(
+                f"{index}: weight_map gives {name!r:.60} for {key:.60}; each weight must be in a "
+                f"*{suffix} file of this folder"
+            )
+    return {key: index.parent / name for key, name in shards.items()}
 
 
 def read_weights(files: WeightFiles) -> dict[str, Tensor]:
     """All tensors by their names in the files. UserError for a file that is missing or broken and
-    for weights that are no real floating-point numbers."""
+    for weights that are no real floating-point numbers, or more of them than a file holds."""
     tensors: dict[str, Tensor] = {}
     for path in files.tensors:
-        for key, value in _read_file(path).items():
-            if files.place_of.get(key, path) != path:
-                continue  # left over in another shard than the index names
-            _check_tensor(key, value, path)
-            tensors[key] = value
+        read = _read_file(path)
+        _check_tensors(read, path)
+        tensors |= {
+            key: value
+            for key, value in read.items()
+            if files.place_of.get(key, path) == path  # others: left over from another index
+        }
     for key, path in files.place_of.items():
         if key not in tensors:
             raise UserError(f"{path}: lacks {key}, which {files.index.name} places there")
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, object]:
-    try:
+def _read_file(path: Path) -> Mapping:
+    """What a file holds, mapped into memory, so that no tensor can be larger than it says."""
+    require_file(path)
+    with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict):
-            raise EOFError(f"it contains a {type(tensors).__name__}")
-        return tensors
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: named by the index, but missing") from error
-    except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: truncated or not a weights file ({reason[:120]})") from error
+    _require_state_dict(path)
+    with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
+        read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(read, dict):
+        raise UserError(f"{path}: not a weights file (it contains a {type(read).__name__})")
+    return read
 
 
-def _check_tensor(key: object, value: object, path: Path) -> None:
-    if not isinstance(key, str) or not isinstance(value, Tensor):
-        raise UserError(f"{path}: {key!r:.60} is not a named tensor; give a state dict of weights")
-    if value.dtype not in DTYPES or value.layout != torch.strided or value.is_meta:
-        kind = str(value.dtype).removeprefix("torch.")
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise UserError(f"{path}: {key} is {kind}; weights must be dense and one of {accepted}")
+def _require_state_dict(path: Path) -> None:
+    """UserError unless a file is one that `torch.save` of version 1.6 or later has written of a
+    state dict: others can take any memory, or any time, when they are read."""
+    refusal = f"{path}: truncated or not a weights file of torch 1.6 or later"
+    with parsing(lambda reason: f"{refusal} ({reason})"), zipfile.ZipFile(path) as archive:
+        is_compressed = any(entry.compress_type for entry in archive.infolist())
+        names = archive.namelist() if not is_compressed else ()
+        pickles = [archive.read(name) for name in names if name.lower().endswith("data.pkl")]
+        odd = [found for found in map(oddity, pickles) if found]
+    if is_compressed:
+        raise UserError(f"{path}: a compressed weights file; save it anew with torch.save")
+    if odd:
+        raise UserError(f"{path}: holds {odd[0]:.60}, which no weights need; save a state dict")
+
+
+def _check_tensors(tensors: Mapping, path: Path) -> None:
+    accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    size = room = path.stat().st_size
+    for key, value in tensors.items():
+        if not isinstance(key, str) or type(value) not in (Tensor, Parameter):
+            name = repr(key) if isinstance(key, str) else f"a {type(key).__name__}"
+            raise UserError(
+                f"{path}: {name:.60} is not a named tensor; give a state dict of weights"
+            )
+        if value.dtype not in DTYPES or value.layout != torch.strided or value.is_meta:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {key} is {kind}; weights must be dense and one of {accepted}")
+        needed = value.numel() * value.element_size()
+        is_head = key.endswith("lm_head.weight")  # which may be the embedding once more
+        if needed > (size if is_head else room):
+            raise UserError(
+                f"{path}: {key} of shape {tuple(value.shape)} repeats numbers: the tensors have "
+                f"more bytes than the file, {size:,}"
+            )
+        room -= 0 if is_head else needed
 
 
 def model_names(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:

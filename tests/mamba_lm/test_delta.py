@@ -78,5 +78,5 @@ def test_a_file_of_layers_that_is_no_json(make_model, tmp_path):
     folder = tmp_path / "model"
     save_model(make_model(), folder)
     (folder / LAYERS).write_text("[0, 1")
-    with pytest.raises(UserError, match=r"delta_layers.json: give a list"):
+    with pytest.raises(UserError, match=r"delta_layers.json: not JSON"):
         delta_layers(str(folder), 2)

@@ -142,7 +142,8 @@ def test_a_tokenizer_of_another_kind_is_not_passed_over(name, make_model, tmp_pa
     """A broken one is an error, not a reason to take GPT-NeoX's."""
     save_model(make_model(), tmp_path / "model")
     (tmp_path / "model" / name).write_text("{")
-    with pytest.raises(UserError, match=f"{tmp_path}/model: no tokenizer can be loaded"):
+    said = "(: no tokenizer can be loaded|/vocab.json: not JSON)"
+    with pytest.raises(UserError, match=f"{tmp_path}/model{said}"):
         load_tokenizer(str(tmp_path / "model"))
 
 
