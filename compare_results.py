@@ -7,18 +7,18 @@ interval (a bootstrap over articles, or over questions where articles are unknow
 on exact match, and the questions that only one of the two has right, both without negatives.
 """
 
+from script import at_once, run_script
+
 import argparse
 import json
 
 from context_qa.comparison import compare
 from context_qa.metrics import PARTS, SCORES
-from errors import run_script
+from errors import Parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results_a", metavar="RESULTS_A", help="JSONL, of an evaluation")
     parser.add_argument("results_b", metavar="RESULTS_B", help="JSONL, of another on the same data")
     about = "table (default) shows ten questions a side; json, one object, shows all"
@@ -27,7 +27,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    comparison = compare(args.results_a, args.results_b)
+    with at_once():
+        comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
         print(json.dumps(comparison, ensure_ascii=False))
     else:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def write_whole(output: str | Path, text: str) -> None:
     with named_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         os.close(replaced(output, text))
+
+
+def require_writable(folder: str | Path) -> None:
+    """UserError unless files can be made in a folder; if it is not there, in what will hold it."""
+    with named_errors(folder):
+        place = Path(folder).absolute()
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def replaced(output: str | Path, text: str) -> int:

@@ -10,26 +10,27 @@ JSONL of objects is read, results or not. A query sees these tables alone: it re
 and no network.
 """
 
+from script import at_once_in_c, run_script
+
 import argparse
 import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import duckdb
 
 from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
-from errors import UserError, run_script
+from errors import Parser, UserError
 
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
+LIMITS = {"memory_limit": "50%", "temp_directory": ""}  # of the machine's; nothing goes to disk
 COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results", metavar="RESULTS", nargs="+", help="JSONL: results or other")
     parser.add_argument("sql", metavar="SQL", help="a query on df, df2, ...")
     about = "table (default) shortens what is long; csv and json, an object a line, do not"
@@ -38,17 +39,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    database = duckdb.connect()
-    for number, path in enumerate(args.results, start=1):
-        load_results(database, path, table="df" if number == 1 else f"df{number}")
-    database.execute("SET enable_external_access = false; SET lock_configuration = true")
-    try:
-        answer = database.sql(args.sql)
-        if answer is None:
-            raise UserError('the SQL is empty; give a query such as "SELECT AVG(f1) FROM df"')
-        show(answer, args.format)
-    except duckdb.Error as error:  # several lines, the last ones the query itself
-        raise UserError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
+    with at_once_in_c():  # some queries, recursive ones among them, cannot be interrupted
+        database = duckdb.connect(config=LIMITS)
+        for number, path in enumerate(args.results, start=1):
+            load_results(database, path, table="df" if number == 1 else f"df{number}")
+        database.execute("SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            answer = database.sql(args.sql)
+            if answer is None:
+                raise UserError('the SQL is empty; give a query such as "SELECT AVG(f1) FROM df"')
+            show(database, answer, args.format)
+        except duckdb.Error as error:  # several lines, the last ones the query itself
+            raise UserError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
 
 
 def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> None:
@@ -100,16 +102,31 @@ def valid_text(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
+def show(
+    database: duckdb.DuckDBPyConnection, answer: duckdb.DuckDBPyRelation, format: str
+) -> None:
     """Print a query's answer; csv with lists and dates as DuckDB writes them."""
     if format == "table":
         answer.show(max_rows=100)
-    elif format == "csv":
-        rows = answer.query("answer", "SELECT COLUMNS(*)::VARCHAR FROM answer").fetchall()
-        csv.writer(sys.stdout, lineterminator="\n").writerows([answer.columns, *rows])
+        return
+    sys.stdout.reconfigure(encoding="utf-8")  # what reads it has no other locale to go by
+    database.execute("CREATE SCHEMA answer")  # a table of its own: a list would have no bound
+    answer.create('answer."a row"')
+    if format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.columns)
+        for rows in fetched(database, 'SELECT COLUMNS(*)::VARCHAR FROM answer."a row"'):
+            writer.writerows(rows)
     else:
-        rows = answer.query("a row", 'SELECT to_json("a row") FROM "a row"').fetchall()
-        print(*(text + "\n" for [text] in rows), sep="", end="")
+        for rows in fetched(database, 'SELECT to_json("a row") FROM answer."a row"'):
+            print(*(text + "\n" for [text] in rows), sep="", end="")
+
+
+def fetched(database: duckdb.DuckDBPyConnection, sql: str) -> Iterator[list[tuple]]:
+    """The rows of a query, some at a time: all may be more than the memory holds."""
+    cursor = database.execute(sql)
+    while rows := cursor.fetchmany(10_000):
+        yield rows
 
 
 if __name__ == "__main__":

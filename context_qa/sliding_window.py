@@ -21,7 +21,6 @@ import regex
 from context_qa.results import Answer
 from squad_utils import Example, fold
 
-SLIDING_WINDOW = "sliding-window"  # in place of a model's name
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
 # A letter's marks are part of its word, and so are the joiners and soft hyphens between letters.
 _LETTER = r"[\w\p{M}\u00ad\u200b-\u200d\u2060]"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from errors import UserError
 from files import read_text
-from mamba_lm.checkpoint import find_folder
+from mamba_lm.folders import find_folder
 from mamba_lm.model import MambaLM
 
 LAYERS = "delta_layers.json"  # in a model's folder: a list of the layers whose Δ tells most
