@@ -12,8 +12,6 @@ from script import at_once, run_script
 import argparse
 import json
 
-from context_qa.comparison import compare
-from context_qa.metrics import PARTS, SCORES
 from errors import Parser
 
 
@@ -28,6 +26,8 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     with at_once():
+        from context_qa.comparison import compare
+
         comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
         print(json.dumps(comparison, ensure_ascii=False))
@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show(comparison: dict, most: int = 10) -> None:
+    from context_qa.metrics import PARTS, SCORES
+
     print(f"A: {comparison['results_a']}\nB: {comparison['results_b']}")
     left_out = comparison["num_left_out"]
     beside = f"; {left_out:,} in one file only are left out" if left_out else ""

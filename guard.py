@@ -10,9 +10,9 @@ import sys
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESS = os.getpid()
-_STACK = {  # the modules that are being run where a script is what imports this
-    *("__main__", "script", __name__),
-    *("runpy", "importlib._bootstrap", "importlib._bootstrap_external"),
+IMPORTS = {  # the modules that import others, by both of their names
+    *("importlib._bootstrap", "importlib._bootstrap_external"),
+    *("_frozen_importlib", "_frozen_importlib_external"),
 }
 
 
@@ -47,7 +47,7 @@ def is_script() -> bool:
     while frame is not None:
         names.add(frame.f_globals.get("__name__"))
         frame = frame.f_back
-    return names <= _STACK
+    return names <= IMPORTS | {"__main__", "runpy", "script", __name__}
 
 
 if is_script():

@@ -18,11 +18,13 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
 from errors import Parser, UserError
+
+if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
 LIMITS = {"memory_limit": "50%", "temp_directory": ""}  # of the machine's; nothing goes to disk
@@ -40,6 +42,8 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     with at_once_in_c():  # some queries, recursive ones among them, cannot be interrupted
+        import duckdb
+
         database = duckdb.connect(config=LIMITS)
         for number, path in enumerate(args.results, start=1):
             load_results(database, path, table="df" if number == 1 else f"df{number}")
@@ -53,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
 
 
-def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> None:
+def load_results(database: "DuckDBPyConnection", path: str, table: str) -> None:
     """Make a table of a JSONL file, its columns in the order in which they first appear, and warn
     if it is the file of an incomplete run. UserError as `read_objects`, and without any column."""
     objects, is_torn = read_objects(path)
@@ -102,9 +106,7 @@ def valid_text(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def show(
-    database: duckdb.DuckDBPyConnection, answer: duckdb.DuckDBPyRelation, format: str
-) -> None:
+def show(database: "DuckDBPyConnection", answer: "DuckDBPyRelation", format: str) -> None:
     """Print a query's answer; csv with lists and dates as DuckDB writes them."""
     if format == "table":
         answer.show(max_rows=100)
@@ -122,7 +124,7 @@ def show(
             print(*(text + "\n" for [text] in rows), sep="", end="")
 
 
-def fetched(database: duckdb.DuckDBPyConnection, sql: str) -> Iterator[list[tuple]]:
+def fetched(database: "DuckDBPyConnection", sql: str) -> Iterator[list[tuple]]:
     """The rows of a query, some at a time: all may be more than the memory holds."""
     cursor = database.execute(sql)
     while rows := cursor.fetchmany(10_000):

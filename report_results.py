@@ -13,7 +13,6 @@ from script import at_once, run_script
 import argparse
 from pathlib import Path
 
-from context_qa.report import report_page
 from context_qa.results import read_objects, read_summary, results_rows, summary_path
 from errors import Parser, keep_inputs
 from files import require_writable, write_whole
@@ -35,6 +34,8 @@ def main(args: argparse.Namespace) -> None:
     require_writable(Path(output).parent)
     summary = read_summary(args.results)
     with at_once():
+        from context_qa.report import report_page
+
         page = report_page(rows, summary, Path(args.results).name, is_torn)
     write_whole(output, page)
     print(output)

@@ -114,7 +114,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+    while frame is not None and frame.f_globals.get("__name__") not in guard.IMPORTS:
         frame = frame.f_back
     return frame is not None
 

@@ -16,7 +16,7 @@ import random
 import re
 
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, keep_inputs
+from errors import Parser, UserError, keep_inputs, seed
 from files import read_text
 from squad_utils import Example
 
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text, a paragraph a line")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     return parser.parse_args()
 
 

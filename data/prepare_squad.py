@@ -13,7 +13,7 @@ from script import run_script
 import argparse
 import json
 
-from errors import Parser, UserError, keep_inputs
+from errors import Parser, UserError, keep_inputs, positive_int
 from files import read_text, write_whole
 from squad_utils import Example, read_examples
 
@@ -23,13 +23,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="SQuAD JSON, JSONL, or owner/name:split")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL file to write")
     parser.add_argument("--ids", metavar="FILE", help="only these ids, one a line, in this order")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N (default: all)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N (default: all)"
+    )
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: give 1 or more")
     keep_inputs(args.output, args.source, args.ids)
     examples = read_examples(args.source)
     if args.ids:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, keep_inputs
+from errors import Parser, UserError, keep_inputs, seed
 from squad_utils import read_examples
 
 
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
     parser.add_argument("--contexts", metavar="DATA", help="their source (default: DATA)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     return parser.parse_args()
 
 
