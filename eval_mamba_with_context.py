@@ -10,7 +10,6 @@ resumes a run. Baselines: MODEL sliding-window, and --prompt_order question_only
 from script import loading, run_script
 
 import argparse
-from pathlib import Path
 
 from context_qa.arguments import evaluation_parser, read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
@@ -54,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     args.prompt_order = args.prompt_order or trained_prompt_order(args.model)
     sources = (args.data, args.tune_on)
-    data = read_inputs(args.model, args.tokenizer, sources, Path(args.output).parent)
+    data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):
         from context_qa.evaluation import evaluate
     evaluate(args, data, lambda e: prompt_parts(e.context, e.question, args.prompt_order))

@@ -10,7 +10,6 @@ command again goes on where it was cut off.
 from script import loading, run_script
 
 import argparse
-from pathlib import Path
 
 from context_qa.arguments import evaluation_parser, read_inputs
 from context_qa.shots import n_shot_prompt
@@ -25,7 +24,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    data = read_inputs(args.model, args.tokenizer, [args.data], Path(args.output).parent)
+    data = read_inputs(args.model, args.tokenizer, [args.data], args.output)
     with loading("PyTorch"):
         from context_qa.evaluation import evaluate
     prefix = n_shot_prompt()

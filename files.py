@@ -90,10 +90,11 @@ def write_whole(output: str | Path, text: str) -> None:
         os.close(replaced(output, text))
 
 
-def require_writable(folder: str | Path) -> None:
-    """UserError unless files can be made in a folder; if it is not there, in what will hold it."""
-    with named_errors(folder):
-        place = Path(folder).absolute()
+def require_writable(output: str | Path) -> None:
+    """UserError unless files can be made in this folder, or in the one that will hold it."""
+    with named_errors(output):
+        place = Path(output).absolute()
+        place = place if place.is_dir() else place.parent
         while not place.exists():
             place = place.parent
         tempfile.TemporaryFile(dir=place).close()

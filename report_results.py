@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
     keep_inputs(output, args.results, str(summary_path(args.results)))
-    require_writable(Path(output).parent)
+    require_writable(output)
     summary = read_summary(args.results)
     with at_once():
         from context_qa.report import report_page

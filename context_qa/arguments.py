@@ -5,7 +5,6 @@ Nothing here takes time to import: `--help` and a path that does not exist are t
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
 from errors import (
     Parser,
@@ -108,12 +107,12 @@ Data = dict[str, list[Example]]
 
 
 def read_inputs(
-    model: str, tokenizer: str | None, sources: Iterable[str | None], folder: str | Path
+    model: str, tokenizer: str | None, sources: Iterable[str | None], output: str
 ) -> Data:
     """The examples of each source that is given. UserError where one cannot be read, there is no
-    such model or tokenizer, or nothing can be written to the folder of the outputs."""
+    such model or tokenizer, or nothing can be written where the output is to be."""
     data = {source: read_examples(source) for source in sources if source}
-    require_writable(folder)
+    require_writable(output)
     if model != SLIDING_WINDOW:
         require_model(model, tokenizer)
     return data

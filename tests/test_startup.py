@@ -28,12 +28,12 @@ TYPOS = {  # arguments of which one is a path that is not there, the last word o
     "eval_n_shot_mamba": [
         (["models/dmeo", DATA, "{}/out.jsonl"], "models/dmeo"),
         ([MODEL, "{}/nope", "{}/out.jsonl"], "nope"),
-        ([MODEL, DATA, "{}/file/out.jsonl"], "file: cannot be written"),
+        ([MODEL, DATA, "{}/file/out.jsonl"], "file/out.jsonl: cannot be written"),
     ],
     "eval_mamba_with_context": [
         (["models/dmeo", DATA, "{}/out.jsonl"], "models/dmeo"),
         ([MODEL, "{}/nope", "{}/out.jsonl"], "nope"),
-        ([MODEL, DATA, "{}/file/out.jsonl"], "file: cannot be written"),
+        ([MODEL, DATA, "{}/file/out.jsonl"], "file/out.jsonl: cannot be written"),
         ([MODEL, DATA, "{}/out.jsonl", "--tune_on", "{}/nope"], "nope"),
         ([MODEL, DATA, "{}/out.jsonl", "--tokenizer", "data/demo/tokenzier"], "tokenzier"),
     ],

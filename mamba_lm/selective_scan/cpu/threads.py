@@ -94,7 +94,7 @@ def _digest_of_sources() -> str:
 
 @functools.cache
 def _say_compiling() -> None:
-    print("compiling the CPU kernels: up to a minute, once per machine", file=sys.stderr)
+    print("compiling the CPU kernels: a minute or two, once per clone", file=sys.stderr)
 
 
 @functools.cache
