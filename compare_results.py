@@ -12,7 +12,7 @@ from script import at_once, run_script
 import argparse
 import json
 
-from errors import Parser
+from errors import Parser, write_utf_8
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +30,7 @@ def main(args: argparse.Namespace) -> None:
 
         comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
+        write_utf_8()
         print(json.dumps(comparison, ensure_ascii=False))
     else:
         show(comparison)

@@ -37,6 +37,11 @@ def say_loading(what: str) -> None:
         print(f"loading {printable(what)} ...", file=sys.stderr, flush=True)
 
 
+def write_utf_8() -> None:
+    """Make standard output UTF-8 whatever the locale says, as who reads JSON or CSV expects."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 class Parser(argparse.ArgumentParser):
     """A script's arguments, described by its docstring; a wrong one is a UserError."""
 

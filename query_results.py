@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
-from errors import Parser, UserError
+from errors import Parser, UserError, write_utf_8
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
-LIMITS = {"memory_limit": "50%", "temp_directory": ""}  # of the machine's; nothing goes to disk
+LIMITS = {"memory_limit": "25%", "temp_directory": ""}  # of the machine's; nothing goes to disk
 COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
 
 
@@ -111,7 +111,7 @@ def show(database: "DuckDBPyConnection", answer: "DuckDBPyRelation", format: str
     if format == "table":
         answer.show(max_rows=100)
         return
-    sys.stdout.reconfigure(encoding="utf-8")  # what reads it has no other locale to go by
+    write_utf_8()
     database.execute("CREATE SCHEMA answer")  # a table of its own: a list would have no bound
     answer.create('answer."a row"')
     if format == "csv":
