@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import multiprocessing
 
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
@@ -12,7 +13,7 @@ from context_qa.dataset import GroupedBatches, continuation
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import doubts, examples_to_score, scorer
-from errors import say_loading
+from errors import UserError, say_loading
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer
@@ -94,4 +95,17 @@ def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:
     if args.eval_data:
         settings |= {"eval_strategy": "epoch", "metric_for_best_model": "exact_match"}
     device = choose_device("cpu" if "use_cpu=true" in args.trainer else "auto")
-    return training_arguments(args.output, device, args.trainer, **settings)
+    arguments = training_arguments(args.output, device, args.trainer, **settings)
+    if arguments.dataloader_num_workers:
+        require_shared_memory()
+    return arguments
+
+
+def require_shared_memory() -> None:
+    """UserError where worker processes cannot share anything: /dev/shm is missing, or read-only."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"dataloader_num_workers: processes cannot share memory here ({error.strerror}); give 0"
+        ) from error

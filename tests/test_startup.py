@@ -1,5 +1,6 @@
 """What every script does before its work: help, usage and a wrong path are told at once."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -145,3 +148,22 @@ def test_flags_out_of_range_are_refused(script, arguments):
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 200
     assert arguments[-2] in err
     assert not modules & HEAVY
+
+
+def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
+    import multiprocessing
+
+    from context_qa.training import trainer_arguments
+    from train_mamba_with_context import parse_args
+
+    def no_semaphore():
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(multiprocessing, "Lock", no_semaphore)
+    arguments = ["--model", MODEL, "--data_path", DATA, "--output", str(tmp_path / "new")]
+    arguments += ["--trainer", "use_cpu=true", "--trainer"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=2"])
+    with pytest.raises(UserError, match="dataloader_num_workers: .*No such file"):
+        trainer_arguments(parse_args())
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=0"])
+    assert trainer_arguments(parse_args()).dataloader_num_workers == 0
