@@ -163,7 +163,7 @@ def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
     arguments = ["--model", MODEL, "--data_path", DATA, "--output", str(tmp_path / "new")]
     arguments += ["--trainer", "use_cpu=true", "--trainer"]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=2"])
-    with pytest.raises(UserError, match="dataloader_num_workers: .*No such file"):
+    with pytest.raises(UserError, match=r"dataloader_num_workers: .*No such file"):
         trainer_arguments(parse_args())
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=0"])
     assert trainer_arguments(parse_args()).dataloader_num_workers == 0
