@@ -50,5 +50,6 @@ def is_script() -> bool:
     return names <= IMPORTS | {"__main__", "runpy", "script", __name__}
 
 
-if is_script():
+IS_SCRIPT = is_script()
+if IS_SCRIPT:
     handle(end)

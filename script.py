@@ -7,6 +7,7 @@ every `finally` is run, but for blocks that are `at_once`.
 
 import guard
 
+import atexit
 import errno
 import io
 import os
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from errors import UserError, printable, say_loading
@@ -38,9 +39,9 @@ def run_script(main: Callable, parse_args: Callable) -> None:
     except UserError as error:
         sys.exit(_report(f"error: {error}", code=2))
     except KeyboardInterrupt:
-        sys.exit(_report(guard.word(signal.SIGINT), code=130))
+        _leave(signal.SIGINT)
     except _Terminated as error:
-        sys.exit(_report(guard.word(error.args[0]), code=128 + error.args[0]))
+        _leave(error.args[0])
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         _throw_output_away()
         sys.exit(141)
@@ -134,6 +135,17 @@ def _raise_swallowed_again(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _leave(number: int) -> None:
+    """End because of a signal. To take an interpreter with PyTorch in it apart can take seconds."""
+    code = _report(guard.word(number), code=128 + number)
+    if guard.IS_SCRIPT:
+        atexit._run_exitfuncs()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _report(line: str, code: int) -> int:
     print(printable(line), file=sys.stderr)
     return code
@@ -166,6 +178,6 @@ def _prepare_streams() -> None:
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
 
 
-if guard.is_script():
+if guard.IS_SCRIPT:
     sys.unraisablehook = _raise_swallowed_again
     _prepare_streams()
