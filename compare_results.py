@@ -7,18 +7,16 @@ interval (a bootstrap over articles, or over questions where articles are unknow
 on exact match, and the questions that only one of the two has right, both without negatives.
 """
 
+from script import at_once, run_script
+
 import argparse
 
-from context_qa.comparison import compare
-from context_qa.metrics import PARTS, SCORES
-from errors import printable, run_script
+from errors import Parser, printable, write_utf_8
 from files import json_line
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results_a", metavar="RESULTS_A", help="JSONL, of an evaluation")
     parser.add_argument("results_b", metavar="RESULTS_B", help="JSONL, of another on the same data")
     about = "table (default) shows ten questions a side; json, one object, shows all"
@@ -27,14 +25,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    comparison = compare(args.results_a, args.results_b)
+    with at_once():
+        from context_qa.comparison import compare
+
+        comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
+        write_utf_8()
         print(json_line(comparison))
     else:
         show(comparison)
 
 
 def show(comparison: dict, most: int = 10) -> None:
+    from context_qa.metrics import PARTS, SCORES
+
     for side in "ab":
         print(f"{side.upper()}: {printable(comparison[f'results_{side}'])}")
     left_out = comparison["num_left_out"]

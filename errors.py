@@ -1,60 +1,14 @@
-"""What the user can mend, told in one line: raised anywhere, printed once, exit code 2."""
+"""What the user can mend, told in one line: raised anywhere, printed by `script.run_script`."""
 
 import argparse
-import errno
 import math
 import os
 import re
-import signal
 import sys
 
 
 class UserError(Exception):
     """Bad input, a missing file, an unusable setting. The message names the thing and the mend."""
-
-
-class _Terminated(BaseException):
-    """SIGTERM has come: as a Ctrl-C, it ends the script by way of every `finally`."""
-
-
-def run_script(main, parse_args) -> None:
-    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError, a path that the
-    system refuses or an output that takes no more, 130 on Ctrl-C, 143 on SIGTERM."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who ran the script
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-
-    def terminate(signal_number, frame):
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        main(parse_args())
-        sys.stdout.flush()
-    except UserError as error:
-        sys.exit(_report(f"error: {error}", code=2))
-    except KeyboardInterrupt:
-        sys.exit(_report("interrupted", code=130))
-    except _Terminated:
-        sys.exit(_report("terminated", code=143))
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
-        _throw_output_away()
-        sys.exit(141)
-    except OSError as error:  # a path that cannot even be looked at: too long, not permitted
-        if error.filename is not None:
-            sys.exit(_report(f"error: {error.filename}: {error.strerror}", code=2))
-        if error.errno not in _FULL_OR_GONE:
-            raise
-        _throw_output_away()
-        sys.exit(_report(f"error: standard output or input: {error.strerror}", code=2))
-
-
-_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
-
-
-def _throw_output_away() -> None:
-    """What is still to be written, which Python would try at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # What moves a terminal's cursor, colours or erases it, breaks a line or turns its direction round,
@@ -77,6 +31,28 @@ def warn(text: str) -> None:
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
+def say_loading(what: str) -> None:
+    """A line for who waits at a terminal, from the first of several processes."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(f"loading {printable(what)} ...", file=sys.stderr, flush=True)
+
+
+def write_utf_8() -> None:
+    """Make standard output UTF-8 whatever the locale says, as who reads JSON or CSV expects."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's arguments, described by its docstring; a wrong one is a UserError."""
+
+    def __init__(self, description: str, **kwargs):
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=kind, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all arguments)")
+
+
 def keep_inputs(output: str, *inputs: str | None) -> None:
     """Raise a UserError if writing the output would destroy one of the files that are read."""
     files = [path for path in inputs if path and os.path.exists(path)]  # others: Hub names
@@ -84,41 +60,54 @@ def keep_inputs(output: str, *inputs: str | None) -> None:
         raise UserError(f"{output}: is read too and would be lost; give another OUTPUT")
 
 
+MOST = 2**31 - 1  # of whole numbers that others count with
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of 1 or more")
-    return int(text)
+    return _whole_number(text, 1, MOST)
 
 
-def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of 0 or more")
-    return value
+def token_count(text: str) -> int:
+    """An argparse type: how many tokens may be made, for which there is to be memory."""
+    return _whole_number(text, 1, 1_000_000)
 
 
 def seed(text: str) -> int:
     """An argparse type: a whole number that every random generator takes."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 to {2**32 - 1}")
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text: str, least: int, most: int) -> int:
+    # Python refuses to read numbers of thousands of digits.
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.40}: give a whole number from {least} to {most}"
+        )
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a number above 0, and not so large that a count made of it overflows."""
+    value = _number(text)
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give a number above 0, at most {MOST}")
+    return value
+
+
+def temperature(text: str) -> float:
+    """An argparse type: 0, or a number by which logits can be divided."""
+    value = _number(text)
+    if value != 0 and not 1e-6 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give 0, or a number from 1e-6 to 1e6")
+    return value
 
 
 def probability(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     value = _number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give a number from 0 to 1")
     return value
 
 
@@ -128,8 +117,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _report(line: str, code: int) -> int:
-    print(printable(line), file=sys.stderr)
-    return code

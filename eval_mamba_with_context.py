@@ -7,17 +7,19 @@ Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json.
 resumes a run. Baselines: MODEL sliding-window, and --prompt_order question_only (no context).
 """
 
+from script import loading, run_script
+
 import argparse
 
-from context_qa.evaluation import evaluate, parse_evaluation_args
+from context_qa.arguments import evaluation_parser, read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.provenance import trained_prompt_order
-from errors import probability, run_script
+from errors import probability
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 
 def parse_args() -> argparse.Namespace:
-    parser = parse_evaluation_args(__doc__)
+    parser = evaluation_parser(__doc__)
     parser.add_argument(
         "--prompt_order",
         choices=PROMPT_ORDERS,
@@ -50,7 +52,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     args.prompt_order = args.prompt_order or trained_prompt_order(args.model)
-    evaluate(args, lambda e: prompt_parts(e.context, e.question, args.prompt_order))
+    sources = (args.data, args.tune_on)
+    data = read_inputs(args.model, args.tokenizer, sources, args.output)
+    with loading("PyTorch"):
+        from context_qa.evaluation import evaluate
+    evaluate(args, data, lambda e: prompt_parts(e.context, e.question, args.prompt_order))
 
 
 if __name__ == "__main__":

@@ -7,24 +7,28 @@ Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json 
 command again goes on where it was cut off.
 """
 
+from script import loading, run_script
+
 import argparse
 
-from context_qa.evaluation import evaluate, parse_evaluation_args
+from context_qa.arguments import evaluation_parser, read_inputs
 from context_qa.shots import n_shot_prompt
-from errors import run_script
 from squad_utils import prompt_parts
 
 
 def parse_args() -> argparse.Namespace:
-    parser = parse_evaluation_args(__doc__)
+    parser = evaluation_parser(__doc__)
     parser.set_defaults(prompt_order="n_shot", negatives=None, constrain_to_context=False)
     parser.set_defaults(no_answer_threshold=None, tune_on=None)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
+    data = read_inputs(args.model, args.tokenizer, [args.data], args.output)
+    with loading("PyTorch"):
+        from context_qa.evaluation import evaluate
     prefix = n_shot_prompt()
-    evaluate(args, lambda example: prompt_parts(prefix, example.question))
+    evaluate(args, data, lambda example: prompt_parts(prefix, example.question))
 
 
 if __name__ == "__main__":

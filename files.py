@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def write_whole(output: str | Path, text: str) -> None:
     with named_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         os.close(replaced(output, text))
+
+
+def require_writable(output: str | Path) -> None:
+    """UserError unless files can be made in this folder, or in the one that will hold it."""
+    with named_errors(output):
+        place = Path(output).absolute()
+        place = place if place.is_dir() else place.parent
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def replaced(output: str | Path, text: str) -> int:

@@ -8,18 +8,18 @@ Without --question, questions come from standard input, one a line. The list is 
 question is asked from the state after it.
 """
 
+from script import loading, run_script
+
 import argparse
 
-from context_qa.console import add_console_flags, load_console
-from context_qa.conversation import Conversation
+from context_qa.arguments import add_console_flags
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
-from errors import run_script
+from errors import Parser
+from mamba_lm.folders import require_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument(
         "--shots", metavar="FILE", help="JSONL of question, answer (default: eight of our own)"
@@ -31,7 +31,12 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     shots = SHOTS if args.shots is None else read_shots(args.shots)
-    console = load_console(args, show_prompt=args.show_prompt)
+    require_model(args.model, args.tokenizer)
+    with loading(f"PyTorch and {args.model}"):
+        from context_qa.console import load_console
+        from context_qa.conversation import Conversation
+
+        console = load_console(args, show_prompt=args.show_prompt)
     conversation = Conversation(console, "prompt_mamba", loads_contexts=False)
     conversation.run(n_shot_prompt(shots), args.question)
 

@@ -8,18 +8,19 @@
 Without --question, questions come from standard input, one a line.
 """
 
+from script import loading, run_script
+
 import argparse
 
-from context_qa.console import add_console_flags, load_console, read_context
-from context_qa.conversation import Conversation
+from context_qa.arguments import add_console_flags
 from context_qa.provenance import trained_prompt_order
-from errors import UserError, run_script, warn
+from context_qa.terminal import read_context
+from errors import Parser, UserError, warn
+from mamba_lm.folders import require_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument(
         "--context_file", metavar="F", help="the context; - is standard input (default: typed)"
@@ -37,13 +38,18 @@ def main(args: argparse.Namespace) -> None:
     if args.context_file == "-" and not args.question:
         raise UserError("--context_file -: is all of standard input; ask by --question")
     context = None if args.context_file is None else read_context(args.context_file)
+    require_model(args.model, args.tokenizer)
     order = trained_prompt_order(args.model)
     if order != "context_first":
         warn(
             f"{args.model} was trained with --prompt_order {order}; here the context is read first,"
             " and once"
         )
-    console = load_console(args, explain=args.explain)
+    with loading(f"PyTorch and {args.model}"):
+        from context_qa.console import load_console
+        from context_qa.conversation import Conversation
+
+        console = load_console(args, explain=args.explain)
     Conversation(console, "prompt_mamba_with_context").run(context, args.question)
 
 

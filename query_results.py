@@ -10,6 +10,8 @@ JSONL of objects is read, results or not. A query sees these tables alone: it re
 and no network.
 """
 
+from script import at_once_in_c, run_script
+
 import argparse
 import contextlib
 import csv
@@ -17,22 +19,23 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
-
-import duckdb
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
-from errors import UserError, printable, run_script
+from errors import Parser, UserError, printable, write_utf_8
 from files import plain_json
 
+if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
+
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
+LIMITS = {"memory_limit": "25%", "temp_directory": ""}  # of the machine's; nothing goes to disk
 COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results", metavar="RESULTS", nargs="+", help="JSONL: results or other")
     parser.add_argument("sql", metavar="SQL", help="a query on df, df2, ...")
     about = "table (default) shortens what is long; csv and json, an object a line, do not"
@@ -41,20 +44,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    database = duckdb.connect()
-    for number, path in enumerate(args.results, start=1):
-        load_results(database, path, table="df" if number == 1 else f"df{number}")
-    database.execute("SET enable_external_access = false; SET lock_configuration = true")
-    try:
-        answer = database.sql(args.sql)
-        if answer is None:
-            raise UserError('the SQL is empty; give a query such as "SELECT AVG(f1) FROM df"')
-        show(answer, args.format)
-    except duckdb.Error as error:  # several lines, the last ones the query itself
-        raise UserError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
+    with at_once_in_c():  # some queries, recursive ones among them, cannot be interrupted
+        import duckdb
+
+        database = duckdb.connect(config=LIMITS)
+        for number, path in enumerate(args.results, start=1):
+            load_results(database, path, table="df" if number == 1 else f"df{number}")
+        database.execute("SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            answer = database.sql(args.sql)
+            if answer is None:
+                raise UserError('the SQL is empty; give a query such as "SELECT AVG(f1) FROM df"')
+            show(database, answer, args.format)
+        except duckdb.Error as error:  # several lines, the last ones the query itself
+            raise UserError(" ".join(str(error).split("\n\nLINE ")[0].split())) from error
 
 
-def load_results(database: duckdb.DuckDBPyConnection, path: str, table: str) -> None:
+def load_results(database: "DuckDBPyConnection", path: str, table: str) -> None:
     """Make a table of a JSONL file, its columns in the order in which they first appear, and warn
     if it is the file of an incomplete run. UserError as `read_objects`, and without any column."""
     objects, is_torn = read_objects(path)
@@ -103,7 +109,7 @@ def valid_text(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
+def show(database: "DuckDBPyConnection", answer: "DuckDBPyRelation", format: str) -> None:
     """Print a query's answer; csv with lists and dates as DuckDB writes them. A terminal gets no
     control characters, a file or a pipe gets csv as it is; json has escapes for them."""
     if format == "table":
@@ -111,15 +117,27 @@ def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
         with contextlib.redirect_stdout(table):
             answer.show(max_rows=100)
         print(printable(table.getvalue(), keep="\n"), end="")
-    elif format == "csv":
-        rows = answer.query("answer", "SELECT COLUMNS(*)::VARCHAR FROM answer").fetchall()
-        table = [answer.columns, *rows]
-        if sys.stdout.isatty():
-            table = [[cell and printable(cell) for cell in row] for row in table]
-        csv.writer(sys.stdout, lineterminator="\n").writerows(table)
+        return
+    write_utf_8()
+    database.execute("CREATE SCHEMA answer")  # a table of its own: a list would have no bound
+    answer.create('answer."a row"')
+    if format == "csv":
+        writer, is_terminal = csv.writer(sys.stdout, lineterminator="\n"), sys.stdout.isatty()
+        writer.writerow(map(printable, answer.columns) if is_terminal else answer.columns)
+        for rows in fetched(database, 'SELECT COLUMNS(*)::VARCHAR FROM answer."a row"'):
+            if is_terminal:
+                rows = [[cell and printable(cell) for cell in row] for row in rows]
+            writer.writerows(rows)
     else:
-        rows = answer.query("a row", 'SELECT to_json("a row") FROM "a row"').fetchall()
-        print(*(plain_json(text) + "\n" for [text] in rows), sep="", end="")
+        for rows in fetched(database, 'SELECT to_json("a row") FROM answer."a row"'):
+            print(*(plain_json(text) + "\n" for [text] in rows), sep="", end="")
+
+
+def fetched(database: "DuckDBPyConnection", sql: str) -> Iterator[list[tuple]]:
+    """The rows of a query, some at a time: all may be more than the memory holds."""
+    cursor = database.execute(sql)
+    while rows := cursor.fetchmany(10_000):
+        yield rows
 
 
 if __name__ == "__main__":

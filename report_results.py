@@ -8,19 +8,18 @@ of all questions can be searched, sorted and filtered; a click on a row shows th
 guess marked. The same results give the same page, byte for byte.
 """
 
+from script import at_once, run_script
+
 import argparse
 from pathlib import Path
 
-from context_qa.report import report_page
 from context_qa.results import read_objects, read_summary, results_rows, summary_path
-from errors import keep_inputs, printable, run_script
-from files import write_whole
+from errors import Parser, keep_inputs, printable
+from files import require_writable, write_whole
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results", metavar="RESULTS", help="JSONL, of an evaluation")
     about = "the page to write (default: RESULTS with the suffix .html)"
     parser.add_argument("--output", metavar="FILE", help=about)
@@ -32,7 +31,12 @@ def main(args: argparse.Namespace) -> None:
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
     keep_inputs(output, args.results, str(summary_path(args.results)))
-    page = report_page(rows, read_summary(args.results), Path(args.results).name, is_torn)
+    require_writable(output)
+    summary = read_summary(args.results)
+    with at_once():
+        from context_qa.report import report_page
+
+        page = report_page(rows, summary, Path(args.results).name, is_torn)
     write_whole(output, page)
     print(printable(output))
 

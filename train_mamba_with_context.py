@@ -8,32 +8,19 @@
 The same command goes on where it was cut off. Several processes: torchrun --nproc_per_node N.
 """
 
+from script import loading, run_script
+
 import argparse
-import functools
 
-from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
-
-from context_qa.data_warnings import data_warnings
-from context_qa.dataset import GroupedBatches, continuation
+from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
-from context_qa.training_data import data_report, within_length
-from context_qa.training_run import TrainingRun
-from context_qa.training_scores import doubts, examples_to_score, scorer
-from errors import keep_inputs, positive_float, positive_int, run_script, seed
-from mamba_lm.checkpoint import load_model_and_tokenizer
-from mamba_lm.device import choose_device
-from mamba_lm.training import PrefixSuffixTrainer
-from mamba_lm.training_arguments import training_arguments
-from squad_utils import PROMPT_ORDERS, read_examples
+from errors import Parser, keep_inputs, positive_float, positive_int, seed
+from squad_utils import PROMPT_ORDERS
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --model MODEL --data_path DATA --output DIR [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "%(prog)s --model MODEL --data_path DATA --output DIR [options]"
+    parser = Parser(__doc__, usage=usage)
     # fmt: off
     add = parser.add_argument
     add("--model", required=True, help="local folder, Hub name or config file")
@@ -76,78 +63,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     keep_inputs(args.output, args.model, args.tokenizer)
-    arguments = trainer_arguments(args)
-    with TrainingRun(args) as run:
-        if run.is_complete:
-            say(f"{args.output}: this run is complete; --overwrite begins anew")
-        else:
-            train(args, arguments, run)
-            say(f"model written to {args.output}")
-
-
-def train(args: argparse.Namespace, arguments: TrainingArguments, run: TrainingRun) -> None:
-    negatives = None if args.negatives == "none" else args.negatives
-    examples = read_examples(args.data_path)
-    asked = read_examples(args.eval_data) if args.eval_data else []
-    scored = examples_to_score(asked, negatives)
-    set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
-    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
-    run.warn(data_warnings(args.data_path, examples, tokenizer, is_training=True))
-    run.warn([*doubts(scored, examples), *data_warnings(args.eval_data, asked, tokenizer)])
-
-    data = within_length(examples, tokenizer, args.prompt_order, args.max_length)
-    batches = GroupedBatches(
-        data.examples,
-        args.batch_size,
-        negatives,
-        args.seed,
-        arguments.process_index,
-        arguments.world_size,
-        negative_ratio=args.negative_ratio,
-        accumulation=args.gradient_accumulation_steps,
-    )
-    prompt = {"tokenizer": tokenizer, "prompt_order": args.prompt_order}
-    tokenize = functools.partial(continuation, **prompt, max_length=args.max_length)
-    metric = arguments.metric_for_best_model
-    score = scorer(scored, **prompt, metric=metric) if scored else None
-    trainer = PrefixSuffixTrainer(
-        model, arguments, batches, tokenize, tokenizer, score, args.patience, args.fully_shard
-    )
-
-    report = data_report(data, batches, **prompt, max_length=args.max_length)
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{report}")
-    checkpoint = run.checkpoint or arguments.resume_from_checkpoint
-    if checkpoint:
-        say(f"going on from {checkpoint}")
-    trainer.train(checkpoint, run.begin)
-    trainer.save_model()
-    state, kept_step = trainer.state, trainer.kept_step or trainer.state.global_step
-    if state.global_step < state.max_steps:
-        say(f"ended at step {state.global_step} of {state.max_steps}: no better score any more")
-    if kept_step < state.global_step:
-        say(f"the best model, that of step {kept_step}, is kept")
-    run.finish(report, state, kept_step)
-
-
-def say(text: str) -> None:
-    """Print once, of several processes."""
-    PartialState().print(text, flush=True)
-
-
-def trainer_arguments(args: argparse.Namespace) -> TrainingArguments:
-    settings = {
-        "num_train_epochs": args.num_epochs,
-        "max_steps": args.max_steps or -1,
-        "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "optim": args.optim,
-        "seed": args.seed,
-    }
-    if args.eval_data:
-        settings |= {"eval_strategy": "epoch", "metric_for_best_model": "exact_match"}
-    device = choose_device("cpu" if "use_cpu=true" in args.trainer else "auto")
-    return training_arguments(args.output, device, args.trainer, **settings)
+    sources = (args.data_path, args.eval_data)
+    data = read_inputs(args.model, args.tokenizer, sources, args.output)
+    with loading("PyTorch"):
+        from context_qa.training import train
+    train(args, data)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ DATA, on their own contexts and on other ones of the file that do not hold the a
 difference with its 95 % interval by a bootstrap over contexts.
 """
 
+from script import run_script
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +20,14 @@ from tqdm import tqdm
 
 from context_qa.dataset import Pairing, continuation
 from context_qa.negatives import NegativeSampler
-from errors import run_script
+from errors import Parser
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")

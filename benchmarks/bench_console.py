@@ -10,6 +10,8 @@ not; llama.cpp keeps the passage's state by its own means, transformers has none
 everything anew.
 """
 
+from script import run_script
+
 import contextlib
 import tempfile
 from pathlib import Path
@@ -27,7 +29,7 @@ from benchmarks.timing import (
 from context_qa.answering import Answerer
 from context_qa.console import READ_AT_ONCE
 from context_qa.streamed_answer import stream_answer
-from errors import UserError, positive_int, run_script
+from errors import UserError, positive_int
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.generate import read
 from mamba_lm.model import MambaConfig, MambaLM

@@ -8,6 +8,8 @@ Every token needs every weight once, so that the memory's bandwidth is the limit
 torch's sum over as many bytes, in the same round. Random weights, in float32 and in bfloat16.
 """
 
+from script import run_script
+
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from errors import positive_int, run_script
+from errors import positive_int
 from mamba_lm.device import DTYPES
 from mamba_lm.generate import decode, read
 from mamba_lm.model import MambaConfig, MambaLM

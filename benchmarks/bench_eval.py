@@ -10,6 +10,8 @@ to ours, shared. Ours also scores "I don't know." after every question, which th
 peer that is slow answers only some questions of the sample, of its middle lengths.
 """
 
+from script import run_script
+
 import random
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from benchmarks.timing import (
     rows_per_item,
 )
 from context_qa.answering import Answerer
-from errors import positive_int, run_script
+from errors import positive_int
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.tokenizer import token_ids

@@ -8,12 +8,14 @@ Questions have 20 tokens, answers 16. `seconds` is a question's, `ratio` is to s
 setting; tokens are those read and generated.
 """
 
+from script import run_script
+
 from pathlib import Path
 
 import torch
 
 from benchmarks.timing import Contender, parse_benchmark_args, report, rows_per_item
-from errors import UserError, positive_int, run_script
+from errors import UserError, positive_int
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.model import MambaConfig, MambaLM
 

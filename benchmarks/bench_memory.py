@@ -16,13 +16,14 @@ Measured: what autograd keeps of a batch of eight contexts of 160 tokens with fi
 tokens each, as SQuAD has them, by hooks on saved tensors, without the vocabulary's logits.
 """
 
+from script import run_script
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.timing import parse_benchmark_args, report
-from errors import run_script
 from mamba_lm.checkpoint import read_config
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.prefix_suffix import Continuation, PrefixSuffixLM, collate

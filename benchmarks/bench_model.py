@@ -10,6 +10,8 @@ of its own; memory is what its first pass adds at the peak. transformers' defaul
 layer and its time is multiplied, its memory is not.
 """
 
+from script import run_script
+
 import statistics
 from collections.abc import Callable
 
@@ -25,7 +27,6 @@ from benchmarks.timing import (
     ratio,
     report,
 )
-from errors import run_script
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.selective_scan import linear
 

@@ -12,6 +12,8 @@ of like lengths, gradients added up. `seconds` is an example's; `ratio` is to ou
 count what is read, padding left out.
 """
 
+from script import run_script
+
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -27,7 +29,7 @@ from benchmarks.timing import (
     rows_per_item,
 )
 from context_qa.dataset import GroupedBatches, continuation
-from errors import positive_int, run_script
+from errors import positive_int
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate

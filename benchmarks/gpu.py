@@ -14,6 +14,8 @@ written, as they come; nothing begins after --minutes. Exit code 1 if an error i
 tolerated.
 """
 
+from script import run_script
+
 import functools
 import gc
 import os
@@ -33,7 +35,7 @@ from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report, write_json
 from context_qa.answering import Answerer
-from errors import UserError, positive_float, positive_int, run_script
+from errors import UserError, positive_float, positive_int
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import load_backend

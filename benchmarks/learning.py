@@ -11,6 +11,8 @@ Adds a line to the file for every look at the held-out loss; prints the table of
 these conditions.
 """
 
+from script import run_script
+
 import argparse
 import functools
 import json
@@ -27,7 +29,7 @@ from transformers import TrainerCallback, set_seed
 
 from benchmarks.answer_loss import answer_losses
 from context_qa.dataset import GroupedBatches, continuation
-from errors import UserError, positive_float, positive_int, run_script
+from errors import Parser, UserError, positive_float, positive_int
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM
 from mamba_lm.training import PrefixSuffixTrainer
@@ -39,9 +41,7 @@ LOOKS = 8  # at the held-out loss in a run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("train", metavar="TRAIN", help="JSONL or SQuAD JSON file")
     parser.add_argument("held_out", metavar="HELD_OUT", help="the same; its first 600 questions")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL, appended to")

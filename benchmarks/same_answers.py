@@ -7,13 +7,15 @@ Where two guesses differ, prints the gap between the probabilities of the two to
 part: rounding decides a tie, and only a tie.
 """
 
+from script import run_script
+
 import argparse
 
 import torch
 from tqdm import tqdm
 
 from context_qa.answering import Answerer
-from errors import positive_int, run_script
+from errors import Parser, positive_int
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.generate import decode, read
 from mamba_lm.tokenizer import token_ids
@@ -21,9 +23,7 @@ from squad_utils import prompt_parts, read_examples
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="local folder, Hub name or config file")
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS
 from context_qa.results import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
 from errors import UserError
@@ -19,8 +20,6 @@ from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
 from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
 
 WINDOW = 512  # prompts: what is answered out of order
-MAX_BATCH_TOKENS = 8192
-MAX_NEW_TOKENS = 64
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,53 +11,22 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from context_qa.answering import MAX_NEW_TOKENS, Answerer
+from context_qa.answering import Answerer
 from context_qa.data_warnings import model_warnings
 from context_qa.explanation import Explanation, answer_spans, shown, token_strengths
 from context_qa.streamed_answer import StreamedAnswer, stream_answer
-from context_qa.terminal import Screen, typed
-from errors import UserError, not_negative, positive_int, probability, seed, warn
-from files import json_line, read_text
+from context_qa.terminal import Screen
+from errors import warn
+from files import json_line
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.delta import DeltaNorms, delta_layers
-from mamba_lm.device import add_model_flags, choose_device, choose_dtype
+from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.model import MambaState
 from mamba_lm.streaming import Sampler
 from mamba_lm.tokenizer import require_offsets, token_ids
 from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
-
-
-def add_console_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of both scripts."""
-    parser.add_argument("--question", metavar="Q", action="append", help="ask this; repeatable")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive_int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"default: {MAX_NEW_TOKENS}",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=not_negative,
-        default=0.0,
-        metavar="T",
-        help="draw each token at this temperature; 0 takes the likeliest (default: 0)",
-    )
-    parser.add_argument(
-        "--top_k", type=positive_int, metavar="K", help="draw from the K likeliest (default: all)"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=probability,
-        metavar="P",
-        help="draw from the likeliest that have P together (default: 1)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of draws (default: 0)")
-    add_model_flags(parser)
 
 
 class Passage(NamedTuple):
@@ -177,11 +145,6 @@ def load_console(
 ) -> Console:
     """A console with the model that the command line names; the model's note goes to stderr.
     UserError where the model, its tokenizer or a flag is unfit."""
-    for question in args.question or ():
-        if not question.strip():
-            raise UserError("--question: is empty; ask something")
-        if any("\ud800" <= character <= "\udfff" for character in question):  # by Python's argv
-            raise UserError("--question: not UTF-8; convert it to UTF-8")
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -207,19 +170,3 @@ def _load_kernels(answerer: Answerer) -> None:
     text = answer_text(NO_ANSWER)  # which has tokens; a newline may have none
     state, [length] = brief.read_prefixes([text])
     stream_answer(brief, state, text, length)
-
-
-def read_context(path: str) -> str:
-    """The context in a file, or on standard input if that is "-"; without blanks around it."""
-    if path != "-":
-        context = read_text(os.path.expanduser(path), "a text file")
-    else:
-        path, context = "standard input", typed(sys.stdin.read)
-    return checked_context(context, path)
-
-
-def checked_context(context: str, source: str) -> str:
-    """The context without blanks around it; UserError if that is all it was."""
-    if not context.strip():
-        raise UserError(f"{source}: the context is empty")
-    return context.strip()

@@ -4,8 +4,8 @@ import contextlib
 import functools
 from collections.abc import Sequence
 
-from context_qa.console import Console, checked_context, read_context
-from context_qa.terminal import Lines, keyboard
+from context_qa.console import Console
+from context_qa.terminal import Lines, checked_context, keyboard, read_context
 from errors import UserError
 
 

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from context_qa.answering import MAX_NEW_TOKENS, stop_tokens
+from context_qa.answering import stop_tokens
+from context_qa.arguments import MAX_NEW_TOKENS
 from mamba_lm.checkpoint import find_model
 from mamba_lm.tokenizer import encode
 from squad_utils import Example, answer_text, exact_match, folded_answer, normalize_answer

@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from context_qa.answering import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, Answerer
+from context_qa.answering import Answerer
+from context_qa.arguments import SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
@@ -18,48 +19,19 @@ from context_qa.processes import from_first, in_step
 from context_qa.provenance import run_record, sha256
 from context_qa.results import Answer, result_row
 from context_qa.results_file import ResultsFile
-from context_qa.sliding_window import SLIDING_WINDOW, sliding_window_answers
+from context_qa.sliding_window import sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from errors import UserError, keep_inputs, positive_int, printable, warn
+from errors import UserError, keep_inputs, printable, say_loading, warn
 from mamba_lm.checkpoint import load_model_and_tokenizer
-from mamba_lm.device import add_model_flags, choose_device, choose_dtype
-from squad_utils import Example, read_examples, same_question
+from mamba_lm.device import choose_device, choose_dtype
+from squad_utils import Example, same_question
 
 Prompt = Callable[[Example], tuple[str, str]]
 
 
-def parse_evaluation_args(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that `evaluate` reads."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
-    parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
-    parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive_int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"default: {MAX_NEW_TOKENS}",
-    )
-    parser.add_argument(
-        "--max_batch_tokens",
-        type=positive_int,
-        default=MAX_BATCH_TOKENS,
-        metavar="N",
-        help=f"tokens read together: bounds memory (default: {MAX_BATCH_TOKENS})",
-    )
-    parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="first N only (default: all)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace results at OUTPUT")
-    add_model_flags(parser)
-    return parser
-
-
-def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
-    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print.
+def evaluate(args: argparse.Namespace, data: Data, prompt: Prompt) -> None:
+    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print. data:
+    the examples of each file that args name.
 
     Under torchrun the processes share the work, and the first one writes.
     """
@@ -76,7 +48,7 @@ def evaluate(args: argparse.Namespace, prompt: Prompt) -> None:
     processes = PartialState(cpu=device.type == "cpu")
     if processes.num_processes > 1:
         device = processes.device
-    run = _Run(args, prompt, processes, device)
+    run = _Run(args, data, prompt, processes, device)
     questions = run.read(args.data, args.limit)
     threshold = args.no_answer_threshold
     if args.tune_on:
@@ -110,15 +82,17 @@ class _Run:
     def __init__(
         self,
         args: argparse.Namespace,
+        data: Data,
         prompt: Prompt,
         processes: PartialState,
         device: torch.device,
     ):
-        self.args, self.prompt, self.processes, self.device = args, prompt, processes, device
+        self.args, self.data, self.prompt = args, data, prompt
+        self.processes, self.device = processes, device
         self.dtype = choose_dtype(args.dtype, device)
 
     def read(self, source: str, limit: int | None = None) -> _Questions:
-        examples = read_examples(source)[:limit]
+        examples = self.data[source][:limit]
         if self.args.negatives is None:
             return _Questions(source, examples, None)
         copies = unanswerable_copies(examples, self.args.negatives)
@@ -239,6 +213,7 @@ class _Run:
 
     @functools.cached_property
     def _model_and_tokenizer(self):
+        say_loading(self.args.model)
         torch.manual_seed(0)  # for the weights, should MODEL be a config file
         return load_model_and_tokenizer(
             self.args.model, self.args.tokenizer, self.device, self.dtype

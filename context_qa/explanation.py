@@ -4,15 +4,17 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import regex
-from torch import Tensor
 from wcwidth import wcswidth
 
 from errors import printable
 from mamba_lm.tokenizer import encode_with_offsets
 from squad_utils import UNSPACED, abstains, fold
+
+if TYPE_CHECKING:  # all that waits for a line on a terminal is to be imported fast
+    from torch import Tensor
 
 LEVELS = 5
 BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
@@ -95,7 +97,7 @@ class Explanation(NamedTuple):
         yield from ((MARK, *span) for span in self.spans)
 
 
-def token_strengths(tokenizer, context: str, norms: Tensor) -> list[tuple[int, int, float]]:
+def token_strengths(tokenizer, context: str, norms: "Tensor") -> list[tuple[int, int, float]]:
     """Each token's place in the context and its mean over layers of norms (layers, tokens)."""
     [(_, places)] = encode_with_offsets(tokenizer, [context])
     return [(*place, s) for place, s in zip(places, norms.mean(dim=0).tolist(), strict=True)]

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mamba_lm.checkpoint import files_read
 from squad_utils import PROMPT_ORDERS
 
 RECORD = "training_args.json"  # in a trained model's folder
@@ -22,6 +21,8 @@ def run_record(
 ) -> dict:
     """JSON-ready: every argument, git commit, versions, and SHA-256 of local data and of all files
     that loading the model and its tokenizer reads. model: None for a baseline."""
+    from mamba_lm.checkpoint import files_read  # takes seconds
+
     files, others = files_read(model, tokenizer) if model else ([], [])
     return {
         "arguments": vars(args),

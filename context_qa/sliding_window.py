@@ -22,7 +22,6 @@ import regex
 from context_qa.results import Answer
 from squad_utils import Example, fold
 
-SLIDING_WINDOW = "sliding-window"  # in place of a model's name
 _UNIT = 2**32  # information in whole numbers: sums do not depend on their order, so ties are ties
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
 # A letter's marks are part of its word, and so are the joiners and soft hyphens between letters.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from context_qa.explanation import ASCII, BLOCKS, Explanation, shown
 from errors import UserError
+from files import read_text
 
 ASKS_FOR_CONTEXT = "Context, ended by an empty line:"
 ASKS_FOR_QUESTION = "Q: "
@@ -243,3 +244,19 @@ def keyboard(screen: Screen, script: str, as_json: bool, commands: Sequence[str]
         return Prompts(screen, stream, history_path(script), commands)
     except ImportError:
         return Lines(screen)
+
+
+def read_context(path: str) -> str:
+    """The context in a file, or on standard input if that is "-"; without blanks around it."""
+    if path != "-":
+        context = read_text(os.path.expanduser(path), "a text file")
+    else:
+        path, context = "standard input", typed(sys.stdin.read)
+    return checked_context(context, path)
+
+
+def checked_context(context: str, source: str) -> str:
+    """The context without blanks around it; UserError if that is all it was."""
+    if not context.strip():
+        raise UserError(f"{source}: the context is empty")
+    return context.strip()

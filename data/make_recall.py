@@ -9,12 +9,14 @@ each in a sentence of its own, so that all of its questions share one context. T
 paragraph a line, as WikiText does, whose marks (` @-@ `, blanks before commas) are taken out.
 """
 
+from script import run_script
+
 import argparse
 import random
 import re
 
 from data.prepare_squad import write_oxen_layout
-from errors import UserError, keep_inputs, printable, run_script
+from errors import Parser, UserError, keep_inputs, printable, seed
 from files import read_text
 from squad_utils import Example
 
@@ -29,12 +31,10 @@ _NAME_OR_NUMBER = re.compile(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text, a paragraph a line")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     return parser.parse_args()
 
 

@@ -8,28 +8,28 @@ SOURCE may also be a local SQuAD v1.1 or v2.0 JSON file or a JSONL file. The res
 reference answer, or "I don't know." where there is none. Run it from the repository's root.
 """
 
+from script import run_script
+
 import argparse
 import json
 
-from errors import UserError, keep_inputs, printable, run_script
+from errors import Parser, UserError, keep_inputs, positive_int, printable
 from files import read_text, write_whole
 from squad_utils import Example, read_examples
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="SQuAD JSON, JSONL, or owner/name:split")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL file to write")
     parser.add_argument("--ids", metavar="FILE", help="only these ids, one a line, in this order")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N (default: all)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N (default: all)"
+    )
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: give 1 or more")
     keep_inputs(args.output, args.source, args.ids)
     examples = read_examples(args.source)
     if args.ids:

@@ -7,23 +7,23 @@ Only answerable questions are taken; no chosen context holds one of a question's
 --contexts, all contexts come from that file, so that they are new to a model trained on the first.
 """
 
+from script import run_script
+
 import argparse
 from dataclasses import replace
 
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
-from errors import UserError, keep_inputs, printable, run_script
+from errors import Parser, UserError, keep_inputs, printable, seed
 from squad_utils import read_examples
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
     parser.add_argument("--contexts", metavar="DATA", help="their source (default: DATA)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     return parser.parse_args()
 
 

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from errors import UserError, warn
 from files import MODEL_FILES, atomic_folder
-from mamba_lm.foreign_files import parsing, read_foreign_object
+from mamba_lm.folders import find_folder
+from mamba_lm.foreign_files import read_foreign_object
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
 from mamba_lm.model import MambaConfig, MambaLM
 from mamba_lm.tokenizer import (
     DEFAULT_TOKENIZER,
     SAVED_FILES,
-    TOKENIZER_FILES,
     find_tokenizer,
     has_tokenizer,
     load_tokenizer_at,
@@ -41,7 +41,6 @@ from mamba_lm.tokenizer import (
 FORMATS = ("transformers", "state_spaces")
 NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
 GENERATION = "generation_config.json"
-_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
 
 
 class ModelFiles(NamedTuple):
@@ -183,23 +182,6 @@ def _require_fit(model: MambaLM, weights: dict[str, Tensor], source: Path) -> No
                 f"{source}: {key} has shape {tuple(value.shape)}, config.json wants "
                 f"{tuple(expected[key].shape)}"
             )
-
-
-def find_folder(name: str) -> Path:
-    """The local folder of a model, downloaded from the Hub if need be."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name}: no such model folder; give a folder, a Hub name or a config file")
-    from huggingface_hub import snapshot_download
-
-    with parsing(
-        lambda reason: (
-            f"{name}: no such folder here, and the Hub cannot give it ({reason}); "
-            "check the name and the network, or give a local folder"
-        )
-    ):
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
 
 
 def read_config(path: Path, is_random: bool = False) -> MambaConfig:

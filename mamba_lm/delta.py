@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from mamba_lm.checkpoint import find_folder
+from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_json
 from mamba_lm.model import MambaLM
 

@@ -1,22 +1,11 @@
 """Which device and number format a script runs in, from its --device and --dtype."""
 
-import argparse
-
 import torch
 
 from errors import UserError, warn
 from mamba_lm.selective_scan import backend_name, load_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that runs a model."""
-    parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
-    )
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: auto")
 
 
 def choose_device(name: str) -> torch.device:

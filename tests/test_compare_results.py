@@ -1,5 +1,7 @@
 """compare_results.py: paired differences, and what may not be compared."""
 
+from script import run_script
+
 import json
 import re
 import sys
@@ -11,7 +13,6 @@ import pytest
 import compare_results
 from context_qa import comparison
 from context_qa.results import Answer, result_row
-from errors import run_script
 from squad_utils import NO_ANSWER, Example
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import train_mamba_with_context
+from context_qa import training
 from mamba_lm.checkpoint import load_model
 from mamba_lm.training import PrefixSuffixTrainer
 from mamba_lm.training_checkpoints import fault
@@ -159,7 +160,7 @@ def resume(folder: Path, name: str, of: str, *more: str) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    train_mamba_with_context.PrefixSuffixTrainer = noting_shards(folder)
+    training.PrefixSuffixTrainer = noting_shards(folder)
     for name, more in RUNS.items():
         train(folder, name, *more)
     resume(folder, "resumed sharded", "copies", *SHARDED)

@@ -1,5 +1,7 @@
 """query_results.py: SQL on JSONL of any layout, which may be torn at the end but not elsewhere."""
 
+from script import run_script
+
 import csv
 import io
 import json
@@ -11,7 +13,6 @@ import pytest
 
 import query_results
 from context_qa.results import Answer, result_row, summary_path
-from errors import run_script
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

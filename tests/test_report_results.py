@@ -1,5 +1,7 @@
 """report_results.py: one page that needs nothing else, shows hostile texts as texts, and works."""
 
+from script import run_script
+
 import json
 import re
 import shutil
@@ -13,7 +15,6 @@ import pytest
 
 import report_results
 from context_qa.results import Answer, result_row, summary_path
-from errors import run_script
 from squad_utils import NO_ANSWER, Example, fold
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,7 @@
 """The root scripts as a user runs them: from training to SQL, and what bad input gets."""
 
+from script import run_script
+
 import importlib
 import json
 import os
@@ -15,7 +17,6 @@ import pytest
 
 from context_qa.answering import Answerer
 from context_qa.results import Answer, read_summary, result_row
-from errors import run_script
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import train_mamba_with_context
+from context_qa import training
 from errors import UserError
 from files import locked
 from mamba_lm.checkpoint import load_tokenizer
@@ -309,7 +310,7 @@ def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
 ):
     """What is scored then, the run scores when it goes on; also if that was its end."""
     output = tmp_path / "run"
-    score = train_mamba_with_context.scorer
+    score = training.scorer
     steps = iter(range(4, 99, 4))
 
     def stopping_scorer(*args, **kwargs):
@@ -321,7 +322,7 @@ def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
         return stopping
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_mamba_with_context, "scorer", stopping_scorer)
+        patch.setattr(training, "scorer", stopping_scorer)
         with pytest.raises(KeyboardInterrupt):
             finish(inputs, output)
     assert checkpoints(output)[0].name == f"checkpoint-{at}"

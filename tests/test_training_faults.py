@@ -12,7 +12,7 @@ import matplotlib.image
 import pytest
 
 import train_mamba_with_context
-from context_qa import training_run
+from context_qa import training, training_run
 from context_qa.negatives import NegativeSampler
 from context_qa.training_data import within_length
 from errors import UserError
@@ -67,7 +67,7 @@ def scored_as(monkeypatch, *scores: float) -> None:
     """Evaluations that give these figures, one after the other."""
     found = iter(scores)
     monkeypatch.setattr(
-        train_mamba_with_context, "scorer",
+        training, "scorer",
         lambda *args, **kwargs: lambda model, poll: {"exact_match": next(found), "f1": 1.0},
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ about, and how, never occurs in training. Single words, figures and the statemen
 `training_passages` streams as many training passages as one likes.
 """
 
+from script import run_script
+
 import argparse
 import hashlib
 import json
@@ -20,7 +22,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from data.demo.domains import DOMAINS, FIGURES, FILLERS, OPENERS, PHRASES, Attribute, Domain
-from errors import UserError, run_script
+from errors import Parser, UserError
 from squad_utils import NO_ANSWER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -324,9 +326,7 @@ def write_rows(path: Path, passages: Iterable[list[dict]]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent, help="folder (default: data/demo)"
     )

@@ -7,6 +7,8 @@ no choice was made by; then on the file, the model's also by facts per passage. 
 unanswerable copies (--negatives) their contexts answer, by what the generator knows of them.
 """
 
+from script import run_script
+
 import argparse
 import json
 import re
@@ -22,7 +24,7 @@ from context_qa.negatives import NegativeSampler, unanswerable_copies
 from data.demo.domains import DOMAINS
 from data.demo.make_demo import NUM_VALIDATION_PASSAGES as NUM_PASSAGES
 from data.demo.make_demo import POOLS, validation_passages
-from errors import positive_int, run_script
+from errors import Parser, positive_int
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, prompt_parts, read_examples
 
@@ -32,9 +34,7 @@ HANDWRITTEN = "data/demo/handwritten.jsonl"  # passages of another kind, not by 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a model trained on the demo data")
     about = f"passages of N other seeds, from {FIRST_FRESH_SEED} on (default: 10)"
     parser.add_argument("--seeds", type=positive_int, default=10, metavar="N", help=about)

@@ -16,6 +16,8 @@ first with one plain phrasing for each fact, so that a name and its value stand 
 names, values and phrasings are those of training; no passage is seen twice.
 """
 
+from script import run_script
+
 import argparse
 import functools
 import itertools
@@ -35,7 +37,7 @@ from context_qa.dataset import Pairing, continuation
 from context_qa.provenance import run_record
 from data.demo.domains import DOMAINS, Domain
 from data.demo.make_demo import Passage, make_passage, sentence
-from errors import UserError, positive_float, positive_int, run_script
+from errors import Parser, UserError, positive_float, positive_int
 from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
@@ -222,9 +224,7 @@ class Promotion(TrainerCallback):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("output", metavar="DIR", help="folder of the new model")
     parser.add_argument("--model", help="folder to go on from (default: random weights)")
     parser.add_argument(

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
 from mamba_lm.checkpoint import (
-    find_folder,
     find_tokenizer_of,
     load_model_and_tokenizer,
     load_tokenizer,
     save_model,
 )
+from mamba_lm.folders import find_folder
 from mamba_lm.tokenizer import (
     TOKENIZER_FILES,
     encode,

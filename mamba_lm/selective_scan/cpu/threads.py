@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from errors import warn
 from mamba_lm.selective_scan.cpu.packing import HEADER, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.
@@ -82,9 +83,27 @@ def _compiled(kernel: Callable) -> Callable:
     timer.daemon = True
     timer.start()
     try:
-        return numba.cfunc(SIGNATURE, cache=True)(kernel).ctypes
+        return _cached(kernel).ctypes
     finally:
         timer.cancel()
+
+
+def _cached(kernel: Callable) -> Callable:
+    """The kernel as Numba kept it, or now keeps it, if it can."""
+    try:
+        return numba.cfunc(SIGNATURE, cache=True)(kernel)
+    except OSError as error:  # a full disk, a limit on the size of files
+        _say_not_kept(error.strerror)
+    except RuntimeError as error:  # neither the clone nor the home can be written
+        if "cannot cache function" not in str(error):
+            raise
+        _say_not_kept("no folder for it can be written")
+    return numba.cfunc(SIGNATURE)(kernel)
+
+
+@functools.cache
+def _say_not_kept(reason: str) -> None:
+    warn(f"the compiled CPU kernels are not kept ({reason}); NUMBA_CACHE_DIR names a folder for it")
 
 
 @functools.cache
@@ -95,7 +114,7 @@ def _digest_of_sources() -> str:
 
 @functools.cache
 def _say_compiling() -> None:
-    said = "compiling the CPU kernels: up to a minute, once for this copy of the code"
+    said = "compiling the CPU kernels: a minute or two, once per clone"
     tqdm.write(said, file=sys.stderr)  # above a bar, if there is one
 
 

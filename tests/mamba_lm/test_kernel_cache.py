@@ -1,0 +1,45 @@
+"""CPU kernels where what was compiled cannot be kept."""
+
+import pytest
+from numba.core import caching
+
+from mamba_lm.selective_scan.cpu import threads
+
+
+def no_place(self, *args):
+    raise RuntimeError("cannot cache function 'kernel': no locator available for file 'x.py'")
+
+
+def too_large(self, *args):
+    raise OSError(27, "File too large")
+
+
+def compiles_wrongly(self, *args):
+    raise RuntimeError("some other thing")
+
+
+@pytest.fixture(autouse=True)
+def said_anew():
+    threads._say_not_kept.cache_clear()
+
+
+def kernel(packed):
+    packed[0] = 7
+
+
+@pytest.mark.parametrize(
+    "where, fails, reason",
+    [("__init__", no_place, "no folder"), ("save_overload", too_large, "File too large")],
+)
+def test_a_kernel_runs_that_cannot_be_kept(where, fails, reason, monkeypatch, capsys):
+    monkeypatch.setattr(caching.Cache, where, fails)
+    assert threads._cached(kernel).address
+    assert threads._cached(kernel).address
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and reason in err
+
+
+def test_other_errors_of_numba_stay_errors(monkeypatch):
+    monkeypatch.setattr(caching.Cache, "__init__", compiles_wrongly)
+    with pytest.raises(RuntimeError, match="some other thing"):
+        threads._cached(kernel)
