@@ -8,11 +8,11 @@ on exact match, and the questions that only one of the two has right, both witho
 """
 
 import argparse
-import json
 
 from context_qa.comparison import compare
 from context_qa.metrics import PARTS, SCORES
 from errors import run_script
+from files import json_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
-        print(json.dumps(comparison, ensure_ascii=False))
+        print(json_text(comparison, ensure_ascii=False))
     else:
         show(comparison)
 

@@ -77,13 +77,6 @@ def warn(text: str) -> None:
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
-def keep_inputs(output: str, *inputs: str | None) -> None:
-    """Raise a UserError if writing the output would destroy one of the files that are read."""
-    files = [path for path in inputs if path and os.path.exists(path)]  # others: Hub names
-    if os.path.exists(output) and any(os.path.samefile(path, output) for path in files):
-        raise UserError(f"{output}: is read too and would be lost; give another OUTPUT")
-
-
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:

@@ -11,10 +11,10 @@ guess marked. The same results give the same page, byte for byte.
 import argparse
 from pathlib import Path
 
-from context_qa.report import report_page
+from context_qa.report import PAGE, report_page
 from context_qa.results import read_objects, read_summary, results_rows, summary_path
-from errors import keep_inputs, run_script
-from files import write_whole
+from errors import run_script
+from files import keep_inputs, write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("results", metavar="RESULTS", help="JSONL, of an evaluation")
     about = "the page to write (default: RESULTS with the suffix .html)"
     parser.add_argument("--output", metavar="FILE", help=about)
+    parser.add_argument("--overwrite", action="store_true", help="replace another page there")
     return parser.parse_args()
 
 
@@ -31,9 +32,9 @@ def main(args: argparse.Namespace) -> None:
     objects, is_torn = read_objects(args.results)
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
-    keep_inputs(output, args.results, str(summary_path(args.results)))
+    keep_inputs([output], [args.results, summary_path(args.results)])
     page = report_page(rows, read_summary(args.results), Path(args.results).name, is_torn)
-    write_whole(output, page)
+    write_output(output, page, PAGE, args.overwrite)
     print(output)
 
 

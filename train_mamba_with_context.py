@@ -20,7 +20,8 @@ from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import doubts, examples_to_score, scorer
-from errors import keep_inputs, positive_float, positive_int, run_script, seed
+from errors import positive_float, positive_int, run_script, seed
+from files import keep_inputs
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.training import PrefixSuffixTrainer
@@ -74,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, args.model, args.tokenizer)
+    keep_inputs([args.output], [args.model, args.tokenizer])
     arguments = trainer_arguments(args)
     with TrainingRun(args) as run:
         if run.is_complete:
