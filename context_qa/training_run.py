@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError, printable, warn
-from files import MODEL_FILES, keep_inputs, locked, named_errors, write_whole
+from files import MODEL_FILES, json_text, keep_inputs, locked, named_errors, read_json, write_whole
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training_checkpoints import (
@@ -179,7 +178,7 @@ class TrainingRun:
 
     def _write(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
-        write_whole(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+        write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def _before(self) -> dict:
         """The record of the run that is there; that of a model without one says nothing."""
@@ -187,8 +186,8 @@ class TrainingRun:
         names = {n for n in names if not n.startswith(".") and not n.endswith(".partial")}
         if RECORD in names:
             try:
-                record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            except ValueError:
+                record = read_json(self.folder / RECORD)
+            except UserError:
                 record = None
             return record if isinstance(record, dict) else {"settings": None}
         if names and not _is_model(self.folder):
@@ -207,7 +206,8 @@ class TrainingRun:
 
     def _compare_code(self, before: Mapping) -> None:
         """Say, and write down, if other code began the run: its bits may be others."""
-        begun_with = before.get("begun_with") or _code(before)
+        begun_with = before.get("begun_with")
+        begun_with = begun_with if isinstance(begun_with, dict) else _code(before)
         if different := differences(begun_with, _code(self.record)):
             said = f"was begun with other code ({'; '.join(different)})"
             warn(f"{self.folder}: {said}")
@@ -225,7 +225,8 @@ class TrainingRun:
 
 def _code(record: Mapping) -> dict:
     """What ran, of a record: commit and versions."""
-    versions = record.get("packages", {})
+    versions = record.get("packages")
+    versions = versions if isinstance(versions, dict) else {}
     return {name: record.get(name) for name in ("git_commit", "python")} | versions
 
 
