@@ -54,8 +54,8 @@ class ResultsFile:
 
     The rows are kept in memory too. Where another program changes, removes or replaces the file
     during the run, a warning says so, what it has put there is kept by another name, and all rows
-    are written again: the size is compared at each write and at the end of the `with` block, the
-    content before the first row and in `finish`.
+    are written again: its size and time are compared at each write and at the end of the `with`
+    block, the content before the first row and in `finish`.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class ResultsFile:
     def _note_content(self, data: bytes) -> None:
         """What is in the file: this run's whole lines or, before its first row, what it found."""
         self.size, self.hash = len(data), hashlib.sha256(data)
+        self.written_at = self._status().st_mtime_ns
 
     def __enter__(self) -> "ResultsFile":
         return self
@@ -98,7 +99,7 @@ class ResultsFile:
             with named_errors(self.path):
                 if self.rows:
                     self._write_again_if_changed()
-                elif self.is_new and self._is_in_place() and self._size_now() == 0:
+                elif self.is_new and self._is_in_place() and self._status().st_size == 0:
                     self.path.unlink()
         finally:
             os.close(self.descriptor)
@@ -156,9 +157,9 @@ class ResultsFile:
             seen.add(idx)
         if rows:  # the row of a run that was killed may lack its end
             self.rows = rows
-            self._note_content(data[:size])
             with named_errors(self.path):
                 os.ftruncate(self.descriptor, size)
+            self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
         if len(rows) < len(self.examples):
             self._warn_of_other_versions()
@@ -197,6 +198,7 @@ class ResultsFile:
                 raise
         self.size += len(data)
         self.hash.update(data)
+        self.written_at = self._status().st_mtime_ns
         self.rows += rows
 
     def _write_first_summary(self) -> None:
@@ -232,13 +234,14 @@ class ResultsFile:
     def _is_in_place(self) -> bool:
         return is_at(self.descriptor, self.path)
 
-    def _size_now(self) -> int:
-        return os.fstat(self.descriptor).st_size
+    def _status(self) -> os.stat_result:
+        return os.fstat(self.descriptor)
 
     def _is_unchanged(self, compare_content: bool) -> bool:
-        if self._size_now() != self.size:
+        status = self._status()
+        if status.st_size != self.size:
             return False
-        if not compare_content:
+        if status.st_mtime_ns == self.written_at and not compare_content:
             return True
         return hashlib.sha256(self.path.read_bytes()).digest() == self.hash.digest()
 

@@ -124,6 +124,69 @@ def test_a_file_without_a_whole_line_is_begun_anew_by_any_run(path, left):
     assert read_summary(path)["settings"] == SETTINGS
 
 
+@pytest.mark.parametrize("other", [True, False], ids=["of another run", "of an unknown run"])
+def test_the_one_row_of_another_run_without_its_newline_is_kept(path, other):
+    write(path, ROWS[0], model="other")
+    path.write_bytes(path.read_bytes()[:-1])
+    if not other:
+        path.with_name("results.jsonl.summary.json").unlink()
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"results of an{'other' if other else ' unknown'} run"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [b"my notes", b'{"idx": 1}\n', b'{"idx": 7, "id": "x", "my": "no'])
+def test_what_another_program_puts_there_before_the_first_row_is_kept(path, left):
+    for overwrite, before in ((True, [*ROWS[:2]]), (False, [])):
+        if before:
+            write(path, *before, model="other")
+        with opened(path, overwrite=overwrite) as results:
+            path.write_bytes(left)
+            results.write(ROWS)
+            results.finish()
+        assert read_results(str(path)) == ROWS
+        [kept] = path.parent.glob("*.replaced")
+        assert kept.read_bytes() == left
+        for file in path.parent.iterdir():
+            file.unlink()
+
+
+def test_a_summary_that_another_program_puts_there_is_kept(path):
+    summary = path.with_name("results.jsonl.summary.json")
+    with opened(path) as results:
+        summary.write_text("mine")
+        with pytest.raises(UserError, match="something else than the summary of a run"):
+            results.write(ROWS)
+    assert summary.read_text() == "mine"
+    summary.unlink()
+    with opened(path) as results:
+        results.write(ROWS)
+        summary.write_text("mine")
+        with pytest.raises(UserError, match="something else than the summary of a run"):
+            results.finish()
+    assert summary.read_text() == "mine" and read_results(str(path)) == ROWS
+
+
+@pytest.mark.parametrize("extra", [{"note": "mine"}, {"note": "\ud800"}])
+def test_rows_with_a_column_more_are_kept(path, extra):
+    write(path, ROWS[1], ROWS[0])
+    path.write_text("".join(json.dumps(row | extra) + "\n" for row in (ROWS[1], ROWS[0])))
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"another layout|something else than results"):
+            opened(path, overwrite=overwrite)
+    assert path.read_bytes() == before
+
+
+def test_a_clock_that_is_set_back_does_not_matter(path, monkeypatch):
+    clock = iter(range(10**6, 0, -1000))
+    with opened(path) as results:
+        monkeypatch.setattr("time.time", lambda: next(clock))
+        results.write(ROWS)
+        assert 0 <= results.finish()["wall_seconds"] < 600
+
+
 def test_rows_in_any_order_end_in_the_order_of_the_data(path):
     with opened(path) as results:
         results.write([ROWS[3], ROWS[1]])
@@ -288,6 +351,18 @@ def test_a_change_is_noticed_in_a_resumed_file_too(path, capfd):
         results.finish()
     assert read_results(str(path)) == ROWS
     assert capfd.readouterr().err.count("its 4 rows are written again\n") == 1
+
+
+@pytest.mark.parametrize("change", [CHANGES["longer"], CHANGES["other"]])
+def test_what_another_program_writes_into_the_file_is_kept(path, change):
+    with opened(path) as results:
+        results.write(ROWS[:2])
+        change(path)
+        found = path.read_bytes()
+        results.write(ROWS[2:])
+        results.finish()
+    assert read_results(str(path)) == ROWS
+    assert path.with_name("results.jsonl.replaced").read_bytes() == found
 
 
 def test_another_programs_file_is_kept(path):
