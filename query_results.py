@@ -109,7 +109,14 @@ def show(answer: duckdb.DuckDBPyRelation, format: str) -> None:
         csv.writer(sys.stdout, lineterminator="\n").writerows([answer.columns, *rows])
     else:
         rows = answer.query("a row", 'SELECT to_json("a row") FROM "a row"').fetchall()
-        print(*(text + "\n" for [text] in rows), sep="", end="")
+        print(*(without_nan(text) + "\n" for [text] in rows), sep="", end="")
+
+
+def without_nan(text: str) -> str:
+    """DuckDB's JSON with null in place of NaN and Infinity, which JSON does not have."""
+    if not re.search("NaN|Infinity", text):
+        return text
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
 
 if __name__ == "__main__":
