@@ -91,9 +91,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
     results = [args.output, *([_tuning(args.output)] if args.tune_on else [])]
     summaries = list(map(summary_path, results))
     keep_inputs([*results, *summaries], [args.data, args.tune_on, args.model, args.tokenizer])
-    for kind, paths in ((RESULTS, results), (SUMMARY, summaries)):
-        for path in paths:
-            check_output(path, kind, overwrite=True)
+    if args.tune_on:  # or `ResultsFile` would look at OUTPUT once the threshold is tuned
+        for path in results:
+            check_output(path, RESULTS, overwrite=True)
+    for summary in summaries:
+        check_output(summary, SUMMARY, overwrite=True)
 
 
 def _tuning(output: str) -> str:

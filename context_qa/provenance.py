@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -66,7 +67,7 @@ def trained_prompt_order(model: str) -> str:
     """The order of prompts that a local model was trained with here; else the default one.
     UserError where the record of its training cannot be read, or has an order that is unknown."""
     path = Path(model) / RECORD
-    if not path.is_file():
+    if not os.path.isfile(path):
         return PROMPT_ORDERS[0]
     record = read_json(path)
     arguments = record.get("arguments") if isinstance(record, dict) else None
