@@ -54,7 +54,7 @@ demo: setup
 	$(RUN) query_results.py results/demo_trained.jsonl \
 		"SELECT answer = 'I don''t know.' AS unanswerable, is_correct, COUNT(*) AS questions FROM df GROUP BY ALL ORDER BY ALL"
 	@echo "== The results as a page: open it in a browser"
-	$(RUN) report_results.py results/demo_trained.jsonl
+	$(RUN) report_results.py results/demo_trained.jsonl --overwrite
 
 demo_model: setup models/demo_first/.finished  # models/demo from scratch, into models/demo_new
 	$(RUN) -m data.demo.train_demo_model models/demo_new --model models/demo_first \

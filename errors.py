@@ -53,13 +53,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all arguments)")
 
 
-def keep_inputs(output: str, *inputs: str | None) -> None:
-    """Raise a UserError if writing the output would destroy one of the files that are read."""
-    files = [path for path in inputs if path and os.path.exists(path)]  # others: Hub names
-    if os.path.exists(output) and any(os.path.samefile(path, output) for path in files):
-        raise UserError(f"{output}: is read too and would be lost; give another OUTPUT")
-
-
 MOST = 2**31 - 1  # of whole numbers that others count with
 
 

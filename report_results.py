@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 from context_qa.results import read_objects, read_summary, results_rows, summary_path
-from errors import Parser, keep_inputs, printable
-from files import require_writable, write_whole
+from errors import Parser, printable
+from files import keep_inputs, require_writable, write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("results", metavar="RESULTS", help="JSONL, of an evaluation")
     about = "the page to write (default: RESULTS with the suffix .html)"
     parser.add_argument("--output", metavar="FILE", help=about)
+    parser.add_argument("--overwrite", action="store_true", help="replace another page there")
     return parser.parse_args()
 
 
@@ -30,14 +31,14 @@ def main(args: argparse.Namespace) -> None:
     objects, is_torn = read_objects(args.results)
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
-    keep_inputs(output, args.results, str(summary_path(args.results)))
+    keep_inputs([output], [args.results, summary_path(args.results)])
     require_writable(output)
     summary = read_summary(args.results)
     with at_once():
-        from context_qa.report import report_page
+        from context_qa.report import PAGE, report_page
 
         page = report_page(rows, summary, Path(args.results).name, is_torn)
-    write_whole(output, page)
+    write_output(output, page, PAGE, args.overwrite)
     print(printable(output))
 
 

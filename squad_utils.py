@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from files import read_text
+from files import parse_json, read_text
 
 NO_ANSWER = "I don't know."
 NORMALIZED_NO_ANSWER = "i dont know"
@@ -78,8 +78,14 @@ def _hub_rows(source: str) -> Iterator[tuple[str, object]]:
 
 def _file_rows(source: str) -> Iterator[tuple[str, object]]:
     """Yield (place, row): the place is for error messages, the row is still to be checked."""
+    if re.fullmatch(r"[\w.-]+/[\w-]+", source) and not Path(source).exists():
+        splits = f"{source}:train or {source}:validation"
+        raise UserError(f"{source}: no such file; of a Hub data set name a split, as in {splits}")
     text = read_text(source, ACCEPTED)
-    document = _parsed(text)
+    try:
+        document = parse_json(text, source)
+    except UserError:  # it is JSONL, or the line that is wrong will be named
+        document = None
     if isinstance(document, dict) and "data" in document:
         yield from _squad_rows(document, source)
     else:
@@ -87,19 +93,12 @@ def _file_rows(source: str) -> Iterator[tuple[str, object]]:
 
 
 def json_lines(text: str, source: str) -> Iterator[tuple[str, object]]:
-    """(place, value) of each line that is not blank: the place is for error messages, the value
-    None where a line is not JSON."""
+    """(place, value) of each line that is not blank: the place is for error messages. UserError
+    names a line that is not JSON."""
     for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold U+2028
         if line.strip():
-            yield f"{source} line {number}", _parsed(line)
-
-
-def _parsed(text: str) -> object:
-    """The JSON value, None if the text is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+            place = f"{source} line {number}"
+            yield place, parse_json(line, place)
 
 
 def _squad_rows(document: dict, source: str) -> Iterator[tuple[str, dict]]:

@@ -14,7 +14,8 @@ import argparse
 
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
-from errors import Parser, keep_inputs, positive_float, positive_int, seed
+from errors import Parser, positive_float, positive_int, seed
+from files import keep_inputs
 from squad_utils import PROMPT_ORDERS
 
 
@@ -62,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, args.model, args.tokenizer)
+    keep_inputs([args.output], [args.model, args.tokenizer])
     sources = (args.data_path, args.eval_data)
     data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Contender, parse_benchmark_args, report, rows_per_item
+from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
 from errors import UserError, positive_int
+from files import keep_inputs
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.model import MambaConfig, MambaLM
 
@@ -32,7 +33,12 @@ def parse_args():
     parser = parse_benchmark_args(__doc__)
     parser.add_argument("--n_layer", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--rounds", type=positive_int, default=3, help="default: 3")
-    parser.add_argument("--plot", metavar="FILE", help="also draw it; needs matplotlib")
+    parser.add_argument(
+        "--plot",
+        type=new_file,
+        metavar="FILE",
+        help="also draw it, in a new file; needs matplotlib",
+    )
     return parser.parse_args()
 
 
@@ -40,6 +46,7 @@ def main(args) -> None:
     by_length = BY_LENGTH
     if args.quick:
         args.n_layer, args.rounds, by_length = 2, 1, BY_LENGTH[:-1]
+    keep_inputs(filter(None, (args.json, args.plot)), [])
     if args.plot is not None:
         plt = pyplot()
     torch.manual_seed(0)

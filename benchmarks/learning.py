@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.answer_loss import answer_losses
 from context_qa.dataset import GroupedBatches, continuation
 from errors import Parser, UserError, positive_float, positive_int
+from files import Kind, check_output, keep_inputs, parse_json
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.prefix_suffix import PrefixSuffixLM
 from mamba_lm.training import PrefixSuffixTrainer
@@ -60,14 +62,16 @@ def main(args: argparse.Namespace) -> None:
         kind, _, size = condition.partition(":")
         if kind not in KINDS or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--conditions {condition}: give shuffled:N or grouped:N")
+    if "LEARNING_RUN" in os.environ:
+        train_one(args)
+        return
+    keep_inputs([args.output], [args.train, args.held_out, args.model, args.tokenizer])
+    check_output(args.output, ROWS, overwrite=True)  # to which rows are added
     try:  # now, rather than after the first minutes of training
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).open("a").close()
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
-    if "LEARNING_RUN" in os.environ:
-        train_one(args)
-        return
     runs = [(condition, seed) for seed in args.seeds for condition in args.conditions]
     started: list[subprocess.Popen] = []
     with ThreadPoolExecutor(args.processes) as pool:
@@ -80,6 +84,20 @@ def main(args: argparse.Namespace) -> None:
             raise
     rows = [json.loads(line) for line in Path(args.output).read_text().splitlines()]
     print_table([row for row in rows if row["condition"] in args.conditions])
+
+
+def _has_rows(stream: BinaryIO) -> bool:
+    """Whether every line is a row, and no line is torn."""
+    lines = stream.readlines()
+    try:
+        rows = [parse_json(line, "row") for line in lines]
+    except UserError:
+        return False
+    are_rows = (isinstance(row, dict) and {"condition", "loss"} <= row.keys() for row in rows)
+    return all(are_rows) and lines[-1].endswith(b"\n")
+
+
+ROWS = Kind("rows of this benchmark", _has_rows)
 
 
 def train_elsewhere(condition: str, seed: int, started: list[subprocess.Popen]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import importlib.util
-import json
 import multiprocessing
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from files import check_output, json_text, write_whole
 
 
 def parse_benchmark_args(
@@ -37,7 +37,8 @@ def parse_benchmark_args(
         parser.add_argument(
             "--quick", action="store_true", help="a look at small shapes, under 45 s"
         )
-    parser.add_argument("--json", metavar="FILE", help="also write the rows: name, seconds, ratio")
+    about = "also write the rows, to a new file: name, seconds, ratio"
+    parser.add_argument("--json", type=new_file, metavar="FILE", help=about)
     if data is not None:
         parser.add_argument("--data", default=data, help=f"default: {data}")
         parser.add_argument(
@@ -226,12 +227,14 @@ def report(title: str, rows: Sequence[dict], path: str | None) -> None:
         write_json(path, list(rows))
 
 
+def new_file(path: str) -> str:
+    """An argparse type: a path where no file is that would be lost; see `check_output`."""
+    check_output(path, None)
+    return path
+
+
 def write_json(path: str, value: object) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    write_whole(path, json_text(value, indent=2) + "\n")
 
 
 def _shown(value: object) -> str:

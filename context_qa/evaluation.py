@@ -17,11 +17,12 @@ from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
 from context_qa.processes import from_first, in_step
 from context_qa.provenance import run_record, sha256
-from context_qa.results import Answer, result_row
+from context_qa.results import RESULTS, SUMMARY, Answer, result_row, summary_path
 from context_qa.results_file import ResultsFile
 from context_qa.sliding_window import sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from errors import UserError, keep_inputs, printable, say_loading, warn
+from errors import UserError, printable, say_loading, warn
+from files import check_output, keep_inputs
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device, choose_dtype
 from squad_utils import Example, same_question
@@ -35,8 +36,7 @@ def evaluate(args: argparse.Namespace, data: Data, prompt: Prompt) -> None:
 
     Under torchrun the processes share the work, and the first one writes.
     """
-    for output in (args.output, _tuning(args.output)):
-        keep_inputs(output, args.data, args.tune_on)
+    _check_outputs(args)
     has_threshold = args.no_answer_threshold is not None or args.tune_on is not None
     is_baseline = args.model == SLIDING_WINDOW
     if is_baseline and (has_threshold or args.constrain_to_context):
@@ -56,6 +56,18 @@ def evaluate(args: argparse.Namespace, data: Data, prompt: Prompt) -> None:
     summary, _ = run.answer(questions, args.output, threshold)
     if processes.is_main_process:
         print_summary(summary)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """UserError, before anything is computed, where a file that is no result would be lost."""
+    results = [args.output, *([_tuning(args.output)] if args.tune_on else [])]
+    summaries = list(map(summary_path, results))
+    keep_inputs([*results, *summaries], [args.data, args.tune_on, args.model, args.tokenizer])
+    if args.tune_on:  # or `ResultsFile` would look at OUTPUT once the threshold is tuned
+        for path in results:
+            check_output(path, RESULTS, overwrite=True)
+    for summary in summaries:
+        check_output(summary, SUMMARY, overwrite=True)
 
 
 def _tuning(output: str) -> str:

@@ -94,7 +94,10 @@ class NegativeSampler:
         for context, article in sorted({(e.context, e.article or "") for e in self.examples}):
             contexts.setdefault(article, []).append(context)
         if set(contexts) <= {""}:
-            raise UserError("negatives same_article need titles: give SQuAD JSON or a Hub data set")
+            raise UserError(
+                "negatives same_article need the articles' titles: give SQuAD JSON, a Hub data "
+                "set, or JSONL with a column title"
+            )
         return [contexts[example.article or ""] for example in self.examples]
 
     def _nearest(self) -> list[list[str]]:

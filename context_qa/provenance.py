@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-import json
+import os
 import platform
 import re
 import subprocess
@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from errors import UserError
+from files import read_json
 from squad_utils import PROMPT_ORDERS
 
 RECORD = "training_args.json"  # in a trained model's folder
+_MOST_CHARACTERS = 200  # of a value in a message
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -49,19 +52,30 @@ def differences(before: Mapping, now: Mapping) -> list[str]:
     ]
 
 
-def _told(value: object) -> object:
+def _told(value: object) -> str:
     """A value as one reads it: a hash by its first digits."""
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
-    return f"content {value[:8]}" if is_hash else value
+    return f"content {value[:8]}" if is_hash else _shortened(value)
+
+
+def _shortened(value: object) -> str:
+    """A value of a record, which anybody may have edited, for a message."""
+    text = str(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def trained_prompt_order(model: str) -> str:
-    """The order of prompts that a local model was trained with here; else the default one."""
-    try:
-        order = json.loads((Path(model) / RECORD).read_bytes())["arguments"]["prompt_order"]
-    except (OSError, ValueError, KeyError, TypeError):
-        order = None
-    return order if order in PROMPT_ORDERS else PROMPT_ORDERS[0]
+    """The order of prompts that a local model was trained with here; else the default one.
+    UserError where the record of its training cannot be read, or has an order that is unknown."""
+    path = Path(model) / RECORD
+    if not os.path.isfile(path):
+        return PROMPT_ORDERS[0]
+    record = read_json(path)
+    arguments = record.get("arguments") if isinstance(record, dict) else None
+    order = arguments.get("prompt_order") if isinstance(arguments, dict) else None
+    if order is not None and order not in PROMPT_ORDERS:
+        raise UserError(f"{path}: prompt order {order!r:.40} is unknown; correct it")
+    return order or PROMPT_ORDERS[0]
 
 
 def sha256(name: str) -> str | None:

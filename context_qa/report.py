@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from context_qa.metrics import is_negative
 from context_qa.report_charts import charts
 from context_qa.results import articles_by_idx, find_first_negative, incompleteness
 from errors import UserError
+from files import Kind
 from squad_utils import NO_ANSWER, abstains
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -62,6 +64,13 @@ ANSWER_LENGTHS = {  # the most words of each
 }
 LENGTH_GROUPS = 5
 ROUND_STEPS = (1, 5, 10, 50, 100, 500, 1000)
+
+
+def _is_page(stream: BinaryIO) -> bool:
+    return b'<meta name="generator" content="Mamba Dive, report_results.py">' in stream.read(200)
+
+
+PAGE = Kind("a page of results", _is_page)
 
 
 def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: bool = False) -> str:

@@ -4,13 +4,16 @@ import bisect
 import itertools
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
+from typing import BinaryIO
 
 from errors import UserError, warn
+from files import Kind, is_nested_too_deep, parse_json, read_bytes, read_json
 from squad_utils import Example, abstains, exact_match, f1_score, is_correct, made_id
 
 # A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.
@@ -41,6 +44,8 @@ KINDS = {
 }
 NULLABLE = ("confidence", "no_answer_probability")  # of a baseline that has no probabilities
 SHARES = ("exact_match", "f1", *NULLABLE)  # from 0 to 1
+AMOUNTS = ("idx", "time", "num_tokens", "num_new_tokens", "tokens_per_sec")  # from 0 to LARGEST
+LARGEST = 10**15
 OLDER_NAMES = {"prompt": "question", "response": "answer"}  # those of the Oxen data
 
 
@@ -114,11 +119,7 @@ def read_objects(path: str) -> tuple[dict[int, dict], bool]:
     A kill can tear the last line, which is then skipped, as blank ones are. UserError names any
     other line that is not a JSON object, and a file without any.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    *lines, last = data.split(b"\n")
+    *lines, last = read_bytes(path, "JSONL, as an evaluation writes it").split(b"\n")
     numbered = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
     objects = {number: _object(line, f"{path} line {number}") for number, line in numbered.items()}
     found = _parsed(last)
@@ -159,11 +160,40 @@ def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
     for number, line in enumerate(lines, start=1):
         place = f"{path} line {number}"
         row = _object(line, place)
-        if not row.keys() >= FIELDS.keys():
+        if row.keys() != FIELDS.keys():
             raise _other_layout(row, place, ", ".join(FIELDS))
         _check_values(row, place)
         rows.append(row)
     return rows, len(data) - len(torn)
+
+
+def is_whole_row(line: bytes) -> bool:
+    """Whether a line is a row as `result_row` makes them, column by column."""
+    row = _parsed(line)
+    return row is not None and list(row) == list(FIELDS) and not _wrong_values(row)
+
+
+def is_torn_row(line: bytes) -> bool:
+    """Whether a line is the beginning of a row, as a run that is killed leaves it; a crash of the
+    system can leave zeros."""
+    line, begun = line.rstrip(b"\0"), b'{"idx": '
+    if len(line) <= len(begun):
+        return begun.startswith(line)
+    names = [name.encode() for name in FIELDS]
+    found = re.findall(rb'"(\w+)": ', line)
+    is_begun = re.fullmatch(rb'{"idx": \d+(, "id": ".*|, "id": ?|, ("(id?"?)?)?|,)?', line, re.S)
+    return is_begun is not None and found == names[: len(found)]
+
+
+def _is_results(stream: BinaryIO) -> bool:
+    lines = iter(lambda: stream.readline(_MOST_BYTES), b"")
+    return all(
+        is_whole_row(line) or (not line.endswith(b"\n") and is_torn_row(line)) for line in lines
+    )
+
+
+RESULTS = Kind("results", _is_results)
+_MOST_BYTES = 1 << 28  # of a row, of a summary: what is longer is not ours
 
 
 def _object(line: bytes, place: str) -> dict:
@@ -186,7 +216,7 @@ def _parsed(line: bytes) -> dict | None:
         value = json.loads(line.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not is_nested_too_deep(value) else None
 
 
 def _finite(text: str) -> float:
@@ -230,10 +260,19 @@ def _other_layout(row: Mapping, place: str, needed: str) -> UserError:
 
 
 def _check_values(row: Mapping, place: str) -> None:
-    for name, kind in FIELDS.items():
-        if name in row and not _fits(row[name], kind, name):
-            wanted = "a number from 0 to 1" if name in SHARES else KINDS[kind]
-            raise UserError(f"{place}: {name!r} is {row[name]!r:.40}; it must be {wanted}")
+    for name in _wrong_values(row):
+        wanted = KINDS[FIELDS[name]]
+        if name in SHARES:
+            wanted += " from 0 to 1"
+        elif name in AMOUNTS:
+            wanted += f" from 0 to {LARGEST:.0e}"
+        raise UserError(f"{place}: {name!r} is {row[name]!r:.40}; it must be {wanted}")
+
+
+def _wrong_values(row: Mapping) -> list[str]:
+    return [
+        name for name, kind in FIELDS.items() if name in row and not _fits(row[name], kind, name)
+    ]
 
 
 def _fits(value: object, kind: type, name: str) -> bool:
@@ -243,6 +282,8 @@ def _fits(value: object, kind: type, name: str) -> bool:
         return False
     if kind in (str, list):
         return _is_text("".join(value))
+    if name in AMOUNTS:
+        return 0 <= value <= LARGEST
     return name not in SHARES or 0 <= value <= 1
 
 
@@ -277,8 +318,8 @@ def read_summary(path: str | Path) -> dict:
     """The summary beside a results file; without what a hand has put out of shape, and empty where
     there is none that can be read."""
     try:
-        summary = json.loads(summary_path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        summary = read_json(summary_path(path))
+    except UserError:
         return {}
     shapes = {
         "settings": dict,
@@ -294,7 +335,23 @@ def read_summary(path: str | Path) -> dict:
 
 
 def _has_shape(value: object, kind: type | UnionType) -> bool:
-    return isinstance(value, kind) and (kind is object or type(value) is not bool)
+    if kind is object:
+        return True
+    if isinstance(value, int):
+        return type(value) is int and 0 <= value <= LARGEST and isinstance(value, kind)
+    return isinstance(value, kind)
+
+
+def _is_summary(stream: BinaryIO) -> bool:
+    try:
+        summary = parse_json(stream.read(_MOST_BYTES), "summary")
+    except UserError:
+        return False
+    is_object = isinstance(summary, dict) and summary.keys() >= {"settings", "articles"}
+    return is_object and isinstance(summary["settings"], dict)
+
+
+SUMMARY = Kind("the summary of a run", _is_summary)
 
 
 def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> str | None:

@@ -16,16 +16,28 @@ from tqdm import tqdm
 from context_qa.metrics import summarize
 from context_qa.provenance import differences
 from context_qa.results import (
+    RESULTS,
+    SUMMARY,
     Answer,
     articles_by_idx,
     incompleteness,
+    is_whole_row,
     read_summary,
     result_row,
     summary_path,
     whole_rows,
 )
 from errors import UserError, printable
-from files import is_at, locked, named_errors, replaced, write_at, write_whole
+from files import (
+    check_output,
+    is_at,
+    json_text,
+    locked,
+    named_errors,
+    replaced,
+    write_at,
+    write_output,
+)
 from squad_utils import Example
 
 VERSIONS = ("git_commit", "python", "packages")  # of what made a row
@@ -36,29 +48,36 @@ class ResultsFile:
 
     record["settings"] is what decides the rows, in words: the file of a run with others is refused,
     by a UserError that says what differs, as are a path that cannot be written and one that another
-    process is writing. Rows come in any order; `finish` puts them in that of the examples.
+    process is writing. With `overwrite` such results go, at the first row; what is not results, or
+    no summary where that is written, is refused always. Rows come in any order; `finish` puts them
+    in that of the examples.
 
     The rows are kept in memory too. Where another program changes, removes or replaces the file
-    during the run, a warning says so and all rows are written again: the size is compared at each
-    write and at the end of the `with` block, the content in `finish`.
+    during the run, a warning says so, what it has put there is kept by another name, and all rows
+    are written again: its size and time are compared at each write and at the end of the `with`
+    block, the content before the first row and in `finish`.
     """
 
     def __init__(
         self, path: str, examples: Sequence[Example], record: dict, overwrite: bool = False
     ):
-        self.path, self.examples, self.started = Path(path), examples, time.time()
+        self.path, self.examples, self.started = Path(path), examples, time.monotonic()
         runs = itertools.groupby(example.article for example in examples)
         articles = [[article, len(list(run))] for article, run in runs]
         self.record = record | {"num_questions": len(examples), "articles": articles}
         self.rows: list[dict] = []
-        self.size, self.hash = 0, hashlib.sha256()  # of the whole lines, in bytes
         self.record["made_by"] = []  # the rows of earlier runs
         self.descriptor = self._open()
         try:
-            if not overwrite:
-                self._resume()
+            with named_errors(self.path):
+                data = self.path.read_bytes()
+            self._note_content(data)
+            if overwrite:
+                check_output(self.path, RESULTS, overwrite)
+            else:
+                self._resume(data)
         except BaseException:
-            os.close(self.descriptor)
+            self.__exit__()
             raise
         self.num_resumed = len(self.rows)
 
@@ -66,6 +85,11 @@ class ResultsFile:
     def done(self) -> set[int]:
         """The idx of every row there is."""
         return {row["idx"] for row in self.rows}
+
+    def _note_content(self, data: bytes) -> None:
+        """What is in the file: this run's whole lines or, before its first row, what it found."""
+        self.size, self.hash = len(data), hashlib.sha256(data)
+        self.written_at = self._status().st_mtime_ns
 
     def __enter__(self) -> "ResultsFile":
         return self
@@ -75,14 +99,14 @@ class ResultsFile:
             with named_errors(self.path):
                 if self.rows:
                     self._write_again_if_changed()
-                elif self.is_new and self._is_in_place() and self._size_now() == 0:
+                elif self.is_new and self._is_in_place() and self._status().st_size == 0:
                     self.path.unlink()
         finally:
             os.close(self.descriptor)
 
     def _open(self) -> int:
-        if os.path.isdir(summary_path(self.path)):  # else told only after all is computed
-            raise UserError(f"{summary_path(self.path)}: cannot be written (a folder)")
+        # Else told only after all is computed.
+        check_output(summary_path(self.path), SUMMARY, overwrite=True)
         with named_errors(self.path):
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
@@ -101,19 +125,18 @@ class ResultsFile:
     def _is_of_another_run(self) -> UserError:
         return UserError(f"{self.path}: another run is writing it; give another path")
 
-    def _resume(self) -> None:
+    def _resume(self, data: bytes) -> None:
         """Take over the rows that are there, if they are this run's."""
-        data = self.path.read_bytes()
         try:
             rows, size = whole_rows(data, str(self.path))
         except UserError as error:
-            raise UserError(f"{error}; to start again, give another path or --overwrite") from error
-        if not rows:
-            begun = b'{"idx": '
-            if data[: len(begun)] != begun[: len(data)]:
-                raise self._refusal("something else than results")
-            return
+            raise UserError(f"{error}; give another path or move the file away") from error
+        check_output(self.path, RESULTS, overwrite=True)
         summary = read_summary(self.path)
+        if not rows and not is_whole_row(data):
+            if summary and summary.get("complete") is not False:
+                raise self._refusal(f"no results, but {summary_path(self.path).name} is there")
+            return
         other = summary.get("settings")
         if not isinstance(other, dict):
             raise self._refusal(f"results of an unknown run: no {summary_path(self.path).name}")
@@ -132,9 +155,11 @@ class ResultsFile:
                     f"in line {line} what is not of the data's idx {idx}, or edited"
                 )
             seen.add(idx)
-        self.rows, self.size, self.hash = rows, size, hashlib.sha256(data[:size])
-        with named_errors(self.path):
-            os.ftruncate(self.descriptor, size)
+        if rows:  # the row of a run that was killed may lack its end
+            self.rows = rows
+            with named_errors(self.path):
+                os.ftruncate(self.descriptor, size)
+            self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
         if len(rows) < len(self.examples):
             self._warn_of_other_versions()
@@ -164,7 +189,7 @@ class ResultsFile:
             return
         data = _lines(rows).encode()
         with named_errors(self.path):
-            self._write_again_if_changed()
+            self._write_again_if_changed(compare_content=not self.rows)
             self._write_first_summary()
             try:
                 write_at(self.descriptor, data, self.size)
@@ -173,6 +198,7 @@ class ResultsFile:
                 raise
         self.size += len(data)
         self.hash.update(data)
+        self.written_at = self._status().st_mtime_ns
         self.rows += rows
 
     def _write_first_summary(self) -> None:
@@ -180,57 +206,67 @@ class ResultsFile:
         missing."""
         summary = summary_path(self.path)
         if not self.rows:  # what was there goes now that there are new results
+            check_output(summary, SUMMARY, overwrite=True)
             summary.unlink(missing_ok=True)
             os.ftruncate(self.descriptor, 0)
+            self._note_content(b"")
         if len(self.rows) == self.num_resumed or not summary.exists():
             self._write_summary({"complete": False} | self.record)
 
     def _write_again_if_changed(self, compare_content: bool = False) -> None:
-        """Write all rows again if the file is not the one that this run has written."""
+        """Write all rows again if the file is not the one that this run has written, or found."""
         is_in_place = self._is_in_place()
-        if is_in_place and (not self.rows or self._is_unchanged(compare_content)):
+        if is_in_place and self._is_unchanged(compare_content):
             return
         what = "changed" if is_in_place else "removed"
-        if not is_in_place and os.path.lexists(os.path.realpath(self.path)):
+        if is_in_place and not self._is_cut():
+            what = f"changed (what was there is now {self._set_aside()})"
+        elif not is_in_place and os.path.lexists(os.path.realpath(self.path)):
             what = f"replaced (by what is now {self._set_aside()})"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write_all()
         self._warn(f"was {what} during the run; its {len(self.rows):,} rows are written again")
 
+    def _is_cut(self) -> bool:
+        """Whether the file holds nothing but a part of this run's rows."""
+        return _lines(self.rows).encode().startswith(self.path.read_bytes())
+
     def _is_in_place(self) -> bool:
         return is_at(self.descriptor, self.path)
 
-    def _size_now(self) -> int:
-        return os.fstat(self.descriptor).st_size
+    def _status(self) -> os.stat_result:
+        return os.fstat(self.descriptor)
 
     def _is_unchanged(self, compare_content: bool) -> bool:
-        if self._size_now() != self.size:
+        status = self._status()
+        if status.st_size != self.size:
             return False
-        if not compare_content:
+        if status.st_mtime_ns == self.written_at and not compare_content:
             return True
         return hashlib.sha256(self.path.read_bytes()).digest() == self.hash.digest()
 
     def _set_aside(self) -> Path:
-        """Rename the file that another program has put in this one's place, unless it is one that
-        another run is writing; its new path."""
+        """Rename the file that another program has changed, or put in this one's place, unless it
+        is one that another run is writing; its new path."""
         path = Path(os.path.realpath(self.path))
         names = (f"{path.name}.replaced{number or ''}" for number in itertools.count())
         aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        if self._is_in_place():
+            return path.rename(aside)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe does not block it
         try:
             if not locked(descriptor):
                 raise self._is_of_another_run()
-            path.rename(aside)
+            return path.rename(aside)
         finally:
             os.close(descriptor)
-        return aside
 
     def _write_all(self) -> None:
         text = _lines(self.rows)
         before, self.descriptor = self.descriptor, replaced(self.path, text)
         os.fchmod(self.descriptor, os.fstat(before).st_mode)
         os.close(before)
-        self.size, self.hash = len(text.encode()), hashlib.sha256(text.encode())
+        self._note_content(text.encode())
 
     def finish(self, **measured: object) -> dict:
         """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
@@ -245,7 +281,7 @@ class ResultsFile:
             about = {
                 **self.record,
                 "rows_of_earlier_runs": self.num_resumed,
-                "wall_seconds": time.time() - self.started,
+                "wall_seconds": time.monotonic() - self.started,
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 * (1 if sys.platform == "darwin" else 1024),
                 **measured,
@@ -264,7 +300,8 @@ class ResultsFile:
         return summary
 
     def _write_summary(self, summary: dict) -> None:
-        write_whole(summary_path(self.path), json.dumps(summary, indent=2) + "\n")
+        text = json_text(summary, indent=2) + "\n"
+        write_output(summary_path(self.path), text, SUMMARY, overwrite=True)
 
 
 def _lines(rows: Iterable[dict]) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError, printable, warn
-from files import MODEL_FILES, locked, named_errors, read_json, write_whole
+from files import MODEL_FILES, json_text, keep_inputs, locked, named_errors, read_json, write_whole
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training_checkpoints import (
@@ -132,12 +131,9 @@ class TrainingRun:
 
     def _keep_inputs(self) -> None:
         """UserError where something that is read stands in the folder that is written anew."""
-        folder = self.folder.resolve()
         given = [override.partition("resume_from_checkpoint=")[2] for override in self.args.trainer]
         read = (getattr(self.args, name) for name in NAMED)
-        for name in filter(None, (*read, *given)):
-            if os.path.exists(name) and Path(name).resolve().is_relative_to(folder):
-                raise UserError(f"{name}: is read too and would be lost; give another --output")
+        keep_inputs([self.folder], [*read, *given], are_folders=True)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Print lines on the data, and keep them for the record."""
@@ -189,7 +185,7 @@ class TrainingRun:
 
     def _write(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
-        write_whole(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+        write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def _before(self) -> dict:
         """The record of the run that is there; that of a model without one says nothing."""

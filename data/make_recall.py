@@ -16,8 +16,8 @@ import random
 import re
 
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, keep_inputs, printable, seed
-from files import read_text
+from errors import Parser, UserError, printable, seed
+from files import keep_inputs, read_text
 from squad_utils import Example
 
 BLANK = "___"
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, args.text)
+    keep_inputs([args.output], [args.text])
     text = read_text(args.text, "a text in UTF-8")
     rng = random.Random(args.seed)
     examples = [

@@ -13,8 +13,8 @@ from script import run_script
 import argparse
 import json
 
-from errors import Parser, UserError, keep_inputs, positive_int, printable
-from files import read_text, write_whole
+from errors import Parser, UserError, positive_int, printable
+from files import keep_inputs, read_text, write_output
 from squad_utils import Example, read_examples
 
 
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, args.source, args.ids)
+    keep_inputs([args.output], [args.source, args.ids])
     examples = read_examples(args.source)
     if args.ids:
         examples = select_by_id(examples, args.ids, args.source)
@@ -60,8 +60,9 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
 
 
 def write_oxen_layout(examples: list[Example], output: str) -> None:
-    """Write the file, whole or not at all, byte for byte as Oxen's are written."""
-    write_whole(output, "".join(map(oxen_line, examples)))
+    """Write the file, whole or not at all, byte for byte as Oxen's are written. Nothing tells it
+    from those: a file that is there is not replaced."""
+    write_output(output, "".join(map(oxen_line, examples)))
 
 
 def oxen_line(example: Example) -> str:

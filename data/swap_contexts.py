@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, keep_inputs, printable, seed
+from errors import Parser, UserError, printable, seed
+from files import keep_inputs
 from squad_utils import read_examples
 
 
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, args.data, args.contexts)
+    keep_inputs([args.output], [args.data, args.contexts])
     questions = [example for example in read_examples(args.data) if example.is_answerable]
     pool = {example.context for example in read_examples(args.contexts or args.data)}
     drawn = NegativeSampler(questions, seed=args.seed, contexts=pool).contexts(epoch=0)

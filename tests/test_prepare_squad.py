@@ -61,8 +61,10 @@ def test_ids_select_and_order_and_limit_cuts(source, tmp_path):
     output = tmp_path / "out.jsonl"
     prepare(source, output, ids=str(ids))
     assert output.read_bytes() == (LINES[2] + LINES[0]).encode()
+    output.unlink()
     prepare(source, output, ids=str(ids), limit=1)
     assert output.read_bytes() == LINES[2].encode()
+    output.unlink()
     prepare(source, output, limit=2)
     assert output.read_bytes() == (LINES[0] + LINES[1]).encode()
 
@@ -91,10 +93,8 @@ def test_limit_must_be_positive(source, tmp_path):
         prepare(source, tmp_path / "out.jsonl", limit=0)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(source, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing(source, tmp_path, monkeypatch):
     output = tmp_path / "out" / "out.jsonl"
-    output.parent.mkdir()
-    output.write_text("old")
 
     def fail(*paths):
         raise OSError(28, "No space left on device")
@@ -102,8 +102,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(source, tmp_path, m
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="No space left on device"):
         prepare(source, output)
-    assert output.read_text() == "old"
-    assert os.listdir(output.parent) == ["out.jsonl"]
+    assert os.listdir(output.parent) == []
+
+
+def test_a_file_that_is_there_is_kept(source, tmp_path):
+    """It may be Oxen's, or a user's own in the same layout. A rerun changes nothing."""
+    output = tmp_path / "out.jsonl"
+    prepare(source, output)
+    prepare(source, output)
+    for content in (LINES[0], "notes", "import this\n"):
+        output.write_text(content, "utf-8")
+        with pytest.raises(UserError, match=r"out\.jsonl: exists and is not replaced; remove it"):
+            prepare(source, output)
+        assert output.read_text("utf-8") == content
 
 
 @pytest.mark.parametrize("output", [".", "source.jsonl/out.jsonl", "a" * 300])
@@ -124,7 +135,6 @@ def test_the_source_is_kept(source, tmp_path):
 
 def test_links_stay_links_and_pipes_pipes(source, tmp_path):
     target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
-    target.write_text("old")
     link.symlink_to(target)
     prepare(source, link)
     assert link.is_symlink() and target.read_bytes() == "".join(LINES).encode()

@@ -278,6 +278,17 @@ def test_half_a_letter_becomes_the_replacement_character(query, results):
     assert row == {"guess": "x\ufffd\U0001f600", "deep": {"a": ["\ufffd"]}}
 
 
+def test_json_has_no_nan(query, results):
+    sql = "SELECT 'nan'::DOUBLE AS a, ['-inf'::FLOAT] AS b, 'NaN' AS c, 0.1 AS d"
+    out = query(results, sql, "--format", "json")
+    assert json.loads(out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None],
+        "c": "NaN",
+        "d": 0.1,
+    }
+
+
 def test_an_incomplete_file_is_called_so(monkeypatch, capfd, results, tmp_path):
     whole = write(tmp_path / "whole.jsonl", ROWS)
     summary = {"complete": True, "num_questions": 4}

@@ -70,7 +70,7 @@ def report(monkeypatch, tmp_path):
     """The page of these rows and this summary."""
 
     def make(rows: list[dict], summary: dict | None = None) -> str:
-        run(monkeypatch, write(tmp_path / "made.jsonl", rows, summary))
+        run(monkeypatch, write(tmp_path / "made.jsonl", rows, summary), "--overwrite")
         return (tmp_path / "made.html").read_bytes().decode()
 
     return make

@@ -267,7 +267,7 @@ every_script = pytest.mark.parametrize("script", [TRAIN, EVAL, N_SHOT, PROMPT, P
     [
         (None, "data.jsonl: cannot be read"),
         (b"", "data.jsonl: no question in it"),
-        (b"GOOD\nGOOD\n{'context': 1}\nGOOD\n", "data.jsonl line 3: no JSON object"),
+        (b"GOOD\nGOOD\n{'context': 1}\nGOOD\n", "data.jsonl line 3: not JSON"),
         (b'GOOD\n{"context": "c", "prompt": "p"}\n', "data.jsonl line 2: 'response' is missing"),
         (b'GOOD\n{"context": ["c"], "prompt": "p"}\n', "data.jsonl line 2: 'context' is ['c']"),
         (b'{"context": "M\xe9xico"}\n', "data.jsonl line 1: not UTF-8"),
@@ -369,12 +369,14 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
     arguments = reading(script, trained.model, trained.data, results)
     complaint = fail(script, *arguments)
     assert "results.jsonl line 1: another layout (columns: idx); needed: idx, id, " in complaint
-    assert complaint.endswith("; to start again, give another path or --overwrite")
+    assert complaint.endswith("; give another path or move the file away")
     results.write_text("notes")
-    assert "results.jsonl: holds something else than results" in fail(script, *arguments)
-    results.write_text('{"idx": 0}\n')
+    for more in ([], ["--overwrite"]):
+        assert "results.jsonl: holds something else than results" in fail(script, *arguments, *more)
+    row = result_row(0, Example("q", "c", "q", ()), Answer("x", 0.5, 0.5, 0.5, 1, 1))
+    write_rows(results, [row])
     fail(script, *reading(script, "./none", trained.data, results), "--overwrite")
-    assert results.read_text() == '{"idx": 0}\n'
+    assert read_rows(results) == [row]
 
 
 def test_a_trained_model_is_not_overwritten(fail, trained):

@@ -1,14 +1,20 @@
 """Readers, prompts, negatives and scoring of squad_utils."""
 
+import bz2
+import gzip
+import io
 import itertools
 import json
+import lzma
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import types
 import unicodedata
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,17 +136,51 @@ def test_made_ids_are_stable_and_tell_contents_apart(read):
     assert [example.id for example in read(*reversed(rows))] == ids[::-1]
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("word/document.xml", "<x/>")
+    return stream.getvalue()
+
+
+TEXT = json.dumps(OXEN_ROW)
+OTHER_FORMATS = {
+    "gzip": (gzip.compress(TEXT.encode()), "is compressed with gzip; decompress it"),
+    "xz": (lzma.compress(TEXT.encode()), "is compressed with xz; decompress it"),
+    "bzip2": (bz2.compress(TEXT.encode()), "is compressed with bzip2; decompress it"),
+    "zip": (zipped(), "is a ZIP archive or an office document"),
+    "parquet": (b"PAR1\x15\x04\x15", "is a Parquet file; convert it to JSONL"),
+    "UTF-16": (TEXT.encode("utf-16"), "is UTF-16 text; convert the file to UTF-8"),
+    "big-endian UTF-16": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "is UTF-16 text"),
+}
+
+
 @pytest.mark.parametrize(
     ("data", "place", "complaint"),
     [
         (b"", "", "no question"),
         (b"\n \n", "", "no question"),
         (json.dumps(squad_json()).encode(), "", "no question"),
-        (as_lines(OXEN_ROW) + b'{"context": "a', " line 2", "no JSON object"),
-        (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "no JSON object"),
+        (as_lines(OXEN_ROW) + b'{"context": "a', " line 2", "not JSON"),
+        (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "not JSON"),
         (as_lines([OXEN_ROW]), " line 1", "no JSON object"),
-        (b"[" * 100_000, " line 1", "no JSON object"),
-        (b'{"context": ' + b"1" * 5000 + b"}", " line 1", "no JSON object"),
+        (b"[" * 100_000, " line 1", "nested too deep"),
+        (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 deep"),
+        (as_lines(HUB_ROW | {"answers": {"text": nested(60)}}), " line 1", "'answers' is [["),
+        (as_lines(HUB_ROW | {"answers": {"text": {"0": "a"}}}), " line 1", "'answers' is missing"),
+        (as_lines(HUB_ROW | {"answers": [None]}), " line 1", "'answers' is missing"),
+        (as_lines(OXEN_ROW | {"context": float("nan")}), " line 1", "'context' is nan"),
+        (b'{"context": ' + b"1" * 5000 + b"}", " line 1", "not JSON"),
+        (as_lines(OXEN_ROW | {"id": 1.5}), " line 1", "'id' is 1.5; a row needs text in id, or no"),
+        (as_lines(OXEN_ROW | {"id": True}), " line 1", "'id' is True; a row needs text in id"),
+        (as_lines(OXEN_ROW | {"id": ["q"]}), " line 1", "'id' is ['q']; a row needs text in id"),
         (as_lines(OXEN_ROW, {"prompt": "q", "response": "r"}), " line 2", "'context' is missing"),
         (as_lines({"context": "c", "response": "r"}), " line 1", "'prompt' is missing"),
         (as_lines({"context": "c", "prompt": "q"}), " line 1", "'response' is missing"),
@@ -159,7 +199,8 @@ def test_made_ids_are_stable_and_tell_contents_apart(read):
         (as_lines(HUB_ROW | {"id": ""}), " line 1", "'id' is ''; a row needs text in id, or no id"),
         (b'{"context": "\\ud800", "prompt": "q", "response": "r"}', " line 1", "'\\ud800'"),
         ("\n\n{'é'}".encode("latin-1"), " line 3", "not UTF-8"),
-        ("ÿþ".encode("latin-1"), " line 1", "not UTF-8"),
+        ("ÿ".encode("latin-1"), " line 1", "not UTF-8"),
+        *((data, "", what) for data, what in OTHER_FORMATS.values()),
         (b'{"data": 3}', " data", "not SQuAD JSON"),
         (b'{"data": [{"paragraphs": {"context": "c"}}]}', " data", "not SQuAD JSON"),
         (b'{"data": [{"title": "t"}]}', " data", "not SQuAD JSON"),
@@ -188,6 +229,25 @@ def test_bad_files_get_one_line_that_names_the_place(read, tmp_path, data, place
 def test_missing_file_and_directory(tmp_path, name):
     with pytest.raises(UserError, match=r"cannot be read .*; give a JSONL or SQuAD JSON file"):
         read_examples(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["rajpurkar/squad", "someone/no-such-data"])
+def test_a_hub_data_set_without_a_split(name):
+    with pytest.raises(UserError, match=f"name a split, as in {name}:train or {name}:validation"):
+        read_examples(name)
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "squad"])
+def test_a_pipe_is_read_once(tmp_path, layout):
+    """As bash's <(...) is."""
+    document = squad_json({"question": "q", "answers": [{"text": "a cat"}]})
+    data = as_lines(OXEN_ROW) if layout == "jsonl" else json.dumps(document).encode()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    assert read_examples(str(pipe))[0].target == "a cat"
+    writer.join()
 
 
 def test_hub_data_set(monkeypatch):
@@ -382,7 +442,7 @@ def test_same_article_negatives_fall_back_where_the_article_has_none():
         assert article_of[context] == example.article
     assert drawn[-2] not in (None, lonely.context)
     assert drawn[-1] not in (None, untitled.context)
-    with pytest.raises(UserError, match="same_article need titles"):
+    with pytest.raises(UserError, match="JSONL with a column title"):
         NegativeSampler([untitled], "same_article")
 
 

@@ -94,9 +94,12 @@ def write(path: Path, objects: list[dict]) -> str:
         ({"guess": None}, "'guess' is None; it must be text"),
         ({"guess": "\ud800"}, "'guess' is '\\ud800'; it must be text"),
         ({"f1": 1.5}, "'f1' is 1.5; it must be a number from 0 to 1"),
-        ({"time": "1 s"}, "'time' is '1 s'; it must be a number"),
-        ({"num_tokens": 40.5}, "'num_tokens' is 40.5; it must be a whole number"),
-        ({"num_tokens": 10**400}, f"'num_tokens' is 1{'0' * 39}; it must be a whole number"),
+        ({"time": "1 s"}, "'time' is '1 s'; it must be a number from 0 to 1e+15"),
+        ({"num_tokens": 40.5}, "'num_tokens' is 40.5; it must be a whole number from 0 to 1e+15"),
+        (
+            {"num_tokens": 10**400},
+            f"'num_tokens' is 1{'0' * 39}; it must be a whole number from 0 to 1e+15",
+        ),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_line(tmp_path, changed, complaint):
@@ -202,8 +205,8 @@ def test_the_columns_of_another_layout_are_one_short_line(tmp_path):
         ({"answer": ["a"]}, "'answer' is ['a']; it must be text"),
         ({"answers": {"text": ["a"]}}, "'answers' is {'text': ['a']}; it must be a list of texts"),
         ({"context": 1}, "'context' is 1; it must be text"),
-        ({"idx": "0"}, "'idx' is '0'; it must be a whole number"),
-        ({"time": "0.5 s"}, "'time' is '0.5 s'; it must be a number"),
+        ({"idx": "0"}, "'idx' is '0'; it must be a whole number from 0 to 1e+15"),
+        ({"time": "0.5 s"}, "'time' is '0.5 s'; it must be a number from 0 to 1e+15"),
         ({"confidence": 99}, "'confidence' is 99; it must be a number from 0 to 1"),
     ],
 )
@@ -333,8 +336,8 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
     [
         (b"", ": the file is empty; give JSONL"),
         (b"\n \n", ": the file is empty; give JSONL"),
-        ('{"guess": "x"}\n'.encode("utf-16"), " line 1: not UTF-8; convert the file to UTF-8"),
-        ('{"guess": "x"}'.encode("utf-16"), " line 1: not UTF-8; convert the file to UTF-8"),
+        ('{"guess": "x"}\n'.encode("utf-16"), ": is UTF-16 text; convert the file to UTF-8"),
+        ('{"guess": "x"}'.encode("utf-16"), ": is UTF-16 text; convert the file to UTF-8"),
         (b"\n{", " line 2: not a JSON object"),
     ],
 )

@@ -75,7 +75,12 @@ def test_a_second_run_goes_on(path):
     assert summary["rows_of_earlier_runs"] == 2 and summary["scores"]["num_questions"] == 5
 
 
-@pytest.mark.parametrize("torn", [b"{", b'{"idx": 2, "id', b"\0\0\0", "“".encode()[:2]])
+WHOLE_LINE = json.dumps(ROWS[2], ensure_ascii=False).encode()
+TORN = [WHOLE_LINE[:length] for length in (*range(1, 30), *range(30, len(WHOLE_LINE), 9))]
+TORN += [b"\0\0\0", WHOLE_LINE[:20] + b"\0" * 9]
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_a_torn_line_is_dropped(path, torn):
     write(path, *ROWS[:2])
     path.write_bytes(path.read_bytes() + torn)
@@ -88,7 +93,7 @@ def test_a_torn_line_is_dropped(path, torn):
 
 def test_nothing_of_a_long_torn_line_is_left_behind_a_shorter_one(path):
     write(path, *ROWS[:4])
-    path.write_bytes(path.read_bytes() + b'{"idx": 4, ' + b"x" * 5000)
+    path.write_bytes(path.read_bytes() + WHOLE_LINE[:30] + b"x" * 5000)
     write(path, ROWS[4])
     assert read_results(str(path)) == ROWS
     assert len(path.read_bytes().split(b"\n")) == len(ROWS) + 1
@@ -117,6 +122,69 @@ def test_a_file_without_a_whole_line_is_begun_anew_by_any_run(path, left):
     write(path, *ROWS)
     assert read_results(str(path)) == ROWS
     assert read_summary(path)["settings"] == SETTINGS
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["of another run", "of an unknown run"])
+def test_the_one_row_of_another_run_without_its_newline_is_kept(path, other):
+    write(path, ROWS[0], model="other")
+    path.write_bytes(path.read_bytes()[:-1])
+    if not other:
+        path.with_name("results.jsonl.summary.json").unlink()
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"results of an{'other' if other else ' unknown'} run"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [b"my notes", b'{"idx": 1}\n', b'{"idx": 7, "id": "x", "my": "no'])
+def test_what_another_program_puts_there_before_the_first_row_is_kept(path, left):
+    for overwrite, before in ((True, [*ROWS[:2]]), (False, [])):
+        if before:
+            write(path, *before, model="other")
+        with opened(path, overwrite=overwrite) as results:
+            path.write_bytes(left)
+            results.write(ROWS)
+            results.finish()
+        assert read_results(str(path)) == ROWS
+        [kept] = path.parent.glob("*.replaced")
+        assert kept.read_bytes() == left
+        for file in path.parent.iterdir():
+            file.unlink()
+
+
+def test_a_summary_that_another_program_puts_there_is_kept(path):
+    summary = path.with_name("results.jsonl.summary.json")
+    with opened(path) as results:
+        summary.write_text("mine")
+        with pytest.raises(UserError, match="something else than the summary of a run"):
+            results.write(ROWS)
+    assert summary.read_text() == "mine"
+    summary.unlink()
+    with opened(path) as results:
+        results.write(ROWS)
+        summary.write_text("mine")
+        with pytest.raises(UserError, match="something else than the summary of a run"):
+            results.finish()
+    assert summary.read_text() == "mine" and read_results(str(path)) == ROWS
+
+
+@pytest.mark.parametrize("extra", [{"note": "mine"}, {"note": "\ud800"}])
+def test_rows_with_a_column_more_are_kept(path, extra):
+    write(path, ROWS[1], ROWS[0])
+    path.write_text("".join(json.dumps(row | extra) + "\n" for row in (ROWS[1], ROWS[0])))
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"another layout|something else than results"):
+            opened(path, overwrite=overwrite)
+    assert path.read_bytes() == before
+
+
+def test_a_clock_that_is_set_back_does_not_matter(path, monkeypatch):
+    clock = iter(range(10**6, 0, -1000))
+    with opened(path) as results:
+        monkeypatch.setattr("time.time", lambda: next(clock))
+        results.write(ROWS)
+        assert 0 <= results.finish()["wall_seconds"] < 600
 
 
 def test_rows_in_any_order_end_in_the_order_of_the_data(path):
@@ -171,11 +239,9 @@ def test_twice_the_same_row_is_refused(path):
         opened(path)
 
 
-@pytest.mark.parametrize("summary", [None, "{", "{}"])
-def test_rows_of_an_unknown_run_are_refused(path, summary):
+def test_rows_of_an_unknown_run_are_refused(path):
     write(path, *ROWS[:2])
-    summary_file = path.with_name("results.jsonl.summary.json")
-    summary_file.unlink() if summary is None else summary_file.write_text(summary)
+    path.with_name("results.jsonl.summary.json").unlink()
     with pytest.raises(
         UserError, match=r"unknown run: no results.jsonl.summary.json; .*--overwrite"
     ):
@@ -186,7 +252,9 @@ def test_rows_of_an_unknown_run_are_refused(path, summary):
 def test_a_line_that_is_no_row_is_refused(path):
     write(path, *ROWS[:2])
     path.write_bytes(b"hello\n" + path.read_bytes())
-    with pytest.raises(UserError, match=r"results\.jsonl line 1: not a JSON object.*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"results\.jsonl line 1: not a JSON object.*move the file away"
+    ):
         opened(path)
 
 
@@ -201,7 +269,7 @@ def test_a_run_does_not_resume_another_layout(path, missing):
         opened(path)
     assert str(caught.value) == (
         f"{path} line 2: another layout (columns: {', '.join(older)}); needed: "
-        f"{', '.join(ROWS[0])}; to start again, give another path or --overwrite"
+        f"{', '.join(ROWS[0])}; give another path or move the file away"
     )
     assert path.read_bytes() == before
 
@@ -254,8 +322,8 @@ def test_a_file_that_is_changed_is_written_again(path, capfd, rows, change, last
     assert summary["complete"] is True and read_summary(path) == json.loads(json.dumps(summary))
     warning = capfd.readouterr().err
     assert re.fullmatch(
-        rf"warning: {path}: was (changed|removed|replaced \(by .*\)) during the run; "
-        r"its \d rows are written again\n",
+        rf"warning: {path}: was (removed|changed|(changed|replaced) \(.* is now .*\)) "
+        r"during the run; its \d rows are written again\n",
         warning,
     )
 
@@ -283,6 +351,18 @@ def test_a_change_is_noticed_in_a_resumed_file_too(path, capfd):
         results.finish()
     assert read_results(str(path)) == ROWS
     assert capfd.readouterr().err.count("its 4 rows are written again\n") == 1
+
+
+@pytest.mark.parametrize("change", [CHANGES["longer"], CHANGES["other"]])
+def test_what_another_program_writes_into_the_file_is_kept(path, change):
+    with opened(path) as results:
+        results.write(ROWS[:2])
+        change(path)
+        found = path.read_bytes()
+        results.write(ROWS[2:])
+        results.finish()
+    assert read_results(str(path)) == ROWS
+    assert path.with_name("results.jsonl.replaced").read_bytes() == found
 
 
 def test_another_programs_file_is_kept(path):
@@ -361,10 +441,10 @@ def test_a_summary_of_other_results_does_not_outlive_them(path, monkeypatch):
         results.write(ROWS)
         results.finish()
 
-    def full(*arguments):
+    def full(*arguments, **more):
         raise UserError("full")
 
-    monkeypatch.setattr("context_qa.results_file.write_whole", full)
+    monkeypatch.setattr("context_qa.results_file.write_output", full)
     with opened(path, overwrite=True, model="other") as results, pytest.raises(UserError):
         results.write(ROWS)
     assert read_summary(path) == {} and path.read_bytes() == b""
@@ -447,7 +527,7 @@ def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwri
 
 def test_a_summary_that_cannot_be_written_is_told_at_once(path):
     path.with_name("results.jsonl.summary.json").mkdir()
-    with pytest.raises(UserError, match=r"summary\.json: cannot be written \(a folder\)"):
+    with pytest.raises(UserError, match=r"summary\.json: cannot be written \(not a file\)"):
         opened(path)
 
 

@@ -33,7 +33,7 @@ def test_shots_from_a_file(tmp_path):
         (b"", "shots.jsonl: no shot in it; a row needs question, answer"),
         (b"\n  \n", "shots.jsonl: no shot in it"),
         (b'{"question": "Who?", "answer": "Bo"}\n[]', "line 2: no JSON object; a row needs"),
-        (b'{"question": "Who?"', "line 1: no JSON object"),
+        (b'{"question": "Who?"', "line 1: not JSON"),
         (b'{"question": "Who?"}', "line 1: 'answer' is missing; a row needs text in question, a"),
         (b'{"question": "Who?", "answer": 4}', "line 1: 'answer' is 4;"),
         (b'{"question": " ", "answer": "Bo"}', "line 1: 'question' is ' ';"),

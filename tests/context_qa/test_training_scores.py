@@ -147,14 +147,28 @@ def test_a_card_without_scores_says_so():
 
 @pytest.mark.parametrize("record, expected", [
     ('{"arguments": {"prompt_order": "read_twice"}}', "read_twice"),
-    ('{"arguments": {"prompt_order": "backwards"}}', PROMPT_ORDERS[0]),
-    ('{"arguments": {}}', PROMPT_ORDERS[0]), ("[]", PROMPT_ORDERS[0]), ("{", PROMPT_ORDERS[0]),
+    ('{"arguments": {}}', PROMPT_ORDERS[0]), ("[]", PROMPT_ORDERS[0]),
+    ('{"arguments": {"prompt_order": null}}', PROMPT_ORDERS[0]),
+    ('{"arguments": [1]}', PROMPT_ORDERS[0]),
     (None, PROMPT_ORDERS[0]),
 ])  # fmt: skip
 def test_a_model_is_asked_as_it_was_trained(record, expected, tmp_path):
     if record is not None:
         (tmp_path / RECORD).write_text(record)
     assert trained_prompt_order(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("record, said", [
+    ('{"arguments": {"prompt_order": "backwards"}}', "prompt order 'backwards' is unknown"),
+    ('{"arguments": {"prompt_order": [["x"]]}}', "prompt order [['x']] is unknown"),
+    ("{", "not JSON"), ("[" * 100_000, "is nested too deep"),
+])  # fmt: skip
+def test_a_record_that_cannot_say_how_it_was_trained_is_refused(record, said, tmp_path):
+    """Another order than the trained one would silently cost points."""
+    (tmp_path / RECORD).write_text(record)
+    with pytest.raises(UserError) as caught:
+        trained_prompt_order(str(tmp_path))
+    assert said in str(caught.value) and str(tmp_path / RECORD) in str(caught.value)
 
 
 def test_the_embedded_model_says_how_it_was_made():
