@@ -10,7 +10,6 @@ and OUTPUT.json: where documents begin and how many bytes of text they have.
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from errors import UserError, keep_inputs, positive_int, run_script
 from files import read_json, write_whole
 from mamba_lm.tokenizer import encode, load_tokenizer_at, vocabulary_bound
+from studies.base_model.processes import process_pool
 from studies.base_model.text_files import read_documents
 
 TOKEN = np.dtype("<u2")
@@ -64,7 +64,7 @@ def pack(texts: Iterable[str], tokenizer: str, output: str, processes: int) -> t
     starts, num_bytes = [0], []
     partial = Path(f"{output}.bin.partial")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file, multiprocessing.Pool(processes) as pool:
+    with open(partial, "wb") as file, process_pool(processes) as pool:
         tokenize = functools.partial(_tokenize, tokenizer)
         for size, ids in pool.imap(tokenize, texts, chunksize=8):
             file.write(ids + end)
@@ -78,7 +78,6 @@ def pack(texts: Iterable[str], tokenizer: str, output: str, processes: int) -> t
 
 
 def _tokenize(tokenizer: str, text: str) -> tuple[int, bytes]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are enough
     [ids] = encode(_load_once(tokenizer), [text])
     return len(text.encode()), np.array(ids, TOKEN).tobytes()
 
@@ -99,6 +98,22 @@ def read_packed(name: str) -> Packed:
     if packed.starts[-1] != len(tokens) or len(packed.starts) != len(packed.num_bytes) + 1:
         raise UserError(f"{name}.bin: has {len(tokens):,} tokens, {name}.json says otherwise")
     return packed
+
+
+def read_all(names: Sequence[str]) -> Packed:
+    """Several token files as one, the documents in this order. Raises UserError."""
+    files = [read_packed(name) for name in names]
+    if len(files) == 1:
+        return files[0]
+    starts = [0]
+    for file in files:
+        end = starts[-1]
+        starts += [end + start for start in file.starts[1:]]
+    return Packed(
+        np.concatenate([file.tokens for file in files]),
+        starts,
+        [size for file in files for size in file.num_bytes],
+    )
 
 
 def read_texts(packed: Packed, tokenizer) -> Iterator[str]:

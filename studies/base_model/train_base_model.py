@@ -23,7 +23,7 @@ from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM
 from mamba_lm.tokenizer import load_tokenizer_at, vocabulary_bound
 from studies.base_model.language_loss import bits_per_byte, next_token_loss
-from studies.base_model.pack import read_packed
+from studies.base_model.pack import read_all
 from studies.base_model.windows import Windows, split_held_out
 
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.pt"
@@ -39,7 +39,8 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     add("--config", required=True, metavar="MODEL", help="config file, or model to train further")
     add("--tokenizer", metavar="DIR", help="saved with the model (default: that of --config)")
-    add("--tokens", required=True, metavar="NAME", help="token file of pack.py, without its .bin")
+    add("--tokens", required=True, nargs="+", metavar="NAME",
+        help="token files of pack.py, without .bin")
     add("--output", required=True, metavar="DIR", help="folder of the new model and its run")
     end = parser.add_mutually_exclusive_group(required=True)
     end.add_argument("--minutes", type=positive_float, metavar="N",
@@ -82,9 +83,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, model: MambaLM, tokenizer, device: torch.device):
         self.args, self.model, self.device = args, model, device
-        packed = read_packed(args.tokens)
+        packed = read_all(args.tokens)
         if packed.tokens.max() >= model.config.vocab_rows:
-            raise UserError(f"{args.tokens}.bin: token ids beyond the model's vocabulary")
+            raise UserError(f"{args.tokens}: token ids beyond the model's vocabulary")
         tokens, self.held_out = split_held_out(packed, args.held_out)
         self.windows = Windows(tokens, args.length, args.seed, device)
         self.optimizer = torch.optim.AdamW(

@@ -14,7 +14,9 @@ import torch
 from errors import UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.tokenizer import load_tokenizer_at
+from squad_utils import read_examples
 from studies.base_model import pack, train_base_model
+from studies.base_model.make_recall_practice import practice
 from studies.base_model.text_files import Document, read_documents
 from studies.base_model.train_tokenizer import sample, train_tokenizer
 from studies.base_model.windows import Windows, split_held_out
@@ -86,6 +88,13 @@ def test_a_token_file_gives_the_texts_again(folder):
         pack.read_packed(str(folder / "short"))
 
 
+def test_token_files_are_read_as_one(folder):
+    tokenizer = load_tokenizer_at(folder / "tokenizer")
+    packed = pack.read_all([str(folder / "tokens")] * 2)
+    assert list(pack.read_texts(packed, tokenizer)) == 2 * [article(n) for n in range(60)]
+    assert len(packed.num_bytes) == 120
+
+
 def test_held_out_documents_are_the_last(folder):
     packed = pack.read_packed(str(folder / "tokens"))
     rest, held_out = split_held_out(packed, 300)
@@ -125,6 +134,11 @@ def train(folder: Path, output: Path, **changes) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
+def run(script: str, *arguments) -> None:
+    command = [sys.executable, "-m", f"studies.base_model.{script}", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 def rows(output: Path) -> list[dict]:
     return [json.loads(row) for row in (output / "log.jsonl").read_text().splitlines()]
 
@@ -142,7 +156,7 @@ def test_training_learns_and_the_model_loads(folder, tmp_path):
 def test_a_resumed_run_equals_one_that_was_never_stopped(folder, tmp_path, monkeypatch, one_thread):
     def run(output: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         arguments = argparse.Namespace(
-            config=str(folder / "config.json"), tokenizer=None, tokens=str(folder / "tokens"),
+            config=str(folder / "config.json"), tokenizer=None, tokens=[str(folder / "tokens")],
             output=str(tmp_path / output), max_steps=12, minutes=None, length=16, batch_size=4,
             learning_rate=1e-2, warmup=0.1, weight_decay=0.1, held_out=300, evaluations=2,
             log_every=5, save_minutes=1e-9, device="cpu", seed=3,
@@ -180,3 +194,74 @@ def test_a_run_with_other_settings_is_not_resumed(folder, tmp_path):
 def test_the_clock_ends_a_run(folder, tmp_path):
     train(folder, tmp_path / "base", max_steps=None, minutes=0.02)
     assert rows(tmp_path / "base")[-1]["seconds"] < 60
+
+
+def test_recall_practice_asks_for_what_another_paragraph_says():
+    paragraphs = [
+        "The lighthouse was built by Maria Jansen. " + "Visitors climb its stairs. " * 6 + "End.",
+        "Nothing recurs here. " * 20 + "End.",
+        "Later the old lighthouse was sold, and Maria Jansen built another one near the harbour "
+        "in Delft. " + "The harbour was full of herring boats in those days. " * 4 + "End.",
+    ]
+    document = Document("Lights", "= Lights =\n" + "\n".join(paragraphs) + "\n")
+    rows = practice(document)
+    asked = {row["context"]: row for row in rows}
+    assert set(asked) == {paragraphs[0], paragraphs[2]}
+    for row in rows:
+        assert row["answers"] == ["Maria Jansen"] and row["answers"][0] in row["context"]
+        assert "Maria" not in row["question"] and row["question"].endswith("?")
+        assert row["question"].rstrip("?") not in row["context"]
+    assert asked[paragraphs[2]]["question"] == "The lighthouse was built by what?"
+    assert practice(document) == rows and practice(document, of_paragraph=3) == rows
+    # Without a word in common but the span there is no question.
+    paragraphs[0] = "Nobody knew Maria Jansen as a writer of verse. " + "She kept silent then. " * 9
+    assert not practice(Document("Lights", "= Lights =\n" + "\n".join(paragraphs)))
+
+
+def test_reader_data_are_mixed_and_named(folder, tmp_path):
+    rows = [
+        {"context": "Ada met Bo.", "question": "Who met Bo?", "answers": ["Ada", "Bo"], "id": "1"},
+        {"context": "Ada met Bo.", "question": "Who?", "answers": ["Cy"], "id": "2"},
+        {"context": "Ada met Bo.", "question": "Who is Cy?", "answers": [], "id": "3"},
+        {"context": "x " * 2000, "question": "What?", "answers": ["x"], "id": "4"},
+    ]
+    for name, opened in (("one.jsonl", open), ("two.jsonl.xz", lzma.open)):
+        with opened(tmp_path / name, "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    run("mix_reader_data", tmp_path / "one.jsonl", tmp_path / "two.jsonl.xz",
+        "--output", tmp_path / "mix.jsonl")  # fmt: skip
+    examples = read_examples(str(tmp_path / "mix.jsonl"))
+    assert [example.id for example in examples] == ["one/1", "two/1"]
+    assert examples[0].answers == ("Ada",)
+
+
+def test_the_base_model_becomes_a_reader(folder, tmp_path):
+    """Through every script, as the README has them; the reader is written in bfloat16 too."""
+    recall = tmp_path / "recall.jsonl"
+    run("make_recall_practice", folder / "tokens", "--tokenizer", folder / "tokenizer",
+        "--output", recall, "--processes", 1)  # fmt: skip
+    row = {"context": "Ada met Bo in 1911.", "question": "Who met Bo?", "answers": ["Ada"]}
+    with open(recall, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    train(folder, tmp_path / "base", max_steps=3)
+    command = [sys.executable, "train_mamba_with_context.py", "--model", tmp_path / "base"]
+    command += ["--data_path", recall, "--output", tmp_path / "reader", "--max_steps", "2"]
+    command += ["--negatives", "none", "--trainer", "use_cpu=true"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    run("export_bfloat16", tmp_path / "reader", tmp_path / "small")
+    model, _ = load_model_and_tokenizer(str(tmp_path / "small"), dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("reader", "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_no_script_needs_what_a_lent_machine_lacks():
+    """The optional packages are imported where they are used."""
+    missing = ("datasets", "duckdb", "bm25s", "rich", "prompt_toolkit")
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in missing)
+    modules = "train_mamba_with_context, eval_mamba_with_context"
+    studies = ", ".join(
+        f"studies.base_model.{path.stem}" for path in (ROOT / "studies/base_model").glob("*.py")
+    )
+    code = f"import sys; {blocked}import {modules}, {studies}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
