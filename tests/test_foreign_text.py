@@ -1,5 +1,7 @@
 """Foreign text reaches a terminal without what would command it, by every door; JSON is JSON."""
 
+from script import run_script
+
 import csv
 import io
 import json
@@ -18,7 +20,6 @@ import report_results
 from context_qa.evaluation import print_summary
 from context_qa.results import Answer, result_row, summary_path
 from context_qa.terminal import Screen
-from errors import run_script
 from files import json_line, plain_json
 from squad_utils import Example
 

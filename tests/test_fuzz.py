@@ -25,11 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import query_results
 from context_qa.comparison import compare
-from context_qa.console import read_context
 from context_qa.provenance import trained_prompt_order
 from context_qa.report import report_page
 from context_qa.results import read_objects, read_summary, results_rows
 from context_qa.shots import n_shot_prompt, read_shots
+from context_qa.terminal import read_context
 from errors import UserError, printable
 from mamba_lm import checkpoint
 from mamba_lm.checkpoint import files_read, load_model, load_model_and_tokenizer, save_model

@@ -3,18 +3,18 @@
 python -m studies.base_model.export_bfloat16 models/base models/base-bf16
 """
 
+from script import run_script
+
 import argparse
 
 import torch
 
-from errors import UserError, run_script
+from errors import Parser, UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer, new_folder, save_model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of a trained model")
     parser.add_argument("output", metavar="DIR", help="folder of the new one")
     return parser.parse_args()

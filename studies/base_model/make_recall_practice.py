@@ -11,6 +11,8 @@ sentences: Lewis et al. 2019). Sentence and paragraph have other words in common
 could not be answered. A token file of pack.py may stand in for the texts.
 """
 
+from script import run_script
+
 import argparse
 import functools
 import json
@@ -22,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError, keep_inputs, positive_int, run_script, seed
-from files import write_whole
+from errors import Parser, UserError, positive_int, seed
+from files import keep_inputs, write_output
 from mamba_lm.tokenizer import load_tokenizer_at
 from studies.base_model.pack import read_packed, read_texts
 from studies.base_model.processes import process_pool
@@ -60,9 +62,7 @@ class Mention(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("texts", nargs="+", metavar="TEXT", help=".txt, .txt.xz, or a token file without its .bin")
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, *args.texts)
+    keep_inputs([args.output], args.texts)
     make = functools.partial(practice, seed=args.seed, of_paragraph=args.of_paragraph)
     with process_pool(args.processes) as pool:
         found = pool.imap(make, documents(args.texts, args.tokenizer), _AT_ONCE)
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     made = len(rows)
     if made > args.questions:
         rows = random.Random(args.seed).sample(rows, args.questions)
-    write_whole(args.output, "".join(row + "\n" for row in rows))
+    write_output(args.output, "".join(row + "\n" for row in rows))
     print(f"{len(rows):,} of {made:,} questions written to {args.output}")
 
 

@@ -8,20 +8,20 @@ first answer is not in its context. Ids and titles begin with the file's name, s
 share one; a file's answers are cut to the first, which is what training reads.
 """
 
+from script import run_script
+
 import argparse
 import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import UserError, keep_inputs, positive_int, run_script
-from files import parse_json, write_whole
+from errors import Parser, UserError, positive_int
+from files import keep_inputs, parse_json, write_output
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".jsonl or .jsonl.xz")
     add("--output", required=True, metavar="FILE", help="JSONL")
@@ -31,14 +31,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, *args.files)
+    keep_inputs([args.output], args.files)
     rows = []
     for path in map(Path, args.files):
         found = list(read_rows(path))
         kept = [row for row in found if is_fit(row, args.longest)]
         rows += [named(row, path.name.split(".")[0]) for row in kept]
         print(f"{path}: {len(kept):,} of {len(found):,} questions")
-    write_whole(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_output(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows):,} questions written to {args.output}")
 
 

@@ -7,6 +7,8 @@ Writes OUTPUT.bin, the token ids as little-endian uint16, each document's follow
 and OUTPUT.json: where documents begin and how many bytes of text they have.
 """
 
+from script import run_script
+
 import argparse
 import functools
 import json
@@ -17,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError, keep_inputs, positive_int, run_script
-from files import read_json, write_whole
+from errors import Parser, UserError, positive_int
+from files import check_output, keep_inputs, read_json, write_output
 from mamba_lm.tokenizer import encode, load_tokenizer_at, vocabulary_bound
 from studies.base_model.processes import process_pool
 from studies.base_model.text_files import read_documents
@@ -36,9 +38,7 @@ class Packed(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help=".txt or .txt.xz; `= Title =` begins a document")
     add("--tokenizer", required=True, metavar="DIR", help="folder or tokenizer.json file")
@@ -48,7 +48,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(f"{args.output}.bin", *args.texts)
+    outputs = (f"{args.output}.bin", f"{args.output}.json")
+    keep_inputs(outputs, args.texts)
+    for output in outputs:
+        check_output(output, None)
     texts = (document.text for document in read_documents(args.texts))
     tokens, documents = pack(texts, args.tokenizer, args.output, args.processes)
     print(f"{tokens:,} tokens of {documents:,} documents written to {args.output}.bin")
@@ -73,7 +76,7 @@ def pack(texts: Iterable[str], tokenizer: str, output: str, processes: int) -> t
     if not num_bytes:
         raise UserError(f"{output}: no text to write")
     partial.replace(f"{output}.bin")
-    write_whole(f"{output}.json", json.dumps({"starts": starts, "num_bytes": num_bytes}) + "\n")
+    write_output(f"{output}.json", json.dumps({"starts": starts, "num_bytes": num_bytes}) + "\n")
     return starts[-1], len(num_bytes)
 
 

@@ -8,6 +8,8 @@ and the state passes it. The same command resumes a run from its last checkpoint
 are computed in bfloat16 (autocast); weights and optimiser state stay in float32.
 """
 
+from script import run_script
+
 import argparse
 import json
 import math
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, positive_float, positive_int, run_script, seed
+from errors import Parser, UserError, positive_float, positive_int, seed
 from mamba_lm.checkpoint import find_tokenizer_of, load_model, save_model
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM
@@ -32,9 +34,7 @@ WITHOUT_EFFECT = ("save_minutes", "log_every", "device")  # on what is learnt, b
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--config", required=True, metavar="MODEL", help="config file, or model to train further")

@@ -8,13 +8,15 @@ token: ten embeddings that are always well trained, but four decisions for a yea
 digits do not tell the years of a paragraph apart.
 """
 
+from script import run_script
+
 import argparse
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from errors import keep_inputs, positive_float, positive_int, run_script
-from files import atomic_folder
+from errors import Parser, positive_float, positive_int
+from files import atomic_folder, keep_inputs
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents
 
@@ -22,9 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help=".txt or .txt.xz; `= Title =` begins a document")
     add("--output", required=True, metavar="DIR", help="folder of the new tokenizer")
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs(args.output, *args.texts)
+    keep_inputs([args.output], args.texts)
     texts = sample((document.text for document in read_documents(args.texts)), args.megabytes * 1e6)
     train_tokenizer(texts, args.vocabulary, args.digits, args.output)
     print(f"tokenizer of {args.vocabulary:,} tokens written to {args.output}")
