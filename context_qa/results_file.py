@@ -134,8 +134,10 @@ class ResultsFile:
         check_output(self.path, RESULTS, overwrite=True)
         summary = read_summary(self.path)
         if not rows and not is_whole_row(data):
-            if summary and summary.get("complete") is not False:
-                raise self._refusal(f"no results, but {summary_path(self.path).name} is there")
+            has_ended = summary and summary.get("complete") is not False
+            if has_ended and summary.get("settings") != self.record["settings"]:
+                name = summary_path(self.path).name
+                raise self._refusal(f"no results, but {name} is there, of another run")
             return
         other = summary.get("settings")
         if not isinstance(other, dict):

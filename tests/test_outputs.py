@@ -175,7 +175,7 @@ def test_a_summary_without_its_results_is_replaced_by_overwriting_alone(folder, 
     Path("r.jsonl").unlink()
     before = contents(folder)
     with pytest.raises(
-        UserError, match=r"no results, but r\.jsonl\.summary\.json is there; .*--ov"
+        UserError, match=r"no results, but r\.jsonl\.summary\.json is there, of an.*--ov"
     ):
         ResultsFile("r.jsonl", [], {"settings": {}})
     assert contents(folder) == before
