@@ -340,7 +340,7 @@ def test_a_bug_in_a_worker_is_one_with_its_place():
 ENDLESS = """
 import sys, time
 from benchmarks.timing import Contender, Worker
-from errors import run_script
+from script import run_script
 
 def endless():
     print("begun", flush=True)
