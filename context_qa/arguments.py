@@ -30,13 +30,6 @@ def evaluation_parser(description: str) -> Parser:
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
     parser.add_argument("output", metavar="OUTPUT", help="results, JSONL; OUTPUT.summary.json too")
     parser.add_argument(
-        "--max_new_tokens",
-        type=token_count,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"default: {MAX_NEW_TOKENS}",
-    )
-    parser.add_argument(
         "--max_batch_tokens",
         type=positive_int,
         default=MAX_BATCH_TOKENS,
@@ -58,13 +51,6 @@ def add_console_flags(parser: Parser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
     parser.add_argument(
-        "--max_new_tokens",
-        type=token_count,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"default: {MAX_NEW_TOKENS}",
-    )
-    parser.add_argument(
         "--temperature",
         type=temperature,
         default=0.0,
@@ -85,7 +71,14 @@ def add_console_flags(parser: Parser) -> None:
 
 
 def add_model_flags(parser: Parser) -> None:
-    """The flags of every script that runs a model."""
+    """The flags of every script that answers with a model."""
+    parser.add_argument(
+        "--max_new_tokens",
+        type=token_count,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"default: {MAX_NEW_TOKENS}",
+    )
     parser.add_argument("--tokenizer", help="folder, file or Hub name (default: the model's)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
