@@ -38,7 +38,8 @@ _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or 
     "include_num_input_tokens_seen": "training_log.jsonl has the tokens a second",
     **dict.fromkeys(
         ("auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha",
-         "parallelism_config", "torch_compile", "use_liger_kernel"), "not made for this model"
+         "parallelism_config", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+         "use_liger_kernel"), "not made for this model"
     ),
 }  # fmt: skip
 _BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -79,7 +80,7 @@ def _parse(override: str) -> tuple[str, object]:
     if not _fits(value, _FIELDS[key]) or not isinstance(value, kind):
         said = "a text" if kind is str else "a number, true or false"
         raise UserError(f"training arguments: {override}: give {said}")
-    if key in _NOT_USED and value:
+    if key in _NOT_USED and value is not False and value != _FIELDS[key]:
         raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     return key, value
 
@@ -120,8 +121,6 @@ def training_arguments(
     # `ResumableTrainer` writes one of the best by itself.
     evaluates = arguments.eval_strategy != IntervalStrategy.NO
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
-    if not arguments.learning_rate <= torch.finfo(torch.float32).max:
-        raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
