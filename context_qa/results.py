@@ -224,13 +224,15 @@ def _no_object(line: bytes, place: str, remedy: str = "correct or remove the lin
 
 def _parsed(line: bytes) -> dict | None:
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            line.decode("utf-8-sig"), parse_float=_finite_number, parse_constant=_finite_number
+        )
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and not is_nested_too_deep(value) else None
 
 
-def _finite(text: str) -> float:
+def _finite_number(text: str) -> float:
     """The number; ValueError for NaN, Infinity and what is too large, which JSON does not have."""
     value = float(text)
     if not math.isfinite(value):

@@ -27,6 +27,7 @@ from files import (
     locked,
     named_errors,
     read_json,
+    require_writable,
     write_whole,
 )
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
@@ -95,7 +96,7 @@ class TrainingRun:
         with named_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()  # or the run would fail by that later
+            require_writable(self.folder)  # or the run would fail by that later
             self._lock = os.open(self.folder, os.O_RDONLY)
             if not locked(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")

@@ -445,6 +445,8 @@ def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
         ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_grad_norm", "null"),
         ("eval_on_start", "true"), ("resume_from_checkpoint", "true"), ("torch_compile", "true"),
         ("ignore_data_skip", "true"), ("warmup_steps", '"many"'), ("neftune_noise_alpha", "0"),
+        ("eval_steps", "many"), ("eval_steps", '""'), ("metric_for_best_model", "5"),
+        ("greater_is_better", "[]"), ("save_steps", "null"), ("run_name", "[7]"),
         ("torch_compile_mode", "default"), ("torch_compile_backend", "inductor"),
     ],
 )  # fmt: skip
