@@ -225,6 +225,19 @@ def write_whole(output: str | Path, text: str, check: Callable[[], None] = lambd
         os.close(replaced(output, text, check))
 
 
+def new_folder(output: str | Path) -> Path:
+    """An output folder with nothing in it, made now: work must not end in a path that cannot be
+    written. UserError where it holds anything."""
+    folder = Path(output)
+    with named_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        first = min((path.name for path in folder.iterdir()), default=None)
+    if first is not None:
+        raise UserError(f"{folder}: holds other things ({first}); give another folder")
+    require_writable(folder)
+    return folder
+
+
 def require_writable(output: str | Path) -> None:
     """UserError unless files can be made in this folder, or in the one that will hold it."""
     with named_errors(output):

@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="local folder, Hub name or config file")
     add("--data_path", required=True, metavar="DATA", help="JSONL or SQuAD JSON, or Hub name:split")
     add("--output", required=True, metavar="DIR", help="folder of the new model")
-    add("--overwrite", action="store_true", help="remove the run or model that is at DIR")
+    add("--overwrite", action="store_true", help="remove the run that is at DIR")
     add("--tokenizer", metavar="NAME", help="folder, file or Hub name (default: the model's)")
     add("--seed", type=seed, default=0, metavar="N", help="default: 0")
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
 from errors import UserError, positive_int
-from files import keep_inputs
+from files import check_output, keep_inputs
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.model import MambaConfig, MambaLM
 
@@ -116,6 +116,7 @@ def draw(plt, seconds: dict[str, float], by_length, path: str) -> None:
     lengths = [length for *_, length in by_length]
     right.set_xticks(lengths, [str(length) for length in lengths])
     right.minorticks_off()
+    check_output(path, None)  # a file may have come there meanwhile
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)

@@ -33,9 +33,10 @@ from benchmarks.bench_eval import sample
 from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
-from benchmarks.timing import parse_benchmark_args, report, write_json
+from benchmarks.timing import parse_benchmark_args, report
 from context_qa.answering import Answerer
 from errors import UserError, positive_float, positive_int
+from files import json_text, write_whole
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import load_backend
@@ -126,7 +127,7 @@ def main(args) -> None:
             found[part].append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if args.json is not None:
-                write_json(args.json, found)
+                write_whole(args.json, json_text(found, indent=2) + "\n")
 
     keep("errors", parity(gpu.scan_backends, gpu.device, *gpu.sizes.parity))
     keep("errors", model_parity(gpu.backends, gpu.device, chosen))

@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,15 +124,17 @@ def train_one(args: argparse.Namespace) -> None:
     examples = read_examples(args.train)
     batches = GroupedBatches(examples, int(size), "random", seed, grouped=kind == "grouped")
     steps = int(len(batches) * args.num_epochs)
+    scratch = tempfile.TemporaryDirectory()  # for the log that every training writes
     arguments = training_arguments(
-        f"{args.output}.{kind}{size}.{seed}", torch.device("cpu"), max_steps=steps, seed=seed,
+        scratch.name, torch.device("cpu"), max_steps=steps, seed=seed, save_strategy="no",
         learning_rate=args.learning_rate, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     tokenize = functools.partial(continuation, tokenizer=tokenizer, prompt_order=PROMPT_ORDERS[0])
     trainer = PrefixSuffixTrainer(model, arguments, batches, tokenize, tokenizer)
     looks = Looks(args, model, tokenizer, {"condition": condition, "seed": seed}, int(size), steps)
     trainer.add_callback(looks)
-    trainer.train()
+    with scratch:
+        trainer.train()
 
 
 class Looks(TrainerCallback):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from files import check_output, json_text, write_whole
+from files import check_output, json_text, write_output
 
 
 def parse_benchmark_args(
@@ -224,17 +224,13 @@ def report(title: str, rows: Sequence[dict], path: str | None) -> None:
         print(" ".join([first, *(cell.strip().rjust(width + 2) for cell, width in
                                  zip(rest, widths[1:], strict=True))]).rstrip())  # fmt: skip
     if path is not None:
-        write_json(path, list(rows))
+        write_output(path, json_text(list(rows), indent=2) + "\n")
 
 
 def new_file(path: str) -> str:
     """An argparse type: a path where no file is that would be lost; see `check_output`."""
     check_output(path, None)
     return path
-
-
-def write_json(path: str, value: object) -> None:
-    write_whole(path, json_text(value, indent=2) + "\n")
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from context_qa.training_data import DataReport
 from context_qa.training_scores import LOSS
 from errors import printable
+from files import Kind
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 _CARD = """---
@@ -61,6 +62,10 @@ joins a mark and a newline to one token, the mark is not part of the answer.
 - What it has not been scored on is not known: other languages, other kinds of text, contexts longer
   than {longest:,} tokens, the longest example it has seen.
 """
+
+
+_TRAINED_HERE = b"It was trained with Mamba Dive"
+MODEL_CARD = Kind("the card of a trained model", lambda stream: _TRAINED_HERE in stream.read())
 
 
 def model_card(

@@ -179,10 +179,21 @@ def is_torn_row(line: bytes) -> bool:
     line, begun = line.rstrip(b"\0"), b'{"idx": '
     if len(line) <= len(begun):
         return begun.startswith(line)
+    if _begins_with_a_value(line):
+        return False
     names = [name.encode() for name in FIELDS]
     found = re.findall(rb'"(\w+)": ', line)
     is_begun = re.fullmatch(rb'{"idx": \d+(, "id": ".*|, "id": ?|, ("(id?"?)?)?|,)?', line, re.S)
     return is_begun is not None and found == names[: len(found)]
+
+
+def _begins_with_a_value(line: bytes) -> bool:
+    """Whether a whole JSON value comes first in a line, whatever follows."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_results(stream: BinaryIO) -> bool:
@@ -213,13 +224,15 @@ def _no_object(line: bytes, place: str, remedy: str = "correct or remove the lin
 
 def _parsed(line: bytes) -> dict | None:
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            line.decode("utf-8-sig"), parse_float=_finite_number, parse_constant=_finite_number
+        )
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and not is_nested_too_deep(value) else None
 
 
-def _finite(text: str) -> float:
+def _finite_number(text: str) -> float:
     """The number; ValueError for NaN, Infinity and what is too large, which JSON does not have."""
     value = float(text)
     if not math.isfinite(value):

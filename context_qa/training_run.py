@@ -13,13 +13,23 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerState
 
-from context_qa.model_card import model_card
+from context_qa.model_card import MODEL_CARD, model_card
 from context_qa.processes import from_first, in_all
 from context_qa.provenance import RECORD, differences, hash_or_name, run_record
 from context_qa.training_data import DataReport
 from context_qa.training_scores import SCORES
 from errors import UserError, printable, warn
-from files import MODEL_FILES, json_text, keep_inputs, locked, named_errors, read_json, write_whole
+from files import (
+    MODEL_FILES,
+    check_output,
+    json_text,
+    keep_inputs,
+    locked,
+    named_errors,
+    read_json,
+    require_writable,
+    write_whole,
+)
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training_checkpoints import (
@@ -40,7 +50,8 @@ _WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when 
 _OURS = (  # what a run leaves; what tells that it is a run's comes last
     *MODEL_FILES,
     *SAVED_FILES,
-    *(".*.partial*", "*.partial", NOTE, CARD, LOG, PLOT, RECORD),
+    *(f"{name}.*.partial" for name in (CARD, LOG, RECORD)),
+    *(f".{PLOT}.partial", ".checkpoint.partial", NOTE, CARD, LOG, PLOT, RECORD),
 )
 
 
@@ -85,11 +96,12 @@ class TrainingRun:
         with named_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()  # or the run would fail by that later
+            require_writable(self.folder)  # or the run would fail by that later
             self._lock = os.open(self.folder, os.O_RDONLY)
             if not locked(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._before()
+            self._check_card()
         if self.args.overwrite or not before:
             self._keep_inputs()
             return False, None
@@ -115,6 +127,10 @@ class TrainingRun:
             said = f"{change}; the model is written again from {checkpoint.name}"
             warn(f"{self.folder}: {said}")
         return False, checkpoint
+
+    def _check_card(self) -> None:
+        """UserError where a text of the user's own is what the card would replace."""
+        check_output(self.folder / CARD, MODEL_CARD, overwrite=True)
 
     def _require_shared_folder(self) -> None:
         """UserError where a process, on another machine, does not see what the first one writes."""
@@ -158,7 +174,8 @@ class TrainingRun:
             return
         steps = {"steps": state.global_step, "epochs": state.epoch, "step_of_model": step}
         scores = scores_at(state, step)
-        write_whole(self.folder / CARD, model_card(self.args, report, steps, scores))
+        card = model_card(self.args, report, steps, scores)
+        write_whole(self.folder / CARD, card, self._check_card)
         found = {"data": dataclasses.asdict(report), "scores": scores}
         files = describe_files(self._model_files())
         self._write(complete=True, **steps, **found, files=files)
@@ -188,19 +205,21 @@ class TrainingRun:
         write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def _before(self) -> dict:
-        """The record of the run that is there; that of a model without one says nothing."""
+        """The record of the run that is there, without settings if it cannot be read; empty in an
+        empty folder. UserError where there is what no run has left."""
         names = {path.name for path in self.folder.iterdir()}
         names = {n for n in names if not n.startswith(".") and not n.endswith(".partial")}
-        if RECORD in names:
-            try:
-                record = read_json(self.folder / RECORD)
-            except UserError:
-                record = None
-            return record if isinstance(record, dict) else {"settings": None}
-        if names and not _is_model(self.folder):
-            first = min(names)
-            raise UserError(f"{self.folder}: holds other things ({first}); give another folder")
-        return {"settings": None} if names else {}
+        if not names:
+            return {}
+        try:
+            record = read_json(self.folder / RECORD)
+        except UserError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("arguments"), dict):
+            return record
+        if RECORD in names and _holds_card(self.folder):
+            return {"settings": None}
+        raise UserError(f"{self.folder}: holds other things ({min(names)}); give another folder")
 
     def _compare(self, before: Mapping) -> None:
         if not isinstance(before.get("settings"), dict):
@@ -221,12 +240,11 @@ class TrainingRun:
             self.record["begun_with"] = begun_with
 
     def _remove(self) -> None:
-        is_run = (self.folder / RECORD).exists()
         ours = [path for pattern in _OURS for path in self.folder.glob(pattern)]
         for path in [*checkpoints(self.folder), *ours]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif is_run or path.name != CARD:  # a model's own, which a run did not write
+            else:
                 path.unlink()
 
 
@@ -237,12 +255,12 @@ def _code(record: Mapping) -> dict:
     return {name: record.get(name) for name in ("git_commit", "python")} | versions
 
 
-def _is_model(folder: Path) -> bool:
+def _holds_card(folder: Path) -> bool:
     try:
-        read_config(folder / "config.json")
-    except UserError:
+        with open(folder / CARD, "rb") as stream:
+            return MODEL_CARD.is_ours(stream)
+    except OSError:
         return False
-    return True
 
 
 def settings(args: argparse.Namespace, record: Mapping, num_processes: int) -> dict:

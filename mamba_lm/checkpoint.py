@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -260,19 +259,6 @@ def _generation_with(generation: dict, tokenizer) -> dict:
     if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
         return generation
     return generation | {name: getattr(tokenizer, name) for name in transformers.TOKEN_IDS}
-
-
-def new_folder(name: str) -> Path:
-    """The output folder, made now: a run must not end in a path that cannot be written."""
-    folder = Path(name)
-    if os.path.exists(folder / "config.json"):
-        raise UserError(f"{name}: holds a model already; give another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be written ({error.strerror})") from error
-    return folder
 
 
 @contextlib.contextmanager

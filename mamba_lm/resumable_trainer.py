@@ -16,6 +16,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from errors import UserError, warn
 from mamba_lm.checkpoint import load_weights, read_model_weights, save_model, writing_tensors
+from mamba_lm.foreign_files import parsing
+from mamba_lm.formats.pickles import require_plain
 from mamba_lm.model import MambaLM
 from mamba_lm.sharding import like, load_optimizer_state, whole
 from mamba_lm.training_arguments import blaming_arguments
@@ -286,13 +288,14 @@ class ResumableTrainer(Trainer):
         """Nothing: there is none without fp16."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
+        of_process = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        path = Path(checkpoint) / f"rng_state{of_process}.pth"
+        if path.is_file():
+            require_plain(path, "random state", has_arrays=True)
+        with parsing(
+            lambda reason: f"{checkpoint}: the state of random numbers cannot be read ({reason})"
+        ):
             super()._load_rng_state(checkpoint)
-        except Exception as error:  # Python, NumPy and torch refuse in any way what is no state
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise UserError(
-                f"{checkpoint}: the state of random numbers cannot be read ({reason:.200})"
-            ) from error
 
     def _require_finite_weights(self) -> None:
         if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import types
+import typing
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +20,15 @@ _SHARD = (
     "--fully_shard shards, on CPUs and GPUs"
 )
 _FIELDS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-_KINDS = {"save_total_limit": int, "resume_from_checkpoint": str}  # defaults do not tell
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "an object",
+    list: "a list",
+    type(None): "null",
+}
 _FLAGS = {  # fields that have a flag of their own, which more than the Trainer reads
     "output_dir": "--output",
     "seed": "--seed",
@@ -38,7 +48,8 @@ _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or 
     "include_num_input_tokens_seen": "training_log.jsonl has the tokens a second",
     **dict.fromkeys(
         ("auto_find_batch_size", "label_smoothing_factor", "neftune_noise_alpha",
-         "parallelism_config", "torch_compile", "use_liger_kernel"), "not made for this model"
+         "parallelism_config", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+         "use_liger_kernel"), "not made for this model"
     ),
 }  # fmt: skip
 _BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -54,13 +65,13 @@ def blaming_arguments() -> Iterator[None]:
         raise UserError(f"training arguments: {what}") from error
 
 
-def _fits(value: object, default: object) -> bool:
-    """Whether a field with this default takes the value, as far as the default tells."""
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, int):
-        return type(value) is int
-    return type(value) in (int, float) if isinstance(default, float) else True
+def _kinds(field: str) -> list[type]:
+    """The kinds of JSON values that a field takes, by its type."""
+    hint = typing.get_type_hints(TrainingArguments)[field]
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if is_union else (hint,)
+    taken = [typing.get_origin(member) or member for member in members]
+    return [kind for kind in _WORDS if kind in taken]
 
 
 def _parse(override: str) -> tuple[str, object]:
@@ -75,11 +86,11 @@ def _parse(override: str) -> tuple[str, object]:
         value = json.loads(text)
     except ValueError:
         value = text
-    kind = _KINDS.get(key, object)
-    if not _fits(value, _FIELDS[key]) or not isinstance(value, kind):
-        said = "a text" if kind is str else "a number, true or false"
+    kinds = _kinds(key)
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        said = " or ".join(_WORDS[kind] for kind in kinds)
         raise UserError(f"training arguments: {override}: give {said}")
-    if key in _NOT_USED and value:
+    if key in _NOT_USED and value is not False and value != _FIELDS[key]:
         raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     return key, value
 
@@ -120,8 +131,6 @@ def training_arguments(
     # `ResumableTrainer` writes one of the best by itself.
     evaluates = arguments.eval_strategy != IntervalStrategy.NO
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
-    if not arguments.learning_rate <= torch.finfo(torch.float32).max:
-        raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -2,8 +2,6 @@
 evaluations was best."""
 
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,8 +13,12 @@ from transformers.trainer_callback import TrainerState
 
 from errors import UserError
 from files import read_json
+from mamba_lm.foreign_files import parsing
+from mamba_lm.formats.pickles import require_plain
 
 STATE = "trainer_state.json"
+_LONGEST_NAME = 100
+_LARGEST = torch.finfo(torch.float32).max
 _EXACT = 2**53  # whole numbers below it are exact as floats too
 
 
@@ -64,9 +66,16 @@ def _is_above_0(value: object) -> bool:
 
 def _is_log(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, dict) and _is_count(row.get("step")) and all(map(_is_number, row.values()))
+        isinstance(row, dict) and _is_count(row.get("step")) and all(map(_is_figure, row.items()))
         for row in value
     )
+
+
+def _is_figure(item: tuple[str, object]) -> bool:
+    """Whether a figure of a log has a name and a value that can be drawn."""
+    name, value = item
+    is_name = name.isidentifier() and len(name) <= _LONGEST_NAME
+    return is_name and _is_number(value) and not _LARGEST < abs(value) < math.inf
 
 
 def _tells_whether_it_ended(value: object) -> bool:
@@ -125,18 +134,9 @@ def read_unlogged(path: Path) -> tuple[float, int]:
 def read_tensors(path: Path) -> Any:
     """What torch.save wrote, tensors and plain values only: no code of a pickle runs. Tensors stay
     in the file until they are used: what several processes read is in memory once."""
-    try:
+    require_plain(path, "tensors")
+    with parsing(lambda reason: f"{path}: cannot be read ({reason})"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except _UNREADABLE as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason:.200})") from error
-
-
-_UNREADABLE = (  # what torch and pickle raise on bytes of all kinds
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
-    *(MemoryError, OSError, RuntimeError, TypeError, ValueError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
 
 
 def is_alike(value: object, own: object) -> bool:

@@ -37,6 +37,8 @@ FOREIGN = {
     "an older layout": json.dumps({"question": "q", "answer": "a", "guess": "g"}) + "\n",
     "what only begins as a row": '{"idx": 1, "text": "my only copy"}',
     "a torn line of something else": '{"idx": 1, "id": "a", "note": "mine',
+    "a row's first columns": json.dumps(dict(list(RESULT.items())[:4])),
+    "and a note": json.dumps(dict(list(RESULT.items())[:4])) + " my note",
     "bytes": b"\x00\x01\xff" * 99,
     "training record": '{"settings": {}, "arguments": {}, "complete": true}',
 }
@@ -260,6 +262,68 @@ def test_the_learning_benchmark_adds_to_its_own_rows_alone(refused, folder, cont
     assert "is read too" in refused(
         "benchmarks.learning", "data.jsonl", "other.jsonl", "other.jsonl", flag=False
     )
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_demo_data_replaces_nothing(folder, content):
+    from data.demo import make_demo
+
+    put(folder / "train.jsonl", content)
+    with pytest.raises(UserError, match=r"train\.jsonl: exists and is not replaced"):
+        make_demo.write_rows(folder / "train.jsonl", [[ROWS[0]]])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        put(folder / f"of {name}" / name, content)
+        with pytest.raises(UserError, match=f"{name}: exists and is not replaced"):
+            make_demo.write_tokenizer(folder / f"of {name}")
+        assert (folder / f"of {name}" / name).read_bytes() == (folder / "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "notes.txt"]
+)
+def test_new_models_and_tokenizers_are_written_into_new_folders(refused, folder, name):
+    put(folder / "mine" / name, "mine")
+    put(folder / "text.txt", "= A =\nBo met Ann.\n")
+    said = refused("studies.base_model.train_tokenizer", "text.txt", "--output", "mine", flag=False)
+    assert said.startswith(f"mine: holds other things ({name})")
+    export = "studies.base_model.export_bfloat16"
+    assert refused(export, MODEL, "mine", flag=False) == said
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "model.safetensors", "notes.txt"])
+def test_a_base_models_run_begins_in_a_new_folder(refused, folder, name):
+    from studies.base_model import pack
+
+    pack.pack(["Bo met Ann. " * 99] * 9, str(MODEL), "tokens", processes=1)
+    put(folder / "mine" / name, json.dumps(ROWS[0]) + "\n")
+    said = refused(
+        "studies.base_model.train_base_model", "--config", MODEL, "--tokens", "tokens",
+        "--output", "mine", "--max_steps", 1, "--held_out", 200, "--device", "cpu", flag=False,
+    )  # fmt: skip
+    assert "mine: holds other things" in said or "log.jsonl: holds something else" in said
+
+
+@pytest.mark.parametrize("ending", [".bin", ".json", ".bin.partial"])
+def test_a_token_file_replaces_nothing(refused, folder, ending):
+    put(folder / f"out{ending}", "mine")
+    put(folder / "text.txt", "= A =\nBo met Ann.\n")
+    arguments = ("text.txt", "--tokenizer", MODEL, "--output", "out")
+    said = refused("studies.base_model.pack", *arguments, flag=False)
+    assert said.startswith(f"out{ending}: exists and is not replaced")
+
+
+def test_a_file_that_comes_during_a_benchmark_is_kept(folder):
+    from benchmarks import bench_growth, timing
+
+    put(folder / "out", "mine")
+    with pytest.raises(UserError, match="out: exists and is not replaced"):
+        timing.report("title", [{"name": "a"}], "out")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    ways = [*bench_growth.BY_QUESTIONS, *bench_growth.BY_LENGTH]
+    seconds = {bench_growth.name(s, way): 1.0 for s in ways for way in bench_growth.WAYS}
+    with pytest.raises(UserError, match="out: exists and is not replaced"):
+        bench_growth.draw(plt, seconds, bench_growth.BY_LENGTH, "out")
+    assert Path("out").read_text() == "mine"
 
 
 def test_links_to_nothing_and_empty_files_are_free(folder):

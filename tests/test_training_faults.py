@@ -351,9 +351,48 @@ def test_a_folder_with_a_config_of_something_else_is_no_model(train, tmp_path):
     assert (output / "config.json").read_text() == '{"port": 80}'
 
 
+@pytest.mark.parametrize("record", [None, "{}", '{"settings": {"colour": "red"}}', "mine"])
+def test_what_no_run_has_left_is_never_overwritten(record, train, tmp_path):
+    """Such as a model that was downloaded, or that another script has written."""
+    output = tmp_path / "run"
+    shutil.copytree(ROOT / "models/demo", output)
+    (output / "training_args.json").unlink()
+    (output / "README.md").write_text("# About this model")
+    if record is not None:
+        (output / "training_args.json").write_text(record)
+    before = {path: path.read_bytes() for path in output.rglob("*")}
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"holds other things \(NOTE\.txt\)|README\.md: holds"):
+            train(*more)
+    assert {path: path.read_bytes() for path in output.rglob("*")} == before
+
+
+def test_a_readme_of_the_users_own_is_never_overwritten(train):
+    output = train(steps=2)
+    (output / "README.md").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+            train(*more, steps=2)
+    assert (output / "README.md").read_text() == "mine"
+
+
+def test_a_readme_that_comes_during_training_is_kept(train, tmp_path, monkeypatch):
+    train_whole = PrefixSuffixTrainer.train
+
+    def meanwhile(self, *args):
+        train_whole(self, *args)
+        (tmp_path / "run/README.md").write_text("mine")
+
+    monkeypatch.setattr(PrefixSuffixTrainer, "train", meanwhile)
+    with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+        train(steps=2)
+    assert (tmp_path / "run/README.md").read_text() == "mine"
+
+
 def test_overwrite_leaves_what_only_looks_like_a_runs(train):
     output = train()
     theirs = ["checkpoint-notes.md", "tokenizer_mine.json", "model_backup.safetensors"]
+    theirs += ["film.partial", ".film.partial", ".a.partial-2.txt"]
     for name in theirs:
         (output / name).write_text("mine")
     (output / "checkpoint-keep").mkdir()
@@ -405,7 +444,10 @@ def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
         ("neftune_noise_alpha", "5"), ("label_smoothing_factor", "0.1"),
         ("auto_find_batch_size", "true"), ("save_total_limit", '"abc"'), ("max_grad_norm", "null"),
         ("eval_on_start", "true"), ("resume_from_checkpoint", "true"), ("torch_compile", "true"),
-        ("ignore_data_skip", "true"), ("warmup_steps", '"many"'),
+        ("ignore_data_skip", "true"), ("warmup_steps", '"many"'), ("neftune_noise_alpha", "0"),
+        ("eval_steps", "many"), ("eval_steps", '""'), ("metric_for_best_model", "5"),
+        ("greater_is_better", "[]"), ("save_steps", "null"), ("run_name", "[7]"),
+        ("torch_compile_mode", "default"), ("torch_compile_backend", "inductor"),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, tmp_path):
@@ -431,7 +473,7 @@ def test_what_has_a_flag_is_given_by_it(override, said, train, tmp_path):
 
 
 def test_a_learning_rate_beyond_float32_is_refused(train):
-    with pytest.raises(UserError, match="a learning rate of 1e"):
+    with pytest.raises(UserError, match="--learning_rate: '1e39': give a number above 0"):
         train("--learning_rate", "1e39")
 
 

@@ -22,7 +22,8 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from data.demo.domains import DOMAINS, FIGURES, FILLERS, OPENERS, PHRASES, Attribute, Domain
-from errors import Parser, UserError
+from errors import Parser
+from files import write_output
 from squad_utils import NO_ANSWER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -306,22 +307,20 @@ def _tokenizer_texts() -> Iterator[str]:
 
 def write_tokenizer(folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json as `AutoTokenizer` reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer().save(str(folder / "tokenizer.json"))
+    write_output(folder / "tokenizer.json", train_tokenizer().to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_output(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_rows(path: Path, passages: Iterable[list[dict]]) -> None:
     """Write the passages' rows as JSON lines; rows of one passage stay together."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in chain.from_iterable(passages):
-            file.write(json.dumps(row) + "\n")
+    rows = chain.from_iterable(passages)
+    write_output(path, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
@@ -334,14 +333,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
-        rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))
-        write_rows(args.output / "validation.jsonl", rows)
-        write_tokenizer(args.output / "tokenizer")
-    except OSError as error:
-        raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
+    write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
+    rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))
+    write_rows(args.output / "validation.jsonl", rows)
+    write_tokenizer(args.output / "tokenizer")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from context_qa.provenance import run_record
 from data.demo.domains import DOMAINS, Domain
 from data.demo.make_demo import Passage, make_passage, sentence
 from errors import Parser, UserError, positive_float, positive_int
-from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, new_folder
+from files import new_folder
+from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM, initialize, initialize_delta
 from mamba_lm.prefix_suffix import Continuation

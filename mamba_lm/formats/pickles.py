@@ -1,4 +1,4 @@
-"""What a pickle of weights may contain, checked before torch reads it.
+"""What a pickle of weights, or of a run's state, may contain, checked before torch reads it.
 
 `torch.load(weights_only=True)` runs no code of a pickle's maker, but it calls functions that take
 any memory (bytearray(10**12)), and hashes tuples of tuples that a few hundred bytes nest until it
@@ -7,16 +7,40 @@ never ends. A state dict needs neither: it has strings, tensors made of storages
 
 import pickletools
 import re
+import zipfile
+from pathlib import Path
+
+from errors import UserError
+from mamba_lm.foreign_files import parsing
 
 _FUNCTIONS = re.compile(
     "collections OrderedDict|torch Size|torch.serialization _get_layout|torch [a-z0-9_]+|"
     "torch._utils _rebuild_(tensor(_v2|_v3)?|parameter|sparse_tensor|meta_tensor_no_storage)"
 )
+_ARRAYS = re.compile(  # of NumPy, in the state of random numbers
+    r"_codecs encode|numpy (dtype|ndarray)|numpy\._?core\.multiarray _reconstruct"
+)
 _STORAGES = re.compile(r"torch [A-Za-z0-9]+Storage|torch\.storage UntypedStorage")
 _KINDS = {"BINUNICODE": "text", "SHORT_BINSTRING": "text", "REDUCE": "made", "BINPERSID": "made"}
 
 
-def oddity(pickled: bytes) -> str | None:
+def require_plain(path: Path, kind: str, has_arrays: bool = False) -> None:
+    """UserError unless a file is one that `torch.save` of version 1.6 or later has written of
+    tensors and plain values, and NumPy's arrays where it has these: others can take any memory, or
+    any time, when they are read. kind: of file, for the message."""
+    refusal = f"{path}: truncated or not a {kind} file of torch 1.6 or later"
+    with parsing(lambda reason: f"{refusal} ({reason})"), zipfile.ZipFile(path) as archive:
+        is_compressed = any(entry.compress_type for entry in archive.infolist())
+        names = archive.namelist() if not is_compressed else ()
+        pickles = [archive.read(name) for name in names if name.lower().endswith("data.pkl")]
+        odd = [found for pickled in pickles if (found := oddity(pickled, has_arrays))]
+    if is_compressed:
+        raise UserError(f"{path}: a compressed {kind} file; save it anew with torch.save")
+    if odd:
+        raise UserError(f"{path}: holds {odd[0]:.60}, which no {kind} need; save a state dict")
+
+
+def oddity(pickled: bytes, has_arrays: bool = False) -> str | None:
     """What a pickle has that a state dict has not, in words; None if there is nothing. Raises what
     `pickletools.genops` does."""
     memo: dict[int, str] = {}
@@ -31,7 +55,8 @@ def oddity(pickled: bytes) -> str | None:
                 return "a value twice that is no tensor"
         elif opcode.name == "GLOBAL":
             kind = "storage" if _STORAGES.fullmatch(argument) else "function"
-            if kind == "function" and not _FUNCTIONS.fullmatch(argument):
+            is_array = has_arrays and _ARRAYS.fullmatch(argument)
+            if kind == "function" and not (is_array or _FUNCTIONS.fullmatch(argument)):
                 return argument
         else:
             kind = _KINDS.get(opcode.name, "")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch.nn import Parameter
 
 from errors import UserError
 from mamba_lm.foreign_files import parsing, read_foreign_object, require_file
-from mamba_lm.formats.pickles import oddity
+from mamba_lm.formats.pickles import require_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Modules that torch and training frameworks wrap around a model, and so into its weights' names.
@@ -84,27 +83,12 @@ def _read_file(path: Path) -> Mapping:
     with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
         if path.suffix == ".safetensors":
             return load_file(path)
-    _require_state_dict(path)
+    require_plain(path, "weights")
     with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
         read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(read, dict):
         raise UserError(f"{path}: not a weights file (it contains a {type(read).__name__})")
     return read
-
-
-def _require_state_dict(path: Path) -> None:
-    """UserError unless a file is one that `torch.save` of version 1.6 or later has written of a
-    state dict: others can take any memory, or any time, when they are read."""
-    refusal = f"{path}: truncated or not a weights file of torch 1.6 or later"
-    with parsing(lambda reason: f"{refusal} ({reason})"), zipfile.ZipFile(path) as archive:
-        is_compressed = any(entry.compress_type for entry in archive.infolist())
-        names = archive.namelist() if not is_compressed else ()
-        pickles = [archive.read(name) for name in names if name.lower().endswith("data.pkl")]
-        odd = [found for found in map(oddity, pickles) if found]
-    if is_compressed:
-        raise UserError(f"{path}: a compressed weights file; save it anew with torch.save")
-    if odd:
-        raise UserError(f"{path}: holds {odd[0]:.60}, which no weights need; save a state dict")
 
 
 def _check_tensors(tensors: Mapping, path: Path) -> None:

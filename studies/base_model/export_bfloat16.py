@@ -10,7 +10,8 @@ import argparse
 import torch
 
 from errors import Parser, UserError
-from mamba_lm.checkpoint import load_model_and_tokenizer, new_folder, save_model
+from files import new_folder
+from mamba_lm.checkpoint import load_model_and_tokenizer, save_model
 
 
 def parse_args() -> argparse.Namespace:

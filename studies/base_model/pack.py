@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    outputs = (f"{args.output}.bin", f"{args.output}.json")
+    outputs = (f"{args.output}.bin", f"{args.output}.json", _partial(args.output))
     keep_inputs(outputs, args.texts)
     for output in outputs:
         check_output(output, None)
@@ -65,19 +65,27 @@ def pack(texts: Iterable[str], tokenizer: str, output: str, processes: int) -> t
         raise UserError(f"{tokenizer}: has more than {2**16:,} token ids, too many for uint16")
     end = np.array([loaded.eos_token_id], TOKEN).tobytes()
     starts, num_bytes = [0], []
-    partial = Path(f"{output}.bin.partial")
+    partial = Path(_partial(output))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file, process_pool(processes) as pool:
-        tokenize = functools.partial(_tokenize, tokenizer)
-        for size, ids in pool.imap(tokenize, texts, chunksize=8):
-            file.write(ids + end)
-            starts.append(starts[-1] + (len(ids) + len(end)) // TOKEN.itemsize)
-            num_bytes.append(size)
-    if not num_bytes:
-        raise UserError(f"{output}: no text to write")
-    partial.replace(f"{output}.bin")
+    try:
+        with open(partial, "wb") as file, process_pool(processes) as pool:
+            tokenize = functools.partial(_tokenize, tokenizer)
+            for size, ids in pool.imap(tokenize, texts, chunksize=8):
+                file.write(ids + end)
+                starts.append(starts[-1] + (len(ids) + len(end)) // TOKEN.itemsize)
+                num_bytes.append(size)
+        if not num_bytes:
+            raise UserError(f"{output}: no text to write")
+        check_output(f"{output}.bin", None)
+        partial.replace(f"{output}.bin")
+    finally:
+        partial.unlink(missing_ok=True)
     write_output(f"{output}.json", json.dumps({"starts": starts, "num_bytes": num_bytes}) + "\n")
     return starts[-1], len(num_bytes)
+
+
+def _partial(output: str) -> str:
+    return f"{output}.bin.partial"
 
 
 def _tokenize(tokenizer: str, text: str) -> tuple[int, bytes]:

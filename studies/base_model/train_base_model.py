@@ -16,10 +16,12 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from errors import Parser, UserError, positive_float, positive_int, seed
+from files import Kind, check_output, parse_json
 from mamba_lm.checkpoint import find_tokenizer_of, load_model, save_model
 from mamba_lm.device import choose_device
 from mamba_lm.model import MambaLM
@@ -78,6 +80,20 @@ def main(args: argparse.Namespace) -> None:
     print(f"model written to {args.output}")
 
 
+def _is_log(stream: BinaryIO) -> bool:
+    try:
+        rows = [parse_json(line, LOG) for line in stream if line.endswith(b"\n")]
+    except UserError:
+        return False
+    are_steps = (
+        isinstance(row, dict) and {"step", "tokens", "seconds"} <= row.keys() for row in rows
+    )
+    return bool(rows) and all(are_steps)
+
+
+STEPS = Kind("the log of such a run", _is_log)
+
+
 class Run:
     """A training run and all that its checkpoints hold."""
 
@@ -95,6 +111,7 @@ class Run:
             fused=device.type == "cuda",
         )
         self.folder = Path(args.output)
+        self._partial = self.folder / f"{CHECKPOINT}.partial"
         self.step, self.seconds, self.evaluated = 0, 0.0, 0
         self.settings = {k: v for k, v in vars(args).items() if k not in WITHOUT_EFFECT}
         self.settings["tokens_read"] = self.windows.num_tokens
@@ -165,18 +182,26 @@ class Run:
 
     def save(self) -> None:
         """Replace the checkpoint in one step."""
-        partial = self.folder / f"{CHECKPOINT}.partial"
         counts = {"step": self.step, "seconds": self.seconds, "evaluated": self.evaluated}
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({"settings": self.settings, **counts, **state}, partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+        torch.save({"settings": self.settings, **counts, **state}, self._partial)
+        os.replace(self._partial, self.folder / CHECKPOINT)
+
+    def _begin(self) -> None:
+        """UserError where the folder holds more than a run leaves that was killed before its first
+        checkpoint: that goes."""
+        left = (self.folder / LOG, self._partial)
+        others = sorted(path.name for path in self.folder.iterdir() if path not in left)
+        if others:
+            raise UserError(f"{self.folder}: holds other things ({others[0]}); give another folder")
+        check_output(self.folder / LOG, STEPS, overwrite=True)
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def _resume(self) -> None:
         path = self.folder / CHECKPOINT
         if not path.exists():
-            if (self.folder / "config.json").exists():
-                raise UserError(f"{self.folder}: has a model already; give another folder")
-            (self.folder / LOG).unlink(missing_ok=True)
+            self._begin()
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         for name, value in self.settings.items():

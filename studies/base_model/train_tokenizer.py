@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from errors import Parser, positive_float, positive_int
-from files import atomic_folder, keep_inputs
+from files import atomic_folder, keep_inputs, new_folder
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents
 
@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     keep_inputs([args.output], args.texts)
+    new_folder(args.output)
     texts = sample((document.text for document in read_documents(args.texts)), args.megabytes * 1e6)
     train_tokenizer(texts, args.vocabulary, args.digits, args.output)
     print(f"tokenizer of {args.vocabulary:,} tokens written to {args.output}")

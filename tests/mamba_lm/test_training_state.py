@@ -104,6 +104,9 @@ def test_a_state_that_is_none_is_told_and_skipped(text, checkpoint, tmp_path):
     ("eval_steps", None), ("train_batch_size", None), ("total_flos", "x"), ("log_history", {}),
     ("log_history", [7]), ("log_history", [{"loss": 1.0}]), ("log_history", [{"step": "1"}]),
     ("log_history", [{"step": 1, "loss": "high"}]), ("log_history", [{"step": 1, "loss": [1]}]),
+    ("log_history", [{"step": 1, "eval_$\\frac$": 1.0}]),
+    ("log_history", [{"step": 1, "x\n": 1.0}]), ("log_history", [{"step": 1, "eval_\ud800": 1.0}]),
+    ("log_history", [{"step": 1, "x" * 999: 1}]), ("log_history", [{"step": 1, "loss": 1e308}]),
     ("best_metric", "x"), ("best_global_step", "../../x"), ("best_global_step", -1),
     ("best_model_checkpoint", 7), ("stateful_callbacks", None), ("stateful_callbacks", {}),
     ("stateful_callbacks", {"TrainerControl": []}), ("num_input_tokens_seen", -1),
@@ -162,6 +165,20 @@ def test_no_code_of_a_checkpoint_runs(kind, name, checkpoint, tmp_path, monkeypa
     reseal(checkpoint)
     assert_refused(checkpoint, tmp_path)
     assert not (tmp_path / HARM).exists()
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**9,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_takes_no_memory_that_its_files_do_not_have(name, checkpoint, tmp_path):
+    """Which `weights_only` would allow."""
+    state = torch.load(checkpoint / name, weights_only=False)
+    torch.save(state | {"x": Large()}, checkpoint / name)
+    reseal(checkpoint)
+    assert_refused(checkpoint, tmp_path, "holds __builtin__ bytearray")
 
 
 def test_files_that_nothing_reads_are_not_read(checkpoint, tmp_path, monkeypatch):
