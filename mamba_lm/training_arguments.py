@@ -41,6 +41,7 @@ _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or 
          "parallelism_config", "torch_compile", "use_liger_kernel"), "not made for this model"
     ),
 }  # fmt: skip
+MAX_WORKERS = 64  # each is a process, which takes memory
 _BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -122,6 +123,9 @@ def training_arguments(
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
     if not arguments.learning_rate <= torch.finfo(torch.float32).max:
         raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
+    if not 0 <= arguments.dataloader_num_workers <= MAX_WORKERS:
+        workers = arguments.dataloader_num_workers
+        raise UserError(f"--trainer dataloader_num_workers={workers}: give 0 to {MAX_WORKERS}")
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
