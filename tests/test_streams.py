@@ -88,6 +88,23 @@ def test_standard_error_that_takes_nothing_ends_nothing(where, results):
     assert shell(f"{PYTHON} -m data.prepare_squad nope out {where}")[0] == 2
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_stream_that_was_closed(closed, tmp_path):
+    script = tmp_path / "script_of_test.py"
+    script.write_text(
+        "from script import run_script\n"
+        "import os, sys\n"
+        "def main(args):\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        print('said', file=sys.stderr, flush=True)\n"
+        "        print(sorted(os.listdir('/dev/fd'))[:3], file.fileno() > 2, file=file)\n"
+        "run_script(main, lambda: None)\n"
+    )
+    written = tmp_path / "written"
+    code, _, _ = shell(f'{PYTHON} "$1" "$2" {closed}', str(script), str(written), PYTHONPATH=ROOT)
+    assert code == 0 and written.read_text() == "['0', '1', '2'] True\n"
+
+
 def test_a_limit_on_the_size_of_files_is_told(results, tmp_path):
     limited = f'ulimit -f 1; {PYTHON} query_results.py "$1" "FROM df" --format json'
     code, _, err = shell(f"({limited}) > '{tmp_path}/out'", results)
