@@ -177,6 +177,7 @@ def _prepare_streams() -> None:
     raw = io.BufferedWriter(_Log(sys.stderr.fileno(), "w", closefd=False))
     encoding = sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+    guard.stderr = os.dup(sys.stderr.fileno())
 
 
 if guard.IS_SCRIPT:

@@ -55,6 +55,17 @@ def test_what_an_encoding_lacks_is_escaped(encoding, results):
     assert code == 0 and rb"\u0394" in out
 
 
+def test_a_question_in_utf_8_is_read_whatever_the_locale():
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = (
+        "import sys; from context_qa.arguments import add_console_flags; from errors import Parser;"
+        "parser = Parser(''); add_console_flags(parser);"
+        "print(ascii(parser.parse_args().question[0]))"
+    )
+    run = f'{PYTHON} -c "{script}" --question "$1"'
+    assert shell(run, QUESTION, **ascii_locale)[1].decode() == f"{ascii(QUESTION)}\n"
+
+
 def test_json_and_csv_are_utf_8_whatever_the_locale(results):
     sql = "SELECT idx, question FROM df LIMIT 1"
     command = f'{PYTHON} query_results.py "$1" "{sql}" --format'
