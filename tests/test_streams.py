@@ -63,7 +63,7 @@ def test_a_question_in_utf_8_is_read_whatever_the_locale():
         "print(ascii(parser.parse_args().question[0]))"
     )
     run = f'{PYTHON} -c "{script}" --question "$1"'
-    assert shell(run, QUESTION, **ascii_locale)[1].decode() == f"{ascii(QUESTION)}\n"
+    assert shell(run, QUESTION, **ascii_locale)[1].decode() == f"{QUESTION!a}\n"
 
 
 def test_json_and_csv_are_utf_8_whatever_the_locale(results):
