@@ -49,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=kind, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        found, others = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            # As an unset variable of a shell gives it; it would be no file, or the folder here.
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"argument {name}: is empty; give a value, or leave it out")
+        return found, others
+
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all arguments)")
 

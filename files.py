@@ -28,6 +28,8 @@ def read_text(path: str | Path, wanted: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise UserError(f"{path}: is no text but binary data; give {wanted}") from error
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path} line {line}: not UTF-8; convert the file to UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -10,6 +10,7 @@ import sys
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESS = os.getpid()
+stderr = 2  # `script` has a copy for us: what a library says there is suppressed at times
 IMPORTS = {  # the modules that import others, by both of their names
     *("importlib._bootstrap", "importlib._bootstrap_external"),
     *("_frozen_importlib", "_frozen_importlib_external"),
@@ -21,7 +22,7 @@ def end(number: int, frame: object) -> None:
     some who import, swallow them."""
     if os.getpid() == PROCESS:  # what it has forked is silent
         try:  # noqa: SIM105 (contextlib is not imported yet)
-            os.write(2, f"{word(number)}\n".encode())
+            os.write(stderr, f"{word(number)}\n".encode())
         except OSError:
             pass
     os._exit(128 + number)

@@ -170,12 +170,14 @@ def _prepare_streams() -> None:
     """Streams that were closed are empty; characters that an encoding lacks are escaped."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who ran the script
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+            null = os.open(os.devnull, os.O_RDWR)  # the number of the one that was closed
+            setattr(sys, name, os.fdopen(null, mode, closefd=False))
     if sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     raw = io.BufferedWriter(_Log(sys.stderr.fileno(), "w", closefd=False))
     encoding = sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+    guard.stderr = os.dup(sys.stderr.fileno())
 
 
 if guard.IS_SCRIPT:

@@ -4,6 +4,7 @@ Nothing here takes time to import: `--help` and a path that does not exist are t
 """
 
 import argparse
+import os
 from collections.abc import Iterable
 
 from errors import (
@@ -91,9 +92,12 @@ def add_model_flags(parser: Parser) -> None:
 def _question(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; ask something")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # by Python's argv
-        raise argparse.ArgumentTypeError("not UTF-8; convert it to UTF-8")
-    return text
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:  # bytes that the locale's encoding lacks: they are UTF-8 all the same, or wrong
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError("not UTF-8; convert it to UTF-8") from error
 
 
 Data = dict[str, list[Example]]

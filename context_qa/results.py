@@ -324,7 +324,7 @@ def _is_text(value: str) -> bool:
 
 def summary_path(path: str | Path) -> Path:
     """The path of a results file's summary."""
-    return Path(path).with_name(f"{Path(path).name}.summary.json")
+    return Path(f"{Path(path)}.summary.json")
 
 
 def read_summary(path: str | Path) -> dict:

@@ -53,7 +53,7 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
     for number, example_id in enumerate(ids, start=1):
         if example_id not in by_id:
             raise UserError(
-                f"{ids_file} line {number}: no question {example_id!r} in {source}; "
+                f"{ids_file} line {number}: no question {example_id!r:.40} in {source}; "
                 "give the source that the ids are from"
             )
     return [by_id[example_id] for example_id in ids]

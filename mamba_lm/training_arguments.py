@@ -52,6 +52,7 @@ _NOT_USED = {  # fields of TrainingArguments that would have no effect here, or 
          "use_liger_kernel"), "not made for this model"
     ),
 }  # fmt: skip
+MAX_WORKERS = 64  # each is a process, which takes memory
 _BLAMED = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -131,6 +132,11 @@ def training_arguments(
     # `ResumableTrainer` writes one of the best by itself.
     evaluates = arguments.eval_strategy != IntervalStrategy.NO
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
+    workers = arguments.dataloader_num_workers
+    if not 0 <= workers <= MAX_WORKERS:
+        raise UserError(
+            f"training arguments: dataloader_num_workers={workers}: give 0 to {MAX_WORKERS}"
+        )
     # Without torchrun the Trainer would split our batches over several GPUs with nn.DataParallel,
     # whose prefix_index would then point into another GPU's prefixes.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -66,7 +66,9 @@ def find_change(folder: Path, files: object) -> str | None:
 def _is_description(item: tuple[str, object]) -> bool:
     name, expected = item
     is_in_folder = name not in ("", "..") and Path(name).name == name and "\0" not in name
-    return is_in_folder and isinstance(expected, dict) and type(expected.get("bytes")) is int
+    if not is_in_folder or not isinstance(expected, dict):
+        return False
+    return type(expected.get("bytes")) is int and type(expected.get("sha256")) is str
 
 
 def fault(checkpoint: Path) -> str | None:

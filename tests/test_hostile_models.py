@@ -25,7 +25,7 @@ TYPED = "y\nyes\n"
 
 # Runs a script on one model after the other in one process, as if each were a process of its own.
 DRIVER = """
-import contextlib, io, json, os, runpy, sys
+import contextlib, io, json, os, runpy, sys, tempfile
 
 _, script, root, runs = sys.argv
 opened = []
@@ -38,13 +38,15 @@ sys.addaudithook(watch)
 results = []
 for arguments in json.loads(runs):
     sys.argv = [script, *arguments]
-    code, out, err = 0, io.StringIO(), io.StringIO()
+    code, out, err = 0, io.StringIO(), tempfile.TemporaryFile("w+", encoding="utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as error:
             code = error.code
-    results.append([code, out.getvalue(), err.getvalue()])
+        sys.stderr.flush()
+    err.seek(0)
+    results.append([code, out.getvalue(), err.read()])
 print(json.dumps({"results": results, "opened": opened, "left": sys.stdin.read()}))
 """
 

@@ -88,11 +88,6 @@ def test_bad_ids(source, tmp_path, content, complaint):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_limit_must_be_positive(source, tmp_path):
-    with pytest.raises(UserError, match="--limit 0: give 1 or more"):
-        prepare(source, tmp_path / "out.jsonl", limit=0)
-
-
 def test_a_failed_write_leaves_nothing(source, tmp_path, monkeypatch):
     output = tmp_path / "out" / "out.jsonl"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import report_results
+from context_qa.report import report_page
 from context_qa.results import Answer, result_row, summary_path
 from squad_utils import NO_ANSWER, Example, fold
 
@@ -207,7 +208,7 @@ def test_the_search_folds_as_answers_are_folded():
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node")
-    page = report_results.report_page(ROWS, SUMMARY, "x")
+    page = report_page(ROWS, SUMMARY, "x")
     source = re.search(r"^function fold\(.*?(?=^function sortBy)", page, re.M | re.S)[0]
     assert "const wanted = fold(search.value" in page and "contexts.map(fold)" in page
     texts = [

@@ -150,6 +150,57 @@ def test_flags_out_of_range_are_refused(script, arguments):
     assert not modules & HEAVY
 
 
+EMPTY = {  # arguments of which one is empty
+    "prompt_mamba": [[""], [MODEL, "--shots", ""], [MODEL, "--tokenizer", ""]],
+    "prompt_mamba_with_context": [[""], [MODEL, "--context_file", ""], [MODEL, "--question", ""]],
+    "eval_n_shot_mamba": [[MODEL, DATA, ""], ["", DATA, "{}/out.jsonl"]],
+    "eval_mamba_with_context": [
+        *([MODEL, DATA, ""], [MODEL, "", "{}/out.jsonl"]),
+        [MODEL, DATA, "{}/out.jsonl", "--tune_on", ""],
+    ],
+    "train_mamba_with_context": [
+        *([*TRAIN, ""], [*TRAIN, MODEL, "--eval_data", ""], [*TRAIN, MODEL, "--trainer", ""]),
+    ],
+    "compare_results": [["", ""]],
+    "report_results": [[""], ["{}/results.jsonl", "--output", ""]],
+    "query_results": [["", "SELECT 1"], ["{}/results.jsonl", "", "SELECT 1"], [DATA, ""]],
+    "data.prepare_squad": [[DATA, "{}/out.jsonl", "--ids", ""], [DATA, ""]],
+    "data.make_recall": [["README.md", ""]],
+    "data.swap_contexts": [[DATA, "{}/out.jsonl", "--contexts", ""]],
+}
+
+
+@pytest.mark.parametrize(
+    "script, arguments", [(script, case) for script, cases in EMPTY.items() for case in cases]
+)
+def test_an_empty_argument_is_refused(script, arguments, tmp_path):
+    arguments = [argument.replace("{}", str(tmp_path)) for argument in arguments]
+    code, out, err, modules = run_watched(script, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and "is empty; " in err
+    assert not modules & HEAVY and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", [".", "/", "..", "results/"])
+def test_a_folder_where_results_are_to_be_is_refused(output):
+    evaluate = ["eval_mamba_with_context.py", "sliding-window", DATA, output, "--limit", "1"]
+    process = subprocess.run([sys.executable, *evaluate], cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    assert "cannot be written (not a plain file)" in process.stderr
+
+
+@pytest.mark.parametrize("workers", ["-1", "65", "999999"])
+def test_workers_that_no_machine_has_are_refused(workers, tmp_path):
+    import torch
+
+    from mamba_lm.training_arguments import training_arguments
+
+    with pytest.raises(UserError, match=f"dataloader_num_workers={workers}: give 0 to 64"):
+        settings = [f"dataloader_num_workers={workers}"]
+        training_arguments(str(tmp_path), torch.device("cpu"), settings)
+
+
 def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
     import multiprocessing
 

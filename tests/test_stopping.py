@@ -223,6 +223,19 @@ def work():
 
 
 @pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
+def test_it_is_said_while_a_library_is_kept_silent(block, tmp_path):
+    work = f"""
+def work():
+    with {block}:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.raise_signal(2)
+        time.sleep(60)
+"""
+    process = run_work(tmp_path, work, env=ENVIRONMENT)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
 def test_after_such_a_block_work_is_left_in_order(block, tmp_path):
     work = f"def work():\n    with {block}:\n        pass\n    signal.raise_signal(15)\n"
     process = run_work(tmp_path, work, env=ENVIRONMENT)

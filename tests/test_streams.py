@@ -55,6 +55,17 @@ def test_what_an_encoding_lacks_is_escaped(encoding, results):
     assert code == 0 and rb"\u0394" in out
 
 
+def test_a_question_in_utf_8_is_read_whatever_the_locale():
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = (
+        "import sys; from context_qa.arguments import add_console_flags; from errors import Parser;"
+        "parser = Parser(''); add_console_flags(parser);"
+        "print(ascii(parser.parse_args().question[0]))"
+    )
+    run = f'{PYTHON} -c "{script}" --question "$1"'
+    assert shell(run, QUESTION, **ascii_locale)[1].decode() == f"{QUESTION!a}\n"
+
+
 def test_json_and_csv_are_utf_8_whatever_the_locale(results):
     sql = "SELECT idx, question FROM df LIMIT 1"
     command = f'{PYTHON} query_results.py "$1" "{sql}" --format'
@@ -86,6 +97,23 @@ def test_standard_error_that_takes_nothing_ends_nothing(where, results):
     code, out, _ = shell(f'{PYTHON} compare_results.py "$1" "$1" {where}', results)
     assert code == 0 and b"100 questions" in out
     assert shell(f"{PYTHON} -m data.prepare_squad nope out {where}")[0] == 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_stream_that_was_closed(closed, tmp_path):
+    script = tmp_path / "script_of_test.py"
+    script.write_text(
+        "from script import run_script\n"
+        "import os, sys\n"
+        "def main(args):\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        print('said', file=sys.stderr, flush=True)\n"
+        "        print(sorted(os.listdir('/dev/fd'))[:3], file.fileno() > 2, file=file)\n"
+        "run_script(main, lambda: None)\n"
+    )
+    written = tmp_path / "written"
+    code, _, _ = shell(f'{PYTHON} "$1" "$2" {closed}', str(script), str(written), PYTHONPATH=ROOT)
+    assert code == 0 and written.read_text() == "['0', '1', '2'] True\n"
 
 
 def test_a_limit_on_the_size_of_files_is_told(results, tmp_path):

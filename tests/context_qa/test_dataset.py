@@ -33,7 +33,8 @@ EXAMPLES = [
 class WholeTextTokenizer:
     """Makes a token of the whole text, and a first one if special tokens are not declined."""
 
-    eos_token_id, eos_token, unk_token_id, added_tokens_decoder = "<eos>", "<eos>", None, {}
+    eos_token_id, eos_token = "<eos>", "<eos>"
+    unk_token_id, unk_token, added_tokens_decoder = None, None, {}
 
     def __call__(self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool):
         first = ["<bos>"] if add_special_tokens else []
