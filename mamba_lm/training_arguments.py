@@ -87,12 +87,12 @@ def _parse(override: str) -> tuple[str, object]:
         value = json.loads(text)
     except ValueError:
         value = text
+    if key in _NOT_USED and value is not False and value != _FIELDS[key]:
+        raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     kinds = _kinds(key)
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         said = " or ".join(_WORDS[kind] for kind in kinds)
         raise UserError(f"training arguments: {override}: give {said}")
-    if key in _NOT_USED and value is not False and value != _FIELDS[key]:
-        raise UserError(f"training arguments: {override}: {_NOT_USED[key]}")
     return key, value
 
 

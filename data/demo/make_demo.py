@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.demo.domains import DOMAINS, FIGURES, FILLERS, OPENERS, PHRASES, Attribute, Domain
 from errors import Parser
-from files import write_output
+from files import named_errors, write_output
 from squad_utils import NO_ANSWER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -333,6 +333,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    with named_errors(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
     rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))
     write_rows(args.output / "validation.jsonl", rows)
