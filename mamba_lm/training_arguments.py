@@ -121,8 +121,6 @@ def training_arguments(
     # `ResumableTrainer` writes one of the best by itself.
     evaluates = arguments.eval_strategy != IntervalStrategy.NO
     arguments.load_best_model_at_end = bool(keeps_best) and evaluates
-    if not arguments.learning_rate <= torch.finfo(torch.float32).max:
-        raise UserError(f"training arguments: a learning rate of {arguments.learning_rate}")
     if not 0 <= arguments.dataloader_num_workers <= MAX_WORKERS:
         workers = arguments.dataloader_num_workers
         raise UserError(f"--trainer dataloader_num_workers={workers}: give 0 to {MAX_WORKERS}")
