@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+import torch._dynamo  # else in the midst of a run, which cannot be stopped for seconds then
 from accelerate import PartialState
 from tqdm import tqdm
 

@@ -27,8 +27,9 @@ class SafeStop(TrainerCallback):
     """Checkpoints by the clock and at the end that a signal asks for.
 
     While it is in force (`with`), SIGINT and SIGTERM wait for the step to end and for a checkpoint;
-    then the signal is delivered as ever. A second one does not wait. All processes of a run stop at
-    the same step, whichever of them got the signal.
+    then the signal is delivered as ever. A second one does not wait, and none in the first step: it
+    may compile kernels for minutes, and nothing is lost with it. All processes of a run stop at the
+    same step, whichever of them got the signal.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -46,7 +47,7 @@ class SafeStop(TrainerCallback):
 
     def __enter__(self) -> "SafeStop":
         self._saved_at = time.monotonic()
-        self._waits = True
+        self._waits = _is_distributed()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell's, of what it runs with "&"
                 self._before[number] = signal.signal(number, self._note)
@@ -109,6 +110,7 @@ class SafeStop(TrainerCallback):
             signal.raise_signal(self._caught)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._waits = True
         is_time, self._stops = self._agree(time.monotonic() - self._saved_at > self._interval)
         if args.save_strategy == SaveStrategy.NO:
             control.should_training_stop |= self._stops

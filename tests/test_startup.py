@@ -109,6 +109,44 @@ def test_a_wrong_path_is_told_before_anything_heavy_is_imported(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+LATE = """
+import json, sys
+import {script} as script
+{block}
+before = set(sys.modules)
+sys.argv = ["x", *json.loads(sys.argv[1])]
+script.main(script.parse_args())
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+EVALUATION = "from context_qa.evaluation import evaluate"
+
+
+@pytest.mark.parametrize(
+    "script, block, arguments",
+    [
+        ("eval_mamba_with_context", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
+        ("eval_n_shot_mamba", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
+        (
+            "train_mamba_with_context",
+            "from context_qa.training import train",
+            [*TRAIN, MODEL, "--max_steps", "1", "--eval_data", DATA],
+        ),
+    ],
+)
+def test_nothing_that_takes_long_is_imported_during_a_run(script, block, arguments, tmp_path):
+    """A signal waits until an import has ended."""
+    arguments = [argument.replace("{}", str(tmp_path)) for argument in arguments]
+    process = subprocess.run(
+        [sys.executable, "-c", LATE.format(script=script, block=block), json.dumps(arguments)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    late = json.loads(process.stdout.splitlines()[-1])
+    assert len([name for name in late if name.startswith(("torch.", "transformers."))]) < 50
+
+
 HUGE = "9" * 30
 EVALUATE = [MODEL, DATA, "out.jsonl"]
 
@@ -131,7 +169,7 @@ EVALUATE = [MODEL, DATA, "out.jsonl"]
             ("train_mamba_with_context", [*TRAIN, MODEL, f"--{name}", value])
             for name, value in [
                 *(("batch_size", HUGE), ("gradient_accumulation_steps", HUGE), ("seed", "-1")),
-                *(("num_epochs", "1e300"), ("num_epochs", "nan"), ("learning_rate", "inf")),
+                *(("num_epochs", "1e300"), ("num_epochs", "nan"), ("learning_rate", "1e39")),
                 *(("max_length", HUGE), ("max_steps", HUGE), ("negative_ratio", "1e300")),
                 ("patience", HUGE),
             ]

@@ -348,10 +348,29 @@ def test_no_signal_waits_outside_training():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_signal_in_the_first_step_does_not_wait():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), SafeStop():
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
+
+
+def test_of_several_processes_a_signal_waits_in_the_first_step_too(monkeypatch):
+    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), SafeStop():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+    assert reached == [1]
+
+
 def test_a_signal_waits_for_the_end_and_comes_again():
     stop, reached = SafeStop(), []
     with pytest.raises(KeyboardInterrupt):
         with stop:
+            step_end(stop)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # as torchrun repeats a terminal's
             reached.append(step_end(stop).should_save)
@@ -362,6 +381,7 @@ def test_a_signal_waits_for_the_end_and_comes_again():
 def test_a_second_signal_does_not_wait(monkeypatch):
     stop, reached = SafeStop(), []
     with pytest.raises(KeyboardInterrupt), stop:
+        step_end(stop)
         signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(training_progress, "_ANEW_SECONDS", 0.0)
         time.sleep(0.001)
@@ -383,7 +403,8 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_an_error_is_not_hidden_by_a_signal():
-    with pytest.raises(ZeroDivisionError), SafeStop():
+    with pytest.raises(ZeroDivisionError), SafeStop() as stop:
+        step_end(stop)
         signal.raise_signal(signal.SIGINT)
         raise ZeroDivisionError
 
