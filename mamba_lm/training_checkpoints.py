@@ -66,7 +66,8 @@ def find_change(folder: Path, files: object) -> str | None:
 def _is_description(item: tuple[str, object]) -> bool:
     name, expected = item
     is_in_folder = name not in ("", "..") and Path(name).name == name and "\0" not in name
-    return is_in_folder and isinstance(expected, dict) and type(expected.get("bytes")) is int
+    is_whole = isinstance(expected, dict) and expected.keys() >= {"bytes", "sha256"}
+    return is_in_folder and is_whole and type(expected["bytes"]) is int
 
 
 def fault(checkpoint: Path) -> str | None:
