@@ -50,6 +50,7 @@ RUNS = {  # a folder for outputs comes in place of {}
 def results(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("results") / "results.jsonl"
     command = [sys.executable, "eval_mamba_with_context.py", "sliding-window", DATA, str(path)]
+    command += ["--limit", "100"]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     return path
 
@@ -113,7 +114,7 @@ def stop_at_moments(script: str, folder: Path, results: Path, moments: int) -> l
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_script_is_stopped_at_some_moments(script, results, tmp_path):
-    stop_at_moments(script, tmp_path, results, moments=4)
+    stop_at_moments(script, tmp_path, results, moments=3)
 
 
 @pytest.mark.slow
@@ -123,8 +124,7 @@ def test_a_script_is_stopped_at_forty_moments(script, results, tmp_path):
     print(f"{script}: at most {max(seconds):.2f} s, {sorted(seconds)[len(seconds) // 2]:.2f} s")
 
 
-@pytest.mark.parametrize("sent", SAID)
-@pytest.mark.parametrize("form", ["table", "csv", "json"])
+@pytest.mark.parametrize("sent, form", zip(SAID, ["table", "csv", "json"], strict=True))
 def test_an_endless_query_is_stopped(sent, form, results):
     command = [sys.executable, "query_results.py", str(results), ENDLESS, "--format", form]
     process = subprocess.Popen(

@@ -95,6 +95,16 @@ def test_a_damaged_manifest_is_named(manifest, tmp_path):
     assert fault(checkpoint) == f"{MANIFEST} is missing"
 
 
+@pytest.mark.parametrize("name", ["bytes", "sha256"])
+def test_a_manifest_without_sizes_or_hashes_is_named(name, tmp_path):
+    checkpoint = write(tmp_path, 7)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for description in manifest["files"].values():
+        del description[name]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert "cannot be read" in fault(checkpoint)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
 def test_weights_alone_are_no_state_to_go_on_from(name, tmp_path):
     """As save_only_model leaves them: the Trainer would go on with a fresh optimiser, silently."""
