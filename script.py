@@ -34,8 +34,11 @@ def run_script(main: Callable, parse_args: Callable) -> None:
     try:
         args = parse_args()
         with _handled_by(_raise):
-            main(args)
-            sys.stdout.flush()
+            try:
+                main(args)
+                sys.stdout.flush()
+            finally:  # an alarm would kill the interpreter while it ends
+                signal.setitimer(signal.ITIMER_REAL, 0)
     except UserError as error:
         sys.exit(_report(f"error: {error}", code=2))
     except KeyboardInterrupt:

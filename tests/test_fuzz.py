@@ -4,6 +4,7 @@ line; no other error, no crash, no hang, no memory far beyond the file's size.
 Each case runs in a process of its own. The number after a target's name is the seed of a failure.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -40,7 +41,7 @@ from mamba_lm.training_checkpoints import fault, seal
 from squad_utils import prompt_parts, read_examples
 from tests.test_report_results import ROWS, SUMMARY, write
 
-CASES = 50  # of each target; 20 times as many more by `make test-slow`
+CASES = 25  # of each target; 40 times as many more by `make test-slow`
 MEMORY = 2**30  # bytes, beyond what is there and twice the file
 SECONDS = 20  # of computing
 TEXT = "In 1998 Zoé paid $45 for <|endoftext|>\ntickets."
@@ -299,6 +300,7 @@ def complaint(use: Callable[[Path], object], folder: Path, size: int) -> str | N
 
 def child(use: Callable[[Path], object], folder: Path, size: int, said: int) -> int:
     try:
+        faulthandler.disable()  # pytest's would write to the terminal
         for descriptor in (1, 2):
             os.dup2(said, descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -344,7 +346,7 @@ def test_a_damaged_file_is_read_or_refused(name, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_damaged_files_are_read_or_refused(name, whole, tmp_path):
-    found = complaints(name, range(CASES, 21 * CASES), whole, tmp_path)
+    found = complaints(name, range(CASES, 41 * CASES), whole, tmp_path)
     assert not found, f"{len(found)}\n" + "\n".join(found[:3])
 
 

@@ -184,6 +184,26 @@ def work():
 """
 
 
+AT_THE_END = """
+from script import run_script
+import atexit, time
+def main(args):
+    import swallows
+atexit.register(time.sleep, 0.2)
+run_script(main, lambda: None)
+"""
+
+
+def test_a_signal_in_a_last_import_lets_the_script_end(tmp_path):
+    """The alarm that would raise it again does not kill the interpreter while that ends."""
+    (tmp_path / "swallows.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = tmp_path / "script_of_test.py"
+    script.write_text(AT_THE_END)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def run_work(tmp_path: Path, work: str, **settings) -> subprocess.CompletedProcess:
     """Run a script, of this work, to its end."""
     script = tmp_path / "script_of_test.py"
