@@ -304,7 +304,7 @@ def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
     said = fail(PROMPT_N_SHOT, trained.model, "--shots", shots)
     assert "shots.jsonl line 1: 'answer' is missing; a row needs text in question, answer" in said
     assert "shots: is empty" in fail(PROMPT_N_SHOT, trained.model, "--shots", "")
-    assert "cannot be read" in fail(PROMPT, trained.model, "--context_file", "")
+    assert "context_file: is empty" in fail(PROMPT, trained.model, "--context_file", "")
     assert "ask by --question" in fail(PROMPT, trained.model, "--context_file", "-")
     assert "give a --temperature" in fail(PROMPT, trained.model, "--top_k", 3)
     context = tmp_path / "context.txt"

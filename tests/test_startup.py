@@ -125,7 +125,6 @@ EVALUATION = "from context_qa.evaluation import evaluate"
     "script, block, arguments",
     [
         ("eval_mamba_with_context", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
-        ("eval_n_shot_mamba", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
         (
             "train_mamba_with_context",
             "from context_qa.training import train",
@@ -219,7 +218,7 @@ def test_an_empty_argument_is_refused(script, arguments, tmp_path):
     assert not modules & HEAVY and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("output", [".", "/", "..", "results/"])
+@pytest.mark.parametrize("output", ["/", "results/"])
 def test_a_folder_where_results_are_to_be_is_refused(output):
     evaluate = ["eval_mamba_with_context.py", "sliding-window", DATA, output, "--limit", "1"]
     process = subprocess.run([sys.executable, *evaluate], cwd=ROOT, capture_output=True, text=True)

@@ -114,7 +114,7 @@ def stop_at_moments(script: str, folder: Path, results: Path, moments: int) -> l
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_script_is_stopped_at_some_moments(script, results, tmp_path):
-    stop_at_moments(script, tmp_path, results, moments=3)
+    stop_at_moments(script, tmp_path, results, moments=2)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from mamba_lm.training_checkpoints import checkpoints, fault
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
-KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 13))]
+KILLS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 11))]
 STEPS = 30  # of two epochs and a half
 HANGS = 900  # seconds, however slow the machine is
 # Sends itself a signal the moment before it touches a file for the n-th time whose path has a text

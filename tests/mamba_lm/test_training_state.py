@@ -245,9 +245,13 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(number, checkpoint, tmp
     assert_refused(checkpoint, tmp_path, "optimizer.pt")
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"])
+OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad")
+SCHEDULES = ("linear", "constant_with_warmup", "inverse_sqrt", "polynomial")
+
+
 @pytest.mark.parametrize(
-    "schedule", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt", "polynomial"]
+    "optim, schedule",
+    [*((name, "cosine") for name in OPTIMIZERS), *(("adamw_torch", name) for name in SCHEDULES)],
 )
 def test_states_of_all_kinds_of_runs_fit(optim, schedule, tmp_path):
     settings = {"optim": optim, "lr_scheduler_type": schedule}

@@ -235,6 +235,7 @@ def test_reader_data_are_mixed_and_named(folder, tmp_path):
     assert examples[0].answers == ("Ada",)
 
 
+@pytest.mark.slow
 def test_the_base_model_becomes_a_reader(folder, tmp_path):
     """Through every script, as the README has them; the reader is written in bfloat16 too."""
     recall = tmp_path / "recall.jsonl"
