@@ -68,7 +68,7 @@ models/demo_first/.finished: | setup
 test: setup
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-slow: setup  # what is too long for every time: twenty kills, one after the other
+test-slow: setup  # what is too long for every time: kills, signals, damaged files
 	$(RUN) -m pytest -m slow
 
 bench: setup  # a look; the peers need requirements-benchmarks.txt

@@ -91,6 +91,7 @@ def test_bench_train(in_process, monkeypatch, tmp_path):
     assert rows["ours, shared"]["tokens"] < rows["ours, unshared"]["tokens"]
 
 
+@pytest.mark.slow
 def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
     pytest.importorskip("triton")
     path = tmp_path / "gpu.json"
@@ -357,7 +358,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("line", ["started", "begun"])  # while a worker imports, and computes
+@pytest.mark.parametrize(  # while a worker imports, and computes
+    "line", ["started", pytest.param("begun", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("sent", "to_all", "code"),
     [(signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGINT, True, 130)],

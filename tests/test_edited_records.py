@@ -56,6 +56,10 @@ VALUES = {
     "junk": {"rows": -1, "packages": [1], "": {"x": nested(30)}, "exact_match": [None]},
     "junk in a list": [{"rows": 1, "packages": [1], "git_commit": {"x": []}}, {"rows": 10**18}],
 }
+EDITS = [  # every other one is for `make test-slow`
+    pytest.param(value, id=name, marks=[pytest.mark.slow] * (place % 2))
+    for place, (name, value) in enumerate(VALUES.items())
+]
 KEYS = ["settings", "arguments", "articles", "num_questions", "first_negative", "made_by"]
 KEYS += ["warnings", "scores", "intervals", "complete", "packages", "wall_seconds", "more"]
 SETTING = ["model", "negatives", "no_answer_threshold", "more"]
@@ -124,7 +128,7 @@ def resume(path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail)["scores"]["num_questions"] == 4
 
 
-@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("value", EDITS)
 def test_edited_summaries(path, ask, value):
     summary = path.with_name("r.jsonl.summary.json")
     whole = read_summary(path)
@@ -148,7 +152,7 @@ def test_summaries_that_are_none(path, ask, content):
     resume(path)
 
 
-@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("value", EDITS)
 def test_edited_rows(path, ask, value):
     for key in (*ROWS[0], "more"):
         rows = [row | {key: value} for row in ROWS]

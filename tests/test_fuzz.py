@@ -41,7 +41,7 @@ from mamba_lm.training_checkpoints import fault, seal
 from squad_utils import prompt_parts, read_examples
 from tests.test_report_results import ROWS, SUMMARY, write
 
-CASES = 15  # of each target; 70 times as many more by `make test-slow`
+CASES = 10  # of each target; 100 times as many more by `make test-slow`
 MEMORY = 2**30  # bytes, beyond what is there and twice the file
 SECONDS = 20  # of computing
 TEXT = "In 1998 Zoé paid $45 for <|endoftext|>\ntickets."
@@ -346,7 +346,7 @@ def test_a_damaged_file_is_read_or_refused(name, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_damaged_files_are_read_or_refused(name, whole, tmp_path):
-    found = complaints(name, range(CASES, 71 * CASES), whole, tmp_path)
+    found = complaints(name, range(CASES, 101 * CASES), whole, tmp_path)
     assert not found, f"{len(found)}\n" + "\n".join(found[:3])
 
 

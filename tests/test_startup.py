@@ -125,10 +125,11 @@ EVALUATION = "from context_qa.evaluation import evaluate"
     "script, block, arguments",
     [
         ("eval_mamba_with_context", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
-        (
+        pytest.param(
             "train_mamba_with_context",
             "from context_qa.training import train",
             [*TRAIN, MODEL, "--max_steps", "1", "--eval_data", DATA],
+            marks=pytest.mark.slow,
         ),
     ],
 )

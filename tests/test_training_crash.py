@@ -146,7 +146,9 @@ def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
     assert not list(output.glob(".*"))
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "sent, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_a_checkpoint(inputs, undisturbed_apart, tmp_path, sent, code):
     output = tmp_path / "run"
     # The log's seventh line, between two checkpoints.

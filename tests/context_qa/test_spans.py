@@ -221,9 +221,9 @@ def test_every_guess_on_strange_text_is_a_span_or_the_abstention(wild, threshold
 
 
 @needs_data
-def test_every_guess_on_a_thousand_real_questions_is_a_span_or_the_abstention():
+def test_every_guess_on_real_questions_is_a_span_or_the_abstention():
     rows = (SHARED / "squad/squad_val_1k.jsonl").read_text("utf-8").splitlines()
-    examples = [json.loads(row) for row in rows]
+    examples = [json.loads(row) for row in rows[:300]]
     tokenizer = load_tokenizer("", str(NEOX))
     torch.manual_seed(0)
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=1, d_state=4)
@@ -233,9 +233,9 @@ def test_every_guess_on_a_thousand_real_questions_is_a_span_or_the_abstention():
     prompts = [prompt_parts(e["context"], e["prompt"]) for e in examples]
     contexts = [e["context"] for e in examples]
     found = answers(Answerer(model, tokenizer, 8), prompts, contexts)
-    assert len(found) == 1000
+    assert len(found) == 300
     assert all(guess == NO_ANSWER or guess in c for guess, c in zip(found, contexts, strict=True))
-    assert len(set(found)) > 300
+    assert len(set(found)) > 100
 
 
 # Borders, and tokenizers whose pieces depend on what is around them

@@ -307,7 +307,7 @@ def test_a_mask_of_numbers_is_one_of_truths(backend, make_model):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_know_nothing_of_each_other(padded, value, backend, make_model):
     """Nor of what is in the padding: in results and gradients, to the bit."""

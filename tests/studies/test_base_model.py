@@ -185,6 +185,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(folder, tmp_path, monke
     ]
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_not_resumed(folder, tmp_path):
     train(folder, tmp_path / "base", max_steps=2)
     with pytest.raises(subprocess.CalledProcessError):
