@@ -126,7 +126,7 @@ def test_a_script_is_stopped_at_forty_moments(script, results, tmp_path):
     print(f"{script}: at most {max(seconds):.2f} s, {sorted(seconds)[len(seconds) // 2]:.2f} s")
 
 
-@pytest.mark.parametrize("sent, form", zip(SAID, ["table", "csv", "json"], strict=True))
+@pytest.mark.parametrize("sent, form", [*zip(SAID, ["table", "csv", "json"], strict=True)])
 def test_an_endless_query_is_stopped(sent, form, results):
     command = [sys.executable, "query_results.py", str(results), ENDLESS, "--format", form]
     process = subprocess.Popen(
