@@ -16,7 +16,7 @@ from context_qa.arguments import SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
-from context_qa.processes import from_first, in_step
+from context_qa.processes import disconnect, from_first, in_step
 from context_qa.provenance import run_record, sha256
 from context_qa.results import RESULTS, SUMMARY, Answer, result_row, summary_path
 from context_qa.results_file import ResultsFile
@@ -57,6 +57,7 @@ def evaluate(args: argparse.Namespace, data: Data, prompt: Prompt) -> None:
     summary, _ = run.answer(questions, args.output, threshold)
     if processes.is_main_process:
         print_summary(summary)
+    disconnect()
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 
 from errors import UserError
 
@@ -41,3 +42,10 @@ def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
         if not any(step):
             return
         yield [batch for batch in step if batch]
+
+
+def disconnect() -> None:
+    """End the connections, once the work is done. A process that exits with its threads for them
+    still there may be aborted by the C++ runtime ("terminate called")."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

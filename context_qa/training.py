@@ -10,6 +10,7 @@ from transformers import TrainingArguments, set_seed
 from context_qa.arguments import Data
 from context_qa.data_warnings import data_warnings
 from context_qa.dataset import GroupedBatches, continuation
+from context_qa.processes import disconnect
 from context_qa.training_data import data_report, within_length
 from context_qa.training_run import TrainingRun
 from context_qa.training_scores import doubts, examples_to_score, scorer
@@ -30,6 +31,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
         else:
             complete(args, data, arguments, run)
             say(f"model written to {args.output}")
+    disconnect()
 
 
 def complete(
