@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or str(Path(args.results).with_suffix(".html"))
     keep_inputs([output], [args.results, summary_path(args.results)])
     require_writable(output)
-    summary = read_summary(args.results)
+    summary = read_summary(args.results, warns=True)
     with at_once():
         from context_qa.report import PAGE, report_page
 

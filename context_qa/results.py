@@ -4,6 +4,7 @@ import bisect
 import itertools
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -327,12 +328,15 @@ def summary_path(path: str | Path) -> Path:
     return Path(f"{Path(path)}.summary.json")
 
 
-def read_summary(path: str | Path) -> dict:
+def read_summary(path: str | Path, warns: bool = False) -> dict:
     """The summary beside a results file; without what a hand has put out of shape, and empty where
-    there is none that can be read."""
+    there is none that can be read. warns: a line on stderr says what is left out."""
+    where = summary_path(path)
     try:
-        summary = read_json(summary_path(path))
-    except UserError:
+        summary = read_json(where)
+    except UserError as error:
+        if warns and os.path.lexists(where):
+            warn(f"{error}; the summary is ignored")
         return {}
     shapes = {
         "settings": dict,
@@ -343,8 +347,14 @@ def read_summary(path: str | Path) -> dict:
         "made_by": list,
         "warnings": list,
     }
-    items = summary.items() if isinstance(summary, dict) else ()
-    return {name: v for name, v in items if _has_shape(v, shapes.get(name, object))}
+    values = summary if isinstance(summary, dict) else {}
+    found = {name: v for name, v in values.items() if _has_shape(v, shapes.get(name, object))}
+    if warns and values is not summary:
+        warn(f"{where}: not the summary of a run; it is ignored")
+    elif warns and len(found) < len(values):
+        names = ", ".join(values.keys() - found.keys())
+        warn(f"{where}: ignored are its values of another kind: {names}")
+    return found
 
 
 def _has_shape(value: object, kind: type | UnionType) -> bool:
@@ -386,7 +396,7 @@ def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> st
 
 def warn_if_incomplete(path: str, num_rows: int, is_torn: bool) -> None:
     """One line on stderr where a results file that is read is not the whole of its run."""
-    found = incompleteness(num_rows, read_summary(path), is_torn)
+    found = incompleteness(num_rows, read_summary(path, warns=True), is_torn)
     if found:
         warn(f"{path} {found}")
 

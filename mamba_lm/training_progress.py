@@ -26,10 +26,10 @@ _ANEW_SECONDS = 2.0  # torchrun and a terminal both send what one Ctrl-C is: wit
 class SafeStop(TrainerCallback):
     """Checkpoints by the clock and at the end that a signal asks for.
 
-    While it is in force (`with`), SIGINT and SIGTERM wait for the step to end and for a checkpoint;
-    then the signal is delivered as ever. A second one does not wait, and none in the first step: it
-    may compile kernels for minutes, and nothing is lost with it. All processes of a run stop at the
-    same step, whichever of them got the signal.
+    While it is in force (`with`), SIGINT, SIGTERM and SIGHUP wait for the step to end and for a
+    checkpoint; then the signal is delivered as ever. A second one does not wait, and none in the
+    first step: it may compile kernels for minutes, and nothing is lost with it. All processes of a
+    run stop at the same step, whichever of them got the signal.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -48,7 +48,7 @@ class SafeStop(TrainerCallback):
     def __enter__(self) -> "SafeStop":
         self._saved_at = time.monotonic()
         self._waits = _is_distributed()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell's, of what it runs with "&"
                 self._before[number] = signal.signal(number, self._note)
         return self

@@ -284,20 +284,26 @@ def test_whether_the_last_line_is_torn(tmp_path):
         assert read_objects(str(path))[1] is torn, end
 
 
-def test_a_summary_without_what_is_out_of_shape(tmp_path):
+def test_a_summary_without_what_is_out_of_shape(tmp_path, capsys):
     good = {"complete": True, "num_questions": 3, "made_by": []}
     bad = {"settings": [], "num_questions": "3", "made_by": {}, "articles": None}
     flags = {"num_questions": True, "first_negative": False}
     for summary, expected in ((good, good), (bad, {}), (flags, {})):
         summary_path(tmp_path / "a.jsonl").write_text(json.dumps(summary))
-        assert read_summary(tmp_path / "a.jsonl") == expected
+        assert read_summary(tmp_path / "a.jsonl", warns=True) == expected
+        ignored = sorted(summary.keys() - expected.keys())
+        said = capsys.readouterr().err
+        assert all(name in said for name in ignored) and bool(said) == bool(ignored)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "\xff"])
-def test_a_summary_that_cannot_be_read_is_empty(tmp_path, content):
+def test_a_summary_that_cannot_be_read_is_empty(tmp_path, capsys, content):
     if content is not None:
         summary_path(tmp_path / "a.jsonl").write_text(content, "latin-1")
-    assert read_summary(tmp_path / "a.jsonl") == {}
+    assert read_summary(tmp_path / "a.jsonl", warns=True) == {}
+    said = capsys.readouterr().err
+    assert said.count("\n") == (content is not None)
+    assert content is None or ("a.jsonl.summary.json" in said and "ignored" in said)
 
 
 def test_articles_are_run_lengths():
