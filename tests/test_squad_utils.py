@@ -152,7 +152,7 @@ def zipped() -> bytes:
 
 TEXT = json.dumps(OXEN_ROW)
 OTHER_FORMATS = {
-    "gzip": (gzip.compress(TEXT.encode()), "is compressed with gzip; decompress it"),
+    "gzip": (gzip.compress(TEXT.encode(), mtime=0), "is compressed with gzip; decompress it"),
     "xz": (lzma.compress(TEXT.encode()), "is compressed with xz; decompress it"),
     "bzip2": (bz2.compress(TEXT.encode()), "is compressed with bzip2; decompress it"),
     "zip": (zipped(), "is a ZIP archive or an office document"),
@@ -201,7 +201,7 @@ OTHER_FORMATS = {
         (b'{"context": "\\ud800", "prompt": "q", "response": "r"}', " line 1", "'\\ud800'"),
         ("\n\n{'é'}".encode("latin-1"), " line 3", "not UTF-8"),
         ("ÿ".encode("latin-1"), " line 1", "not UTF-8"),
-        *((data, "", what) for data, what in OTHER_FORMATS.values()),
+        *(pytest.param(data, "", what, id=name) for name, (data, what) in OTHER_FORMATS.items()),
         (b'{"data": 3}', " data", "not SQuAD JSON"),
         (b'{"data": [{"paragraphs": {"context": "c"}}]}', " data", "not SQuAD JSON"),
         (b'{"data": [{"title": "t"}]}', " data", "not SQuAD JSON"),
