@@ -330,7 +330,7 @@ def summary_path(path: str | Path) -> Path:
 
 def read_summary(path: str | Path, warns: bool = False) -> dict:
     """The summary beside a results file; without what a hand has put out of shape, and empty where
-    there is none that can be read. warns: a line on stderr says what is left out."""
+    there is none that can be read. warns: a line on stderr says what is ignored."""
     where = summary_path(path)
     try:
         summary = read_json(where)
@@ -352,8 +352,8 @@ def read_summary(path: str | Path, warns: bool = False) -> dict:
     if warns and values is not summary:
         warn(f"{where}: not the summary of a run; it is ignored")
     elif warns and len(found) < len(values):
-        names = ", ".join(values.keys() - found.keys())
-        warn(f"{where}: ignored are its values of another kind: {names}")
+        names = ", ".join(name for name in values if name not in found)
+        warn(f"{where}: values of a wrong type are ignored: {names}")
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -117,6 +118,12 @@ def test_a_complete_run_is_only_read_again(data, undisturbed, monkeypatch):
     monkeypatch.setattr("context_qa.evaluation.load_model_and_tokenizer", None)  # not needed
     finish(data, undisturbed)
     assert [path.read_bytes() for path in files] == before
+
+
+def test_an_evaluation_ends_its_connections(data, undisturbed):
+    with mock.patch("context_qa.evaluation.disconnect") as disconnecting:
+        finish(data, undisturbed)
+    disconnecting.assert_called_once_with()
 
 
 def test_two_processes_write_the_file_of_one(data, tmp_path, undisturbed):

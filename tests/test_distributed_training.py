@@ -162,9 +162,11 @@ def resume(folder: Path, name: str, of: str, *more: str) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     training.PrefixSuffixTrainer = noting_shards(folder)
-    with mock.patch("torch.distributed.destroy_process_group"):  # the runs share one group
+    with mock.patch("torch.distributed.destroy_process_group") as disconnecting:
+        # Each run ends with it, but here they share one group.
         for name, more in RUNS.items():
             train(folder, name, *more)
         resume(folder, "resumed sharded", "copies", *SHARDED)
         resume(folder, "resumed in copies", "sharded", *OF_TWO)
+    assert disconnecting.call_count == len(RUNS) + 2
     torch.distributed.destroy_process_group()

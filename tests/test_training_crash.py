@@ -147,7 +147,12 @@ def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    "sent, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    "sent, code",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_a_checkpoint(inputs, undisturbed_apart, tmp_path, sent, code):
     output = tmp_path / "run"
