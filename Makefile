@@ -57,12 +57,12 @@ demo: setup
 	$(RUN) report_results.py results/demo_trained.jsonl --overwrite
 
 demo_model: setup models/demo_first/.finished  # models/demo from scratch, into models/demo_new
-	$(RUN) -m data.demo.train_demo_model models/demo_new --model models/demo_first \
+	$(RUN) -m studies.demo_model.train_demo_model models/demo_new --model models/demo_first \
 		--first_stage 3 --unanswerable 0.5 --steps 4000 --learning_rate 2e-3 --seed 1
 
 # An interrupted run leaves its last model there: remove the folder to start anew.
 models/demo_first/.finished: | setup
-	$(RUN) -m data.demo.train_demo_model models/demo_first
+	$(RUN) -m studies.demo_model.train_demo_model models/demo_first
 	@touch $@
 
 test: setup
@@ -79,7 +79,7 @@ bench: setup  # a look; the peers need requirements-benchmarks.txt
 	$(RUN) -m benchmarks.bench_console --quick
 	$(RUN) -m benchmarks.bench_growth --quick
 	$(RUN) -m benchmarks.bench_memory
-	$(RUN) -m benchmarks.answer_loss models/demo data/demo/validation.jsonl
+	$(RUN) -m studies.shared_contexts.answer_loss models/demo data/demo/validation.jsonl
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -7,12 +7,12 @@ interval (a bootstrap over articles, or over questions where articles are unknow
 on exact match, and the questions that only one of the two has right, both without negatives.
 """
 
-from script import at_once, run_script
+from common.script import at_once, run_script
 
 import argparse
 
-from errors import Parser, printable, write_utf_8
-from files import json_line
+from common.errors import Parser, printable, write_utf_8
+from common.files import json_line
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     with at_once():
-        from context_qa.comparison import compare
+        from context_qa.results.comparison import compare
 
         comparison = compare(args.results_a, args.results_b)
     if args.format == "json":
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show(comparison: dict, most: int = 10) -> None:
-    from context_qa.metrics import PARTS, SCORES
+    from context_qa.results.metrics import PARTS, SCORES
 
     for side in "ab":
         print(f"{side.upper()}: {printable(comparison[f'results_{side}'])}")

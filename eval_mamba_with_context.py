@@ -7,14 +7,14 @@ Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json.
 resumes a run. Baselines: MODEL sliding-window, and --prompt_order question_only (no context).
 """
 
-from script import loading, run_script
+from common.script import loading, run_script
 
 import argparse
 
+from common.errors import probability
 from context_qa.arguments import evaluation_parser, read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.provenance import trained_prompt_order
-from errors import probability
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 

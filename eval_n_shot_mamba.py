@@ -7,7 +7,7 @@ Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json 
 command again goes on where it was cut off.
 """
 
-from script import loading, run_script
+from common.script import loading, run_script
 
 import argparse
 

@@ -8,13 +8,13 @@ Without --question, questions come from standard input, one a line. The list is 
 question is asked from the state after it.
 """
 
-from script import loading, run_script
+from common.script import loading, run_script
 
 import argparse
 
+from common.errors import Parser
 from context_qa.arguments import add_console_flags
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
-from errors import Parser
 from mamba_lm.folders import require_model
 
 
@@ -33,8 +33,8 @@ def main(args: argparse.Namespace) -> None:
     shots = SHOTS if args.shots is None else read_shots(args.shots)
     require_model(args.model, args.tokenizer)
     with loading(f"PyTorch and {args.model}"):
-        from context_qa.console import load_console
-        from context_qa.conversation import Conversation
+        from context_qa.console.console import load_console
+        from context_qa.console.conversation import Conversation
 
         console = load_console(args, show_prompt=args.show_prompt)
     conversation = Conversation(console, "prompt_mamba", loads_contexts=False)

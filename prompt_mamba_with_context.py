@@ -8,14 +8,14 @@
 Without --question, questions come from standard input, one a line.
 """
 
-from script import loading, run_script
+from common.script import loading, run_script
 
 import argparse
 
+from common.errors import Parser, UserError, warn
 from context_qa.arguments import add_console_flags
+from context_qa.console.terminal import read_context
 from context_qa.provenance import trained_prompt_order
-from context_qa.terminal import read_context
-from errors import Parser, UserError, warn
 from mamba_lm.folders import require_model
 
 
@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
             " and once"
         )
     with loading(f"PyTorch and {args.model}"):
-        from context_qa.console import load_console
-        from context_qa.conversation import Conversation
+        from context_qa.console.console import load_console
+        from context_qa.console.conversation import Conversation
 
         console = load_console(args, explain=args.explain)
     Conversation(console, "prompt_mamba_with_context").run(context, args.question)

@@ -10,7 +10,7 @@ JSONL of objects is read, results or not. A query sees these tables alone: it re
 and no network.
 """
 
-from script import at_once_in_c, run_script
+from common.script import at_once_in_c, run_script
 
 import argparse
 import contextlib
@@ -22,9 +22,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from context_qa.results import FIELDS, is_kind, read_objects, warn_if_incomplete
-from errors import Parser, UserError, printable, write_utf_8
-from files import plain_json
+from common.errors import Parser, UserError, printable, write_utf_8
+from common.files import plain_json
+from context_qa.results.rows import FIELDS, is_kind, read_objects, warn_if_incomplete
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from duckdb import DuckDBPyConnection, DuckDBPyRelation

@@ -8,14 +8,14 @@ of all questions can be searched, sorted and filtered; a click on a row shows th
 guess marked. The same results give the same page, byte for byte.
 """
 
-from script import at_once, run_script
+from common.script import at_once, run_script
 
 import argparse
 from pathlib import Path
 
-from context_qa.results import read_objects, read_summary, results_rows, summary_path
-from errors import Parser, printable
-from files import keep_inputs, require_writable, write_output
+from common.errors import Parser, printable
+from common.files import keep_inputs, require_writable, write_output
+from context_qa.results.rows import read_objects, read_summary, results_rows, summary_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     require_writable(output)
     summary = read_summary(args.results, warns=True)
     with at_once():
-        from context_qa.report import PAGE, report_page
+        from context_qa.results.report import PAGE, report_page
 
         page = report_page(rows, summary, Path(args.results).name, is_torn)
     write_output(output, page, PAGE, args.overwrite)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import UserError
-from files import parse_json, read_text
+from common.errors import UserError
+from common.files import parse_json, read_text
 
 NO_ANSWER = "I don't know."
 NORMALIZED_NO_ANSWER = "i dont know"

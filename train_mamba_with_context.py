@@ -8,14 +8,14 @@
 The same command goes on where it was cut off. Several processes: torchrun --nproc_per_node N.
 """
 
-from script import loading, run_script
+from common.script import loading, run_script
 
 import argparse
 
+from common.errors import Parser, positive_float, positive_int, seed
+from common.files import keep_inputs
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
-from errors import Parser, positive_float, positive_int, seed
-from files import keep_inputs
 from squad_utils import PROMPT_ORDERS
 
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     sources = (args.data_path, args.eval_data)
     data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):
-        from context_qa.training import train
+        from context_qa.training.train import train
     train(args, data)
 
 

@@ -10,7 +10,7 @@ not; llama.cpp keeps the passage's state by its own means, transformers has none
 everything anew.
 """
 
-from script import run_script
+from common.script import run_script
 
 import contextlib
 import tempfile
@@ -26,13 +26,13 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from common.errors import UserError, positive_int
 from context_qa.answering import Answerer
-from context_qa.console import READ_AT_ONCE
-from context_qa.streamed_answer import stream_answer
-from errors import UserError, positive_int
+from context_qa.console.console import READ_AT_ONCE
+from context_qa.console.streamed_answer import stream_answer
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.generate import read
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.streaming import Stream
 from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples

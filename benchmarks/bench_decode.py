@@ -8,7 +8,7 @@ Every token needs every weight once, so that the memory's bandwidth is the limit
 torch's sum over as many bytes, in the same round. Random weights, in float32 and in bfloat16.
 """
 
-from script import run_script
+from common.script import run_script
 
 import tempfile
 from pathlib import Path
@@ -23,10 +23,10 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from errors import positive_int
+from common.errors import positive_int
 from mamba_lm.device import DTYPES
 from mamba_lm.generate import decode, read
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 VOCABULARY, WIDTH = 50277, 768
 READING, OURS, LLAMA = "weights read once", "ours", "llama.cpp"

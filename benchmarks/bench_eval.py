@@ -10,7 +10,7 @@ to ours, shared. Ours also scores "I don't know." after every question, which th
 peer that is slow answers only some questions of the sample, of its middle lengths.
 """
 
-from script import run_script
+from common.script import run_script
 
 import random
 import tempfile
@@ -27,10 +27,10 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from common.errors import positive_int
 from context_qa.answering import Answerer
-from errors import positive_int
 from mamba_lm.checkpoint import load_tokenizer, save_model
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import token_ids
 from squad_utils import Example, prompt_parts, read_examples
 

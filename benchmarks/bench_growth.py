@@ -8,17 +8,17 @@ Questions have 20 tokens, answers 16. `seconds` is a question's, `ratio` is to s
 setting; tokens are those read and generated.
 """
 
-from script import run_script
+from common.script import run_script
 
 from pathlib import Path
 
 import torch
 
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
-from errors import UserError, positive_int
-from files import check_output, keep_inputs
+from common.errors import UserError, positive_int
+from common.files import check_output, keep_inputs
 from mamba_lm.generate import decode, prefill, read
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 VOCABULARY, WIDTH = 50277, 768
 QUESTION, ANSWER = 20, 16

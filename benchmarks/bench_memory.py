@@ -16,7 +16,7 @@ Measured: what autograd keeps of a batch of eight contexts of 160 tokens with fi
 tokens each, as SQuAD has them, by hooks on saved tensors, without the vocabulary's logits.
 """
 
-from script import run_script
+from common.script import run_script
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.timing import parse_benchmark_args, report
 from mamba_lm.checkpoint import read_config
-from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
 
 CONFIGS = Path("models/configs")
 CONTEXTS, CONTEXT, QUESTIONS, QUESTION, ANSWER = 8, 160, 5, 20, 5

@@ -10,7 +10,7 @@ of its own; memory is what its first pass adds at the peak. transformers' defaul
 layer and its time is multiplied, its memory is not.
 """
 
-from script import run_script
+from common.script import run_script
 
 import statistics
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from benchmarks.timing import (
     ratio,
     report,
 )
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import linear
 
 VOCABULARY = 1000

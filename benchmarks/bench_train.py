@@ -12,7 +12,7 @@ of like lengths, gradients added up. `seconds` is an example's; `ratio` is to ou
 count what is read, padding left out.
 """
 
-from script import run_script
+from common.script import run_script
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -28,11 +28,11 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from context_qa.dataset import GroupedBatches, continuation
-from errors import positive_int
+from common.errors import positive_int
+from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"

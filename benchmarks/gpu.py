@@ -14,7 +14,7 @@ written, as they come; nothing begins after --minutes. Exit code 1 if an error i
 tolerated.
 """
 
-from script import run_script
+from common.script import run_script
 
 import functools
 import gc
@@ -34,12 +34,12 @@ from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report
+from common.errors import UserError, positive_float, positive_int
+from common.files import json_text, write_whole
 from context_qa.answering import Answerer
-from errors import UserError, positive_float, positive_int
-from files import json_text, write_whole
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.prefix_suffix import Continuation
 from mamba_lm.selective_scan import load_backend
+from mamba_lm.training.prefix_suffix import Continuation
 from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"

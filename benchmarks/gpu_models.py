@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks.bench_train import VOCABULARY, whole
 from mamba_lm import generate
-from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 
 MAMBA_SSM, TRANSFORMERS = "mamba-ssm", "transformers"
 PARTS = 4  # of a batch of examples that are read whole

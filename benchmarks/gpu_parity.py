@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.bench_train import whole
 from mamba_lm.generate import decode, read
-from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
+from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
 
 ROWS = 3
 # Of the largest entry. In bfloat16 the inputs are exact, rounded before; outputs are rounded again.

@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import torch
 
-from mamba_lm.model import MambaLM
+from mamba_lm.models.mamba import MambaLM
 
 FLOAT32 = ("ssm_conv1d.weight", "ssm_a")
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
-from files import check_output, json_text, write_output
+from common.errors import UserError
+from common.files import check_output, json_text, write_output
 
 
 def parse_benchmark_args(

@@ -9,13 +9,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from common.errors import UserError
 from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS
-from context_qa.results import Answer
+from context_qa.results.rows import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
-from errors import UserError
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
-from mamba_lm.model import MambaLM, MambaState
+from mamba_lm.models.mamba import MambaLM, MambaState
 from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
 from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
 

@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Iterable
 
-from errors import (
+from common.errors import (
     Parser,
     positive_int,
     probability,
@@ -15,7 +15,7 @@ from errors import (
     temperature,
     token_count,
 )
-from files import require_writable
+from common.files import require_writable
 from mamba_lm.folders import require_model
 from squad_utils import Example, read_examples
 

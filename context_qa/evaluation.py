@@ -11,19 +11,19 @@ import torch._dynamo  # else in the midst of a run, which cannot be stopped for 
 from accelerate import PartialState
 from tqdm import tqdm
 
+from common.errors import UserError, printable, say_loading, warn
+from common.files import check_output, keep_inputs
+from common.processes import disconnect, from_first, in_step
 from context_qa.answering import Answerer
 from context_qa.arguments import SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
-from context_qa.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.negatives import unanswerable_copies
-from context_qa.processes import disconnect, from_first, in_step
 from context_qa.provenance import run_record, sha256
-from context_qa.results import RESULTS, SUMMARY, Answer, result_row, summary_path
-from context_qa.results_file import ResultsFile
+from context_qa.results.metrics import PARTS, SCORES, tuned_threshold
+from context_qa.results.results_file import ResultsFile
+from context_qa.results.rows import RESULTS, SUMMARY, Answer, result_row, summary_path
 from context_qa.sliding_window import sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from errors import UserError, printable, say_loading, warn
-from files import check_output, keep_inputs
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.device import choose_device, choose_dtype
 from squad_utils import Example, same_question

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 
-from errors import UserError
+from common.errors import UserError
 from squad_utils import UNSPACED, Example, fold, normalize_answer
 
 NEGATIVE_KINDS = ("random", "same_article", "hard")

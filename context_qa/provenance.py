@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from errors import UserError
-from files import read_json
+from common.errors import UserError
+from common.files import read_json
 from squad_utils import PROMPT_ORDERS
 
 RECORD = "training_args.json"  # in a trained model's folder

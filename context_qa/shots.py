@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from errors import UserError
-from files import read_text
+from common.errors import UserError
+from common.files import read_text
 from squad_utils import NO_ANSWER, answer_text, checked_text, json_lines
 
 KEYS = "question, answer"

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import regex
 
-from context_qa.results import Answer
+from context_qa.results.rows import Answer
 from squad_utils import Example, fold
 
 _UNIT = 2**32  # information in whole numbers: sums do not depend on their order, so ties are ties

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import regex
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.choices import Choice
 from mamba_lm.tokenizer import encode, encode_with_offsets, require_offsets
 from squad_utils import (

@@ -9,15 +9,15 @@ each in a sentence of its own, so that all of its questions share one context. T
 paragraph a line, as WikiText does, whose marks (` @-@ `, blanks before commas) are taken out.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import random
 import re
 
+from common.errors import Parser, UserError, printable, seed
+from common.files import keep_inputs, read_text
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, printable, seed
-from files import keep_inputs, read_text
 from squad_utils import Example
 
 BLANK = "___"

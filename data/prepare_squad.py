@@ -8,13 +8,13 @@ SOURCE may also be a local SQuAD v1.1 or v2.0 JSON file or a JSONL file. The res
 reference answer, or "I don't know." where there is none. Run it from the repository's root.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import json
 
-from errors import Parser, UserError, positive_int, printable
-from files import keep_inputs, read_text, write_output
+from common.errors import Parser, UserError, positive_int, printable
+from common.files import keep_inputs, read_text, write_output
 from squad_utils import Example, read_examples
 
 

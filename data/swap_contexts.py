@@ -7,15 +7,15 @@ Only answerable questions are taken; no chosen context holds one of a question's
 --contexts, all contexts come from that file, so that they are new to a model trained on the first.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 from dataclasses import replace
 
+from common.errors import Parser, UserError, printable, seed
+from common.files import keep_inputs
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
-from errors import Parser, UserError, printable, seed
-from files import keep_inputs
 from squad_utils import read_examples
 
 

@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError, warn
-from files import MODEL_FILES, atomic_folder
+from common.errors import UserError, warn
+from common.files import MODEL_FILES, atomic_folder
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_object
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import (
     DEFAULT_TOKENIZER,
     SAVED_FILES,

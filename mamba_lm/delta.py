@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_json
-from mamba_lm.model import MambaLM
+from mamba_lm.models.mamba import MambaLM
 
 LAYERS = "delta_layers.json"  # in a model's folder: a list of the layers whose Δ tells most
 

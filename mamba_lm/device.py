@@ -2,7 +2,7 @@
 
 import torch
 
-from errors import UserError, warn
+from common.errors import UserError, warn
 from mamba_lm.selective_scan import backend_name, load_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

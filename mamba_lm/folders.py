@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.foreign_files import parsing, read_foreign_json
 from mamba_lm.tokenizer import TOKENIZER_FILES, find_tokenizer
 

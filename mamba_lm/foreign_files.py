@@ -11,8 +11,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from errors import UserError
-from files import read_json
+from common.errors import UserError
+from common.files import read_json
 
 MAX_JSON_BYTES = 48 * 2**20  # the largest public tokenizers have 33 MB; Python takes 25 times it
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
-from mamba_lm.model import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
 
 GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
 NO_TOKEN = -1

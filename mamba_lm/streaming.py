@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graphs_of
 from mamba_lm.generate import Reading, is_captured, token_log_probs
-from mamba_lm.model import MambaLM, MambaState
+from mamba_lm.models.mamba import MambaLM, MambaState
 
 
 class Sampler:

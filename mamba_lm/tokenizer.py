@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from errors import UserError, warn
+from common.errors import UserError, warn
 from mamba_lm.foreign_files import (
     parsing,
     read_foreign_object,

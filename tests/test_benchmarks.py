@@ -31,11 +31,12 @@ from benchmarks import (
     same_answers,
     timing,
 )
-from errors import UserError
-from mamba_lm import model, training
-from mamba_lm.model import MambaConfig, MambaLM
-from mamba_lm.prefix_suffix import Continuation
+from common.errors import UserError
+from mamba_lm.models import mamba as model
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import reference
+from mamba_lm.training import trainer as training
+from mamba_lm.training.prefix_suffix import Continuation
 from squad_utils import read_examples
 
 ROOT = Path(__file__).parents[1]
@@ -341,7 +342,7 @@ def test_a_bug_in_a_worker_is_one_with_its_place():
 ENDLESS = """
 import sys, time
 from benchmarks.timing import Contender, Worker
-from script import run_script
+from common.script import run_script
 
 def endless():
     print("begun", flush=True)

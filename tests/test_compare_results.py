@@ -1,6 +1,6 @@
 """compare_results.py: paired differences, and what may not be compared."""
 
-from script import run_script
+from common.script import run_script
 
 import json
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import compare_results
-from context_qa import comparison
-from context_qa.results import Answer, result_row
+from context_qa.results import comparison
+from context_qa.results.rows import Answer, result_row
 from squad_utils import NO_ANSWER, Example
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import train_mamba_with_context
-from context_qa import training
+from context_qa.training import train as training
 from mamba_lm.checkpoint import load_model
-from mamba_lm.training import PrefixSuffixTrainer
-from mamba_lm.training_checkpoints import fault
+from mamba_lm.training.checkpoints import fault
+from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20

@@ -9,9 +9,9 @@ import pytest
 import compare_results
 import query_results
 import report_results
-from context_qa.results import Answer, read_summary, result_row
-from context_qa.results_file import ResultsFile
-from errors import UserError
+from common.errors import UserError
+from context_qa.results.results_file import ResultsFile
+from context_qa.results.rows import Answer, read_summary, result_row
 from squad_utils import Example
 
 EXAMPLES = [
@@ -92,8 +92,8 @@ def record() -> dict:
 @pytest.fixture
 def ask(monkeypatch, capsys):
     """Every reader of results on a file: each works, or says in a UserError why not."""
-    monkeypatch.setattr("context_qa.report.charts", lambda *rows: "")  # which take long
-    monkeypatch.setattr("context_qa.metrics.RESAMPLES", 9)
+    monkeypatch.setattr("context_qa.results.report.charts", lambda *rows: "")  # which take long
+    monkeypatch.setattr("context_qa.results.metrics.RESAMPLES", 9)
 
     def run(script, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])

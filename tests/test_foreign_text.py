@@ -1,6 +1,6 @@
 """Foreign text reaches a terminal without what would command it, by every door; JSON is JSON."""
 
-from script import run_script
+from common.script import run_script
 
 import csv
 import io
@@ -17,10 +17,10 @@ import pytest
 import compare_results
 import query_results
 import report_results
+from common.files import json_line, plain_json
+from context_qa.console.terminal import Screen
 from context_qa.evaluation import print_summary
-from context_qa.results import Answer, result_row, summary_path
-from context_qa.terminal import Screen
-from files import json_line, plain_json
+from context_qa.results.rows import Answer, result_row, summary_path
 from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]

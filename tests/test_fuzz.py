@@ -25,19 +25,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import query_results
-from context_qa.comparison import compare
+from common.errors import UserError, printable
+from context_qa.console.terminal import read_context
 from context_qa.provenance import trained_prompt_order
-from context_qa.report import report_page
-from context_qa.results import read_objects, read_summary, results_rows
+from context_qa.results.comparison import compare
+from context_qa.results.report import report_page
+from context_qa.results.rows import read_objects, read_summary, results_rows
 from context_qa.shots import n_shot_prompt, read_shots
-from context_qa.terminal import read_context
-from errors import UserError, printable
 from mamba_lm import checkpoint
 from mamba_lm.checkpoint import files_read, load_model, load_model_and_tokenizer, save_model
 from mamba_lm.delta import delta_layers
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode, encode_with_offsets, load_tokenizer_at
-from mamba_lm.training_checkpoints import fault, seal
+from mamba_lm.training.checkpoints import fault, seal
 from squad_utils import prompt_parts, read_examples
 from tests.test_report_results import ROWS, SUMMARY, write
 

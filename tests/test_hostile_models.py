@@ -17,7 +17,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_lm.checkpoint import save_model
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "data/demo/tokenizer"

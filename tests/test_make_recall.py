@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from common.errors import UserError
 from data import make_recall
 from data.make_recall import BLANK, QUESTIONS, questions, recurring_spans, without_marks
-from errors import UserError
 from squad_utils import normalize_answer, read_examples
 
 PASSAGE = (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from context_qa.results import Answer, result_row
-from errors import UserError
+from common.errors import UserError
+from context_qa.results.rows import Answer, result_row
 from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_data_and_output_swapped(refused):
 
 
 def test_a_summary_without_its_results_is_replaced_by_overwriting_alone(folder, monkeypatch):
-    from context_qa.results_file import ResultsFile
+    from context_qa.results.results_file import ResultsFile
 
     Path("r.jsonl").unlink()
     before = contents(folder)
@@ -257,16 +257,18 @@ def test_benchmarks_replace_nothing(refused, benchmark, flag, name):
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_the_learning_benchmark_adds_to_its_own_rows_alone(refused, folder, content):
     put(folder / "rows.jsonl", content)
-    said = refused("benchmarks.learning", "data.jsonl", "other.jsonl", "rows.jsonl", flag=False)
+    said = refused(
+        "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "rows.jsonl", flag=False
+    )
     assert said.startswith("rows.jsonl: holds something else than rows of this benchmark")
     assert "is read too" in refused(
-        "benchmarks.learning", "data.jsonl", "other.jsonl", "other.jsonl", flag=False
+        "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "other.jsonl", flag=False
     )
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_demo_data_replaces_nothing(folder, content):
-    from data.demo import make_demo
+    from studies.demo_model import make_demo
 
     put(folder / "train.jsonl", content)
     with pytest.raises(UserError, match=r"train\.jsonl: exists and is not replaced"):
@@ -275,7 +277,7 @@ def test_demo_data_replaces_nothing(folder, content):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_the_demo_tokenizer_replaces_nothing(folder, name):
-    from data.demo import make_demo
+    from studies.demo_model import make_demo
 
     (folder / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name}: exists and is not replaced"):
@@ -332,7 +334,7 @@ def test_a_file_that_comes_during_a_benchmark_is_kept(folder):
 
 
 def test_links_to_nothing_and_empty_files_are_free(folder):
-    from files import write_output
+    from common.files import write_output
 
     Path("empty").touch()
     Path("link").symlink_to("target")
@@ -343,7 +345,7 @@ def test_links_to_nothing_and_empty_files_are_free(folder):
 
 
 def test_a_file_that_comes_while_another_is_written_is_kept(folder, monkeypatch):
-    import files
+    from common import files
 
     write_at = files.write_at
 
@@ -359,7 +361,7 @@ def test_a_file_that_comes_while_another_is_written_is_kept(folder, monkeypatch)
 
 
 def test_a_file_called_as_a_partial_one_is_kept(folder):
-    from files import write_output
+    from common.files import write_output
 
     partial = folder / f"out.{os.getpid()}.partial"
     partial.write_text("mine")
@@ -368,7 +370,7 @@ def test_a_file_called_as_a_partial_one_is_kept(folder):
 
 
 def test_a_folder_called_as_a_partial_one_is_kept(folder):
-    from files import atomic_folder
+    from common.files import atomic_folder
 
     partial = folder / f".new.partial-{os.getpid()}"
     put(partial / "file", "mine")

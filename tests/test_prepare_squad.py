@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data import prepare_squad
-from errors import UserError
 from squad_utils import NO_ANSWER, read_examples
 
 ROOT = Path(__file__).parents[1]

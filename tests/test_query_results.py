@@ -1,6 +1,6 @@
 """query_results.py: SQL on JSONL of any layout, which may be torn at the end but not elsewhere."""
 
-from script import run_script
+from common.script import run_script
 
 import csv
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import query_results
-from context_qa.results import Answer, result_row, summary_path
+from context_qa.results.rows import Answer, result_row, summary_path
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from context_qa.results import find_first_negative, read_results, read_summary, summary_path
-from errors import UserError
+from common.errors import UserError
+from context_qa.results.rows import find_first_negative, read_results, read_summary, summary_path
 from mamba_lm.checkpoint import NOTE, load_tokenizer, save_model
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from squad_utils import NO_ANSWER
 
 ROOT = Path(__file__).parents[1]

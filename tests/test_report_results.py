@@ -1,6 +1,6 @@
 """report_results.py: one page that needs nothing else, shows hostile texts as texts, and works."""
 
-from script import run_script
+from common.script import run_script
 
 import json
 import re
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import report_results
-from context_qa.report import report_page
-from context_qa.results import Answer, result_row, summary_path
+from context_qa.results.report import report_page
+from context_qa.results.rows import Answer, result_row, summary_path
 from squad_utils import NO_ANSWER, Example, fold
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """The root scripts as a user runs them: from training to SQL, and what bad input gets."""
 
-from script import run_script
+from common.script import run_script
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from context_qa.answering import Answerer
-from context_qa.results import Answer, read_summary, result_row
+from context_qa.results.rows import Answer, read_summary, result_row
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from context_qa.negatives import NEGATIVE_KINDS, NegativeSampler
-from errors import UserError
 from squad_utils import (
     NO_ANSWER,
     PROMPT_ORDERS,

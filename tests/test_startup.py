@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -127,7 +127,7 @@ EVALUATION = "from context_qa.evaluation import evaluate"
         ("eval_mamba_with_context", EVALUATION, [MODEL, DATA, "{}/out.jsonl", "--limit", "2"]),
         pytest.param(
             "train_mamba_with_context",
-            "from context_qa.training import train",
+            "from context_qa.training.train import train",
             [*TRAIN, MODEL, "--max_steps", "1", "--eval_data", DATA],
             marks=pytest.mark.slow,
         ),
@@ -232,7 +232,7 @@ def test_a_folder_where_results_are_to_be_is_refused(output):
 def test_workers_that_no_machine_has_are_refused(workers, tmp_path):
     import torch
 
-    from mamba_lm.training_arguments import training_arguments
+    from mamba_lm.training.arguments import training_arguments
 
     with pytest.raises(UserError, match=f"dataloader_num_workers={workers}: give 0 to 64"):
         settings = [f"dataloader_num_workers={workers}"]
@@ -242,7 +242,7 @@ def test_workers_that_no_machine_has_are_refused(workers, tmp_path):
 def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
     import multiprocessing
 
-    from context_qa.training import trainer_arguments
+    from context_qa.training.train import trainer_arguments
     from train_mamba_with_context import parse_args
 
     def no_semaphore():

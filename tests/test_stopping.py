@@ -150,7 +150,7 @@ def is_computing(tasks: Path) -> bool:
 # Where an exception would go nowhere
 
 BEGIN = """
-from script import at_once, at_once_in_c, loading, run_script
+from common.script import at_once, at_once_in_c, loading, run_script
 import ctypes, os, signal, sys, time
 def main(args):
     try:
@@ -187,7 +187,7 @@ def work():
 
 
 AT_THE_END = """
-from script import run_script
+from common.script import run_script
 import atexit, time
 def main(args):
     import swallows

@@ -7,20 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"guard", "script", "errors", "files", "squad_utils"}  # at the root, but no scripts
+MODULES = {"squad_utils"}  # at the root, but no script
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in MODULES)
-FOLDERS = ("mamba_lm", "context_qa", "data", "benchmarks", "studies")
-SHARED = {"script", "errors", "files", "squad_utils", "mamba_lm", "context_qa"}
+FOLDERS = ("common", "mamba_lm", "context_qa", "data", "benchmarks", "studies")
+SHARED = {"common", "squad_utils", "mamba_lm", "context_qa"}
 
 # What each part may import, itself aside. A study is a part of its own: studies.<name>.
 ALLOWED = {
-    "guard": set(),
-    "script": {"guard", "errors"},
-    "errors": set(),
-    "squad_utils": {"errors", "files"},
-    "files": {"errors"},
-    "mamba_lm": {"errors", "files"},
-    "context_qa": {"errors", "files", "squad_utils", "mamba_lm"},
+    "common": set(),
+    "squad_utils": {"common"},
+    "mamba_lm": {"common"},
+    "context_qa": {"common", "squad_utils", "mamba_lm"},
     "data": SHARED,
     "benchmarks": SHARED,
     "studies.numpy_mamba": set(),
@@ -86,20 +83,20 @@ def test_no_sys_path_edits(path):
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("errors.py", "import squad_utils"),
-        ("squad_utils.py", "from mamba_lm.model import MambaLM"),
-        ("squad_utils.py", "def f():\n    import context_qa.results"),
-        ("mamba_lm/model.py", "from squad_utils import Example"),
+        ("common/errors.py", "import squad_utils"),
+        ("squad_utils.py", "from mamba_lm.models.mamba import MambaLM"),
+        ("squad_utils.py", "def f():\n    import context_qa.results.rows"),
+        ("mamba_lm/models/mamba.py", "from squad_utils import Example"),
         ("mamba_lm/selective_scan/cpu/__init__.py", "import context_qa"),
-        ("context_qa/dataset.py", "import train_mamba_with_context"),
-        ("context_qa/dataset.py", "from studies.lora_finetuning import train"),
-        ("context_qa/dataset.py", "from data.demo.make_demo import make_passage"),
+        ("context_qa/batches.py", "import train_mamba_with_context"),
+        ("context_qa/batches.py", "from studies.lora_finetuning import train"),
+        ("context_qa/batches.py", "from studies.demo_model.make_demo import make_passage"),
         ("prompt_mamba.py", "import eval_n_shot_mamba"),
         ("prompt_mamba.py", "from studies.lora_finetuning import train"),
         ("studies/lora_finetuning/train.py", "from studies.delta_filtering.probe import Probe"),
         ("studies/lora_finetuning/train.py", "from ..delta_filtering import probe"),
         ("studies/lora_finetuning/train.py", "from studies import delta_filtering"),
-        ("studies/numpy_mamba/generate.py", "from mamba_lm.model import MambaLM"),
+        ("studies/numpy_mamba/generate.py", "from mamba_lm.models.mamba import MambaLM"),
         ("benchmarks/scan.py", "import studies.lora_finetuning.train"),
         ("benchmarks/scan.py", "from tests.mamba_lm import conftest"),
     ],
@@ -111,12 +108,18 @@ def test_the_import_rule_catches(path, source):
 @pytest.mark.parametrize(
     "path, source",
     [
-        ("mamba_lm/model.py", "import torch\nfrom mamba_lm.selective_scan import selective_scan"),
+        (
+            "mamba_lm/models/mamba.py",
+            "import torch\nfrom mamba_lm.selective_scan import selective_scan",
+        ),
         (
             "mamba_lm/selective_scan/cpu/__init__.py",
-            "from . import reference\nfrom errors import UserError",
+            "from . import reference\nfrom common.errors import UserError",
         ),
-        ("context_qa/dataset.py", "from squad_utils import Example\nimport mamba_lm.training"),
+        (
+            "context_qa/batches.py",
+            "from squad_utils import Example\nimport mamba_lm.training.trainer",
+        ),
         ("studies/lora_finetuning/train.py", "from studies.lora_finetuning import news"),
         ("studies/lora_finetuning/train.py", "from .news import x\nfrom context_qa import results"),
         ("prompt_mamba.py", "import data_tools\nfrom datasets import load_dataset"),

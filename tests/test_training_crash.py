@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import train_mamba_with_context
-from context_qa import training
-from errors import UserError
-from files import locked
+from common.errors import UserError
+from common.files import locked
+from context_qa.training import train as training
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.prefix_suffix import PrefixSuffixLM
-from mamba_lm.training import PrefixSuffixTrainer
-from mamba_lm.training_checkpoints import checkpoints, fault
+from mamba_lm.training.checkpoints import checkpoints, fault
+from mamba_lm.training.prefix_suffix import PrefixSuffixLM
+from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

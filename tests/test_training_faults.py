@@ -12,15 +12,16 @@ import matplotlib.image
 import pytest
 
 import train_mamba_with_context
-from context_qa import training, training_run
+from common.errors import UserError
+from common.files import atomic_folder
 from context_qa.negatives import NegativeSampler
-from context_qa.training_data import within_length
-from errors import UserError
-from files import atomic_folder
-from mamba_lm import training_progress
+from context_qa.training import run_folder as training_run
+from context_qa.training import train as training
+from context_qa.training.data_report import within_length
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training import PrefixSuffixTrainer
-from mamba_lm.training_checkpoints import checkpoints, fault
+from mamba_lm.training import progress as training_progress
+from mamba_lm.training.checkpoints import checkpoints, fault
+from mamba_lm.training.trainer import PrefixSuffixTrainer
 from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]

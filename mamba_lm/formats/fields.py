@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from common.errors import UserError
 
 
 class Role(StrEnum):

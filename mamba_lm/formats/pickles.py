@@ -10,7 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.foreign_files import parsing
 
 _FUNCTIONS = re.compile(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.formats import fields
 from mamba_lm.formats.fields import BOOL, RANK, SIZE, Field, Role, describes, only, used
-from mamba_lm.model import MambaConfig
+from mamba_lm.models.mamba import MambaConfig
 
 # mamba_ssm.models.config_mamba.MambaConfig; initializer_cfg is MambaLMHeadModel's own argument.
 CONFIG = {

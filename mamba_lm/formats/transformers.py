@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.formats import fields
 from mamba_lm.formats.fields import BOOL, EPSILON, RANK, SIZE, Role, describes, only, refused, used
-from mamba_lm.model import MambaConfig
+from mamba_lm.models.mamba import MambaConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")

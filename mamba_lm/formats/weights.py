@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.foreign_files import parsing, read_foreign_object, require_file
 from mamba_lm.formats.pickles import require_plain
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError, warn
+from common.errors import UserError, warn
 from mamba_lm.selective_scan import reference
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")

@@ -3,14 +3,14 @@
 python -m studies.base_model.export_bfloat16 models/base models/base-bf16
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 
 import torch
 
-from errors import Parser, UserError
-from files import new_folder
+from common.errors import Parser, UserError
+from common.files import new_folder
 from mamba_lm.checkpoint import load_model_and_tokenizer, save_model
 
 

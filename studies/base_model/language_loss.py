@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_lm.model import MambaLM, at_least_float32
+from mamba_lm.models.mamba import MambaLM, at_least_float32
 from studies.base_model.windows import HeldOut
 
 

@@ -11,7 +11,7 @@ sentences: Lewis et al. 2019). Sentence and paragraph have other words in common
 could not be answered. A token file of pack.py may stand in for the texts.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import functools
@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import Parser, UserError, positive_int, seed
-from files import keep_inputs, write_output
+from common.errors import Parser, UserError, positive_int, seed
+from common.files import keep_inputs, write_output
 from mamba_lm.tokenizer import load_tokenizer_at
 from studies.base_model.pack import read_packed, read_texts
 from studies.base_model.processes import process_pool

@@ -8,7 +8,7 @@ first answer is not in its context. Ids and titles begin with the file's name, s
 share one; a file's answers are cut to the first, which is what training reads.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import json
@@ -16,8 +16,8 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import Parser, UserError, positive_int
-from files import keep_inputs, parse_json, write_output
+from common.errors import Parser, UserError, positive_int
+from common.files import keep_inputs, parse_json, write_output
 
 
 def parse_args() -> argparse.Namespace:

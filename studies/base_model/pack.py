@@ -7,7 +7,7 @@ Writes OUTPUT.bin, the token ids as little-endian uint16, each document's follow
 and OUTPUT.json: where documents begin and how many bytes of text they have.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import functools
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import Parser, UserError, positive_int
-from files import check_output, keep_inputs, read_json, write_output
+from common.errors import Parser, UserError, positive_int
+from common.files import check_output, keep_inputs, read_json, write_output
 from mamba_lm.tokenizer import encode, load_tokenizer_at, vocabulary_bound
 from studies.base_model.processes import process_pool
 from studies.base_model.text_files import read_documents

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from common.errors import UserError
 
 _TITLE = re.compile(r"= (.+) =\n?")
 

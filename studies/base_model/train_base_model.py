@@ -8,7 +8,7 @@ and the state passes it. The same command resumes a run from its last checkpoint
 are computed in bfloat16 (autocast); weights and optimiser state stay in float32.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import json
@@ -20,11 +20,11 @@ from typing import BinaryIO
 
 import torch
 
-from errors import Parser, UserError, positive_float, positive_int, seed
-from files import Kind, check_output, parse_json
+from common.errors import Parser, UserError, positive_float, positive_int, seed
+from common.files import Kind, check_output, parse_json
 from mamba_lm.checkpoint import find_tokenizer_of, load_model, save_model
 from mamba_lm.device import choose_device
-from mamba_lm.model import MambaLM
+from mamba_lm.models.mamba import MambaLM
 from mamba_lm.tokenizer import load_tokenizer_at, vocabulary_bound
 from studies.base_model.language_loss import bits_per_byte, next_token_loss
 from studies.base_model.pack import read_all

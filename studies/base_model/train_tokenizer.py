@@ -8,15 +8,15 @@ token: ten embeddings that are always well trained, but four decisions for a yea
 digits do not tell the years of a paragraph apart.
 """
 
-from script import run_script
+from common.script import run_script
 
 import argparse
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from errors import Parser, positive_float, positive_int
-from files import atomic_folder, keep_inputs, new_folder
+from common.errors import Parser, positive_float, positive_int
+from common.files import atomic_folder, keep_inputs, new_folder
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from studies.base_model.pack import Packed, number_of_documents
 
 ON_GPU = 4 * 2**30  # bytes of tokens, as int32, that a GPU's memory holds beside the model

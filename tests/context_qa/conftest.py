@@ -9,7 +9,7 @@ import torch
 
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from squad_utils import prompt_parts
 
 ROOT = Path(__file__).parents[2]

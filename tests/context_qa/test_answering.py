@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from context_qa import answering
 from context_qa.answering import Answerer
-from context_qa.results import Answer
+from context_qa.results.rows import Answer
 from context_qa.shots import n_shot_prompt
-from errors import UserError
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from squad_utils import NO_ANSWER, prompt_parts
 
 ROOT = Path(__file__).parents[2]

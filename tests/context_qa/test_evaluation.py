@@ -8,9 +8,9 @@ import pytest
 
 import eval_mamba_with_context
 import eval_n_shot_mamba
-from context_qa.results import read_results, read_summary
+from common.errors import UserError
+from context_qa.results.rows import read_results, read_summary
 from context_qa.shots import n_shot_prompt
-from errors import UserError
 from squad_utils import NO_ANSWER
 
 ROOT = Path(__file__).parents[2]

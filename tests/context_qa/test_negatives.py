@@ -14,8 +14,8 @@ from context_qa.negatives import (
     seems_to_answer,
     unanswerable_copies,
 )
-from data.demo.make_demo import NUM_VALIDATION_PASSAGES, validation_passages
 from squad_utils import Example, read_examples
+from studies.demo_model.make_demo import NUM_VALIDATION_PASSAGES, validation_passages
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from common.errors import UserError
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
-from errors import UserError
 from squad_utils import NO_ANSWER, prompt_parts
 
 

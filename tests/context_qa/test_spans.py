@@ -18,11 +18,11 @@ from tokenizers import (
     trainers,
 )
 
+from common.errors import UserError
 from context_qa.answering import Answerer
 from context_qa.spans import Spans, require_pieces
-from errors import UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer, load_tokenizer
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode
 from squad_utils import (
     NO_ANSWER,

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 
 class NoGPU:

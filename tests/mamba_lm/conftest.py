@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaForCausalLM
 from transformers import MambaConfig as TransformersMambaConfig
 
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import FORMATS, load_model, load_tokenizer, read_config, save_model
-from mamba_lm.model import MambaLM
+from mamba_lm.models.mamba import MambaLM
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "models/configs"

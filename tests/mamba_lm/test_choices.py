@@ -7,7 +7,7 @@ import torch
 
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import decode, prefill, read
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 VOCABULARY, STOPS = 12, {0, 1}
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers import MambaConfig as TransformersMambaConfig
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import load_model, load_tokenizer, save_model
 from mamba_lm.formats import state_spaces, transformers
 from mamba_lm.formats.__main__ import page

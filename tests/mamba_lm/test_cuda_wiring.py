@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from errors import UserError
-from mamba_lm.model import MambaConfig, MambaLM
+from common.errors import UserError
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
 
 CUDA = "mamba_lm.selective_scan.cuda"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import save_model
 from mamba_lm.delta import LAYERS, DeltaNorms, delta_layers
 from mamba_lm.generate import prefill

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm import checkpoint, foreign_files
 from mamba_lm.checkpoint import find_model, load_model, load_model_and_tokenizer, save_model
 from mamba_lm.delta import LAYERS, delta_layers
 from mamba_lm.foreign_files import parsing
 from mamba_lm.generate import prefill, read, read_and_score
-from mamba_lm.model import MambaConfig, MambaLM
+from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode, encode_with_offsets, load_tokenizer_at
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +178,7 @@ def test_no_memory_is_taken_for_a_model_that_its_file_does_not_hold(folder, tmp_
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from mamba_lm.checkpoint import load_model
-from errors import UserError
+from common.errors import UserError
 there = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (there + 2**29,) * 2)
 try:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import mamba_lm.selective_scan as selective_scan_module
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.selective_scan import backend_name, cpu, load_backend, reference
 from mamba_lm.selective_scan.cpu import products
 from mamba_lm.selective_scan.cpu import threads as cpu_threads

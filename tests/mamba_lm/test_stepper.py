@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mamba_lm import model as model_module
+from mamba_lm.models import mamba as model_module
 from mamba_lm.selective_scan import cpu
 from mamba_lm.selective_scan.cpu import threads as cpu_threads
 

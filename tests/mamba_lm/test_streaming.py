@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm import cuda_graphs, streaming
 from mamba_lm.generate import Reading, decode, read
 from mamba_lm.streaming import Sampler, Stream

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import (
     find_tokenizer_of,
     load_model_and_tokenizer,

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm import device, selective_scan
 from mamba_lm.device import choose_device
-from mamba_lm.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
 
 pytest.importorskip("triton")
 

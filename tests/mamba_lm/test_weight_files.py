@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import (
     files_read,
     find_model,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.tokenizer import load_tokenizer_at
 from squad_utils import read_examples

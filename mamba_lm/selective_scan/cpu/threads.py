@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import warn
+from common.errors import warn
 from mamba_lm.selective_scan.cpu.packing import HEADER, SIGNATURE
 
 # Below this many operations a second thread costs more than it brings.

@@ -1,0 +1,210 @@
+"""What training reads: examples cut to a length, and the report on them."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from common.errors import UserError
+from context_qa.batches import GroupedBatches
+from mamba_lm.tokenizer import encode
+from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
+
+CHUNK = 4096  # texts that are tokenised together: bounds memory
+
+
+class WithinLength(NamedTuple):
+    """Examples that fit, how many of them had their context cut, and how many were left out; and of
+    how many too long ones the data says a wrong answer_start."""
+
+    examples: list[Example]
+    num_cut: int
+    num_dropped: int
+    num_misplaced: int
+
+
+def within_length(
+    examples: Sequence[Example], tokenizer, prompt_order: str, max_length: int | None
+) -> WithinLength:
+    """Examples of at most max_length tokens, end-of-text included; UserError if none is left.
+
+    A longer one keeps as many words of its context as fit, around the answer: where answer_start
+    says, or, if the answer is not there or nothing is said, where the context first holds it (as
+    words of its own, if it does anywhere). How many of them before it is a function of the
+    example's id. It is dropped where the context does not hold the answer as it is written, or
+    question and answer leave no room.
+    """
+    if max_length is None:
+        return WithinLength(list(examples), 0, 0, 0)
+    fitting: list[Example | None] = list(examples)
+    lengths = _lengths(examples, tokenizer, prompt_order)
+    too_long = [place for place, length in enumerate(lengths) if length > max_length]
+    cut = _cut([examples[place] for place in too_long], tokenizer, prompt_order, max_length)
+    for place, example in zip(too_long, cut, strict=True):
+        fitting[place] = example
+    kept = [example for example in fitting if example is not None]
+    if not kept:
+        raise UserError(f"--max_length {max_length}: too short for every example")
+    num_dropped = len(examples) - len(kept)
+    num_misplaced = sum(_is_misplaced(examples[place]) for place in too_long)
+    return WithinLength(kept, len(too_long) - num_dropped, num_dropped, num_misplaced)
+
+
+def _lengths(examples: Sequence[Example], tokenizer, prompt_order: str) -> list[int]:
+    """Tokens of prompt and target; of what an example says on other contexts, if that is longer."""
+    parts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
+    prefixes, suffixes = (_num_tokens(texts, tokenizer) for texts in zip(*parts, strict=True))
+    targets = _num_tokens([answer_text(example.target) for example in examples], tokenizer)
+    [no_answer] = _num_tokens([answer_text(NO_ANSWER)], tokenizer)
+    return [
+        prefix + suffix + max(target, no_answer) + 1
+        for prefix, suffix, target in zip(prefixes, suffixes, targets, strict=True)
+    ]
+
+
+def _num_tokens(texts: Sequence[str], tokenizer) -> list[int]:
+    """The number of tokens of each text; equal texts are looked at once."""
+    unique = list(dict.fromkeys(texts))
+    lengths: dict[str, int] = {}
+    for start in range(0, len(unique), CHUNK):
+        chunk = unique[start : start + CHUNK]
+        lengths |= zip(chunk, map(len, encode(tokenizer, chunk)), strict=True)
+    return [lengths[text] for text in texts]
+
+
+def _cut(
+    examples: Sequence[Example], tokenizer, prompt_order: str, max_length: int
+) -> list[Example | None]:
+    """Each with the most words that fit, None where too few do: a bisection for all at once."""
+    windows = [_Window(example) for example in examples]
+    fitting = [window.least - 1 for window in windows]
+    too_many = [max(len(window.words), window.least) for window in windows]
+    while open_ := [i for i in range(len(windows)) if too_many[i] - fitting[i] > 1]:
+        middle = [(fitting[i] + too_many[i]) // 2 for i in open_]
+        tried = [windows[i].with_words(count) for i, count in zip(open_, middle, strict=True)]
+        lengths = _lengths(tried, tokenizer, prompt_order)
+        for i, count, length in zip(open_, middle, lengths, strict=True):
+            (fitting if length <= max_length else too_many)[i] = count
+    return [
+        window.with_words(count) if count >= window.least else None
+        for window, count in zip(windows, fitting, strict=True)
+    ]
+
+
+class _Window:
+    """The part of an example's context around the answer, by its number of words."""
+
+    def __init__(self, example: Example):
+        self.example, context = example, example.context
+        self.words = [match.span() for match in re.finditer(r"\S+", context)]
+        self.share = random.Random(example.id).random()  # of what is not the answer, before it
+        start = _place(example) if example.is_answerable else 0
+        end = start + len(example.target) if example.is_answerable else 0
+        held = [i for i, (a, b) in enumerate(self.words) if a < end and start < b]
+        self.first, self.num_held = (held[0] if held else 0), len(held)
+        # At least a word; all and one more where the answer is not found.
+        self.least = max(self.num_held, 1) if start >= 0 else len(self.words) + 1
+
+    def with_words(self, count: int) -> Example:
+        before = round(self.share * max(count - self.num_held, 0))
+        begin = min(max(self.first - before, 0), len(self.words) - count)
+        (first, _), (_, end) = self.words[begin], self.words[begin + count - 1]
+        start = self.example.answer_start
+        return replace(
+            self.example,
+            context=self.example.context[first:end],
+            answer_start=None if start is None else start - first,
+        )
+
+
+def _place(example: Example) -> int:
+    """Where the answer begins: as the data says, or else rather not inside of a word; -1 if
+    nowhere."""
+    answer, context = example.target, example.context
+    if example.answer_start is not None and not _is_misplaced(example):
+        return example.answer_start
+    as_words = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", context)
+    return as_words.start() if as_words else context.find(answer)
+
+
+def _is_misplaced(example: Example) -> bool:
+    """Whether the data says a place of the answer where it is not. Some counts bytes, or UTF-16."""
+    start = example.answer_start
+    return start is not None and not (
+        start >= 0 and example.context.startswith(example.target, start)
+    )
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of what training reads, of all processes together. Tokens and examples are those of
+    the first epoch; a context's tokens count as often as batches read it."""
+
+    questions: int
+    answerable: int
+    contexts: int
+    negatives: int
+    tokens: int
+    loss_tokens: int
+    longest: int  # example, in tokens
+    cut: int
+    dropped: int
+    misplaced: int = 0  # too long ones whose answer is not where the data says
+
+    def __str__(self) -> str:
+        lines = [
+            f"data: {self.questions:,} questions, {self.answerable:,} of them answerable, on "
+            f"{self.contexts:,} contexts",
+            f"an epoch: {self.questions + self.negatives:,} examples, {self.negatives:,} of them "
+            f"negatives; {self.tokens:,} tokens, loss on {self.loss_tokens / self.tokens:.1%}; the "
+            f"longest example has {self.longest:,}",
+        ]
+        if self.cut or self.dropped:
+            lines.append(f"too long: {self.cut:,} cut around the answer, {self.dropped:,} dropped")
+        if self.misplaced:
+            lines.append(
+                f"answer_start is wrong in {self.misplaced:,} too long: their first answer counted"
+            )
+        return "\n".join(lines)
+
+
+def data_report(
+    data: WithinLength,
+    batches: GroupedBatches,
+    tokenizer,
+    prompt_order: str,
+    max_length: int | None = None,
+) -> DataReport:
+    """The report on batches of this data."""
+    of_epoch = batches.of_all_processes()
+    pairings = [pairing for batch in of_epoch for pairing in batch]
+    parts = [prompt_parts(p.context, p.example.question, prompt_order) for p in pairings]
+    prefixes, suffixes = (_num_tokens(texts, tokenizer) for texts in zip(*parts, strict=True))
+    targets = _num_tokens([answer_text(pairing.target) for pairing in pairings], tokenizer)
+    tokens = loss_tokens = longest = place = 0
+    for batch in of_epoch:
+        read: dict[tuple[str, int], int] = {}
+        for pairing in batch:
+            rest, target = suffixes[place] + targets[place], targets[place] + 1
+            prefix = prefixes[place]
+            if max_length is not None and pairing.target == NO_ANSWER:
+                prefix = min(prefix, max(max_length - rest - 1, 0))
+            read[parts[place][0], prefix] = prefix
+            tokens += rest
+            loss_tokens += target
+            longest = max(longest, prefix + rest + 1)
+            place += 1
+        tokens += sum(read.values())
+    return DataReport(
+        questions=len(data.examples),
+        answerable=len(batches.answerable),
+        contexts=len({example.context for example in data.examples}),
+        negatives=batches.num_negatives,
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        longest=longest,
+        cut=data.num_cut,
+        dropped=data.num_dropped,
+        misplaced=data.num_misplaced,
+    )
