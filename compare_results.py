@@ -11,8 +11,9 @@ from common.script import at_once, run_script
 
 import argparse
 
-from common.errors import Parser, printable, write_utf_8
-from common.files import json_line
+from common.command_line import Parser
+from common.errors import printable, write_utf_8
+from common.json_text import json_line
 
 
 def parse_args() -> argparse.Namespace:

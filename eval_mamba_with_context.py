@@ -11,10 +11,9 @@ from common.script import loading, run_script
 
 import argparse
 
-from common.errors import probability
-from context_qa.arguments import evaluation_parser, read_inputs
+from common.command_line import probability
+from context_qa.arguments import evaluation_parser, read_inputs, trained_prompt_order
 from context_qa.negatives import NEGATIVE_KINDS
-from context_qa.provenance import trained_prompt_order
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
 

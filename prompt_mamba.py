@@ -12,7 +12,7 @@ from common.script import loading, run_script
 
 import argparse
 
-from common.errors import Parser
+from common.command_line import Parser
 from context_qa.arguments import add_console_flags
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
 from mamba_lm.folders import require_model

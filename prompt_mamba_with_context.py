@@ -12,10 +12,10 @@ from common.script import loading, run_script
 
 import argparse
 
-from common.errors import Parser, UserError, warn
-from context_qa.arguments import add_console_flags
+from common.command_line import Parser
+from common.errors import UserError, warn
+from context_qa.arguments import add_console_flags, trained_prompt_order
 from context_qa.console.terminal import read_context
-from context_qa.provenance import trained_prompt_order
 from mamba_lm.folders import require_model
 
 

@@ -13,7 +13,8 @@ from common.script import at_once, run_script
 import argparse
 from pathlib import Path
 
-from common.errors import Parser, printable
+from common.command_line import Parser
+from common.errors import printable
 from common.files import keep_inputs, require_writable, write_output
 from context_qa.results.rows import read_objects, read_summary, results_rows, summary_path
 

@@ -12,7 +12,7 @@ from common.script import loading, run_script
 
 import argparse
 
-from common.errors import Parser, positive_float, positive_int, seed
+from common.command_line import Parser, positive_float, positive_int, seed
 from common.files import keep_inputs
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS

@@ -26,7 +26,8 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from common.errors import UserError, positive_int
+from common.command_line import positive_int
+from common.errors import UserError
 from context_qa.answering import Answerer
 from context_qa.console.console import READ_AT_ONCE
 from context_qa.console.streamed_answer import stream_answer

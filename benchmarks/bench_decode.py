@@ -23,7 +23,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from common.errors import positive_int
+from common.command_line import positive_int
 from mamba_lm.device import DTYPES
 from mamba_lm.generate import decode, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM

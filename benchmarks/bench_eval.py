@@ -27,7 +27,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from common.errors import positive_int
+from common.command_line import positive_int
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.models.mamba import MambaConfig, MambaLM

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
-from common.errors import UserError, positive_int
+from common.command_line import positive_int
+from common.errors import UserError
 from common.files import check_output, keep_inputs
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM

@@ -28,7 +28,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
-from common.errors import positive_int
+from common.command_line import positive_int
 from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.models.mamba import MambaConfig, MambaLM

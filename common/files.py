@@ -3,17 +3,14 @@
 import contextlib
 import fcntl
 import itertools
-import json
-import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from common.errors import CONTROLS, UserError
+from common.errors import UserError
 
 MODEL_FILES = (  # a model's configuration and weights, in one file or in several
     *("config.json", "generation_config.json"),
@@ -64,74 +61,6 @@ _SIGNATURES = {  # the first bytes of what is given by mistake where text is wan
     b"\xff\xfe": "is UTF-16 text; convert the file to UTF-8",
     b"\xfe\xff": "is UTF-16 text; convert the file to UTF-8",
 }
-
-
-MAX_NESTING = 64  # of JSON: what is deeper makes other code run out of stack later
-
-
-def read_json(path: str | Path, wanted: str = "a JSON file") -> object:
-    """The JSON value in a file that anybody may have written; UserError where it cannot be read, or
-    `parse_json` refuses it."""
-    return parse_json(read_text(path, wanted), str(path))
-
-
-def parse_json(text: str | bytes, place: str) -> object:
-    """The JSON value of a text; UserError that names the place where it is none, or is nested too
-    deep, or has a number of thousands of digits."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{place}: is nested too deep") from error
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error})") from error
-    if is_nested_too_deep(value):
-        raise UserError(f"{place}: is nested more than {MAX_NESTING} deep")
-    return value
-
-
-def is_nested_too_deep(value: object) -> bool:
-    """Whether a JSON value has more than MAX_NESTING levels."""
-    level = [value]
-    for _ in range(MAX_NESTING):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-def json_text(value: object, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """A value as JSON, which has no NaN and no Infinity: null in their place."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def json_line(value: object) -> str:
-    """A value as JSON on one line that a terminal may get: NaN and infinities, which JSON lacks,
-    are null, and control characters are escaped."""
-    return plain_json(json_text(value, ensure_ascii=False))
-
-
-def plain_json(text: str) -> str:
-    """JSON as Python or DuckDB writes it, in the form of `json_line`."""
-    text = _JSON_WORD.sub(lambda found: _PLAIN_WORDS.get(found[0][-1], found[0]), text)
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-_JSON_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)|[\t\n\r]')
-_PLAIN_WORDS = {"N": "null", "y": "null", "\t": " ", "\n": " ", "\r": " "}  # by their last letter
 
 
 class Kind(NamedTuple):

@@ -128,7 +128,7 @@ class Answerer:
     def _rows(
         state: MambaState, lengths: list[int], rows: list[int]
     ) -> tuple[MambaState, list[int]]:
-        index = torch.tensor(rows, device=state.ssm[0].device)
+        index = torch.tensor(rows, device=state.device)
         return state.fork(index), [lengths[row] for row in rows]
 
     @torch.inference_mode()

@@ -6,18 +6,14 @@ Nothing here takes time to import: `--help` and a path that does not exist are t
 import argparse
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
-from common.errors import (
-    Parser,
-    positive_int,
-    probability,
-    seed,
-    temperature,
-    token_count,
-)
+from common.command_line import Parser, positive_int, probability, seed, temperature, token_count
+from common.errors import UserError
 from common.files import require_writable
-from mamba_lm.folders import require_model
-from squad_utils import Example, read_examples
+from common.json_text import read_json
+from mamba_lm.folders import RECORD, require_model
+from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 MAX_NEW_TOKENS = 64
 MAX_BATCH_TOKENS = 8192
@@ -113,3 +109,17 @@ def read_inputs(
     if model != SLIDING_WINDOW:
         require_model(model, tokenizer)
     return data
+
+
+def trained_prompt_order(model: str) -> str:
+    """The order of prompts that a local model was trained with here; else the default one.
+    UserError where the record of its training cannot be read, or has an order that is unknown."""
+    path = Path(model) / RECORD
+    if not os.path.isfile(path):
+        return PROMPT_ORDERS[0]
+    record = read_json(path)
+    arguments = record.get("arguments") if isinstance(record, dict) else None
+    order = arguments.get("prompt_order") if isinstance(arguments, dict) else None
+    if order is not None and order not in PROMPT_ORDERS:
+        raise UserError(f"{path}: prompt order {order!r:.40} is unknown; correct it")
+    return order or PROMPT_ORDERS[0]

@@ -14,17 +14,17 @@ from tqdm import tqdm
 from common.errors import UserError, printable, say_loading, warn
 from common.files import check_output, keep_inputs
 from common.processes import disconnect, from_first, in_step
+from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
 from context_qa.arguments import SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.negatives import unanswerable_copies
-from context_qa.provenance import run_record, sha256
 from context_qa.results.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.results.results_file import ResultsFile
 from context_qa.results.rows import RESULTS, SUMMARY, Answer, result_row, summary_path
 from context_qa.sliding_window import sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
-from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.checkpoint import load_model_and_tokenizer, model_hashes
 from mamba_lm.device import choose_device, choose_dtype
 from squad_utils import Example, same_question
 
@@ -188,8 +188,12 @@ class _Run:
     @functools.cached_property
     def _made_with(self) -> dict:
         """What is the same for both files: weights are many bytes to hash."""
-        model = None if self.args.model == SLIDING_WINDOW else self.args.model
-        return run_record(self.args, model, self.args.data, self.args.tokenizer)
+        args = self.args
+        if args.model == SLIDING_WINDOW:
+            hashes = {"model_sha256": None, "tokenizer_sha256": None}
+        else:
+            hashes = model_hashes(args.model, args.tokenizer)
+        return describe_run(vars(args)) | hashes
 
     def _answerer(self, threshold: float | None) -> Answerer | None:
         """None for a baseline."""

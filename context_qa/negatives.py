@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import regex
 
 from common.errors import UserError
-from squad_utils import UNSPACED, Example, fold, normalize_answer
+from common.text import UNSPACED, fold
+from squad_utils import Example, normalize_answer
 
 NEGATIVE_KINDS = ("random", "same_article", "hard")
 NEAREST = 10  # contexts that `hard` draws from

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import regex
 
+from common.text import fold
 from context_qa.results.rows import Answer
-from squad_utils import Example, fold
+from squad_utils import Example
 
 _UNIT = 2**32  # information in whole numbers: sums do not depend on their order, so ties are ties
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")

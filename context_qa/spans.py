@@ -8,15 +8,10 @@ from collections.abc import Collection, Sequence
 import regex
 
 from common.errors import UserError
+from common.text import UNSPACED
 from mamba_lm.choices import Choice
 from mamba_lm.tokenizer import encode, encode_with_offsets, require_offsets
-from squad_utils import (
-    NORMALIZED_NO_ANSWER,
-    UNSPACED,
-    answer_text,
-    folded_answer,
-    is_scored_as_empty,
-)
+from squad_utils import NORMALIZED_NO_ANSWER, answer_text, folded_answer, is_scored_as_empty
 
 SPAN_BORDERS = ("words", "characters")
 _PIECE = regex.compile(r"\s*\S+")

@@ -15,7 +15,8 @@ import argparse
 import random
 import re
 
-from common.errors import Parser, UserError, printable, seed
+from common.command_line import Parser, seed
+from common.errors import UserError, printable
 from common.files import keep_inputs, read_text
 from data.prepare_squad import write_oxen_layout
 from squad_utils import Example

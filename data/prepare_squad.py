@@ -13,7 +13,8 @@ from common.script import run_script
 import argparse
 import json
 
-from common.errors import Parser, UserError, positive_int, printable
+from common.command_line import Parser, positive_int
+from common.errors import UserError, printable
 from common.files import keep_inputs, read_text, write_output
 from squad_utils import Example, read_examples
 

@@ -12,7 +12,8 @@ from common.script import run_script
 import argparse
 from dataclasses import replace
 
-from common.errors import Parser, UserError, printable, seed
+from common.command_line import Parser, seed
+from common.errors import UserError, printable
 from common.files import keep_inputs
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.errors import UserError, warn
 from common.files import MODEL_FILES, atomic_folder
+from common.provenance import sha256_of
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_object
 from mamba_lm.formats import state_spaces, transformers
@@ -299,6 +300,13 @@ def files_read(model: str, tokenizer: str | None = None) -> tuple[list[Path], li
     if not files.is_random and path == files.config.parent:
         return sorted({*files.paths(), *others}), []
     return sorted(files.paths()), sorted(others)
+
+
+def model_hashes(model: str, tokenizer: str | None = None) -> dict[str, str | None]:
+    """SHA-256 of all files that loading a model and its tokenizer reads. The tokenizer's is None
+    where it belongs to the model's files. Raises UserError."""
+    files, others = files_read(model, tokenizer)
+    return {"model_sha256": sha256_of(files), "tokenizer_sha256": sha256_of(others)}
 
 
 def load_model_and_tokenizer(

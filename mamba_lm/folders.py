@@ -6,6 +6,7 @@ from common.errors import UserError
 from mamba_lm.foreign_files import parsing, read_foreign_json
 from mamba_lm.tokenizer import TOKENIZER_FILES, find_tokenizer
 
+RECORD = "training_args.json"  # in a trained model's folder: how it was trained
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
 
 

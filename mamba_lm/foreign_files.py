@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json
+from common.json_text import read_json
 
 MAX_JSON_BYTES = 48 * 2**20  # the largest public tokenizers have 33 MB; Python takes 25 times it
 

@@ -17,7 +17,7 @@ import pytest
 import compare_results
 import query_results
 import report_results
-from common.files import json_line, plain_json
+from common.json_text import json_line, plain_json
 from context_qa.console.terminal import Screen
 from context_qa.evaluation import print_summary
 from context_qa.results.rows import Answer, result_row, summary_path

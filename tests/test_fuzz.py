@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import query_results
 from common.errors import UserError, printable
+from context_qa.arguments import trained_prompt_order
 from context_qa.console.terminal import read_context
-from context_qa.provenance import trained_prompt_order
 from context_qa.results.comparison import compare
 from context_qa.results.report import report_page
 from context_qa.results.rows import read_objects, read_summary, results_rows

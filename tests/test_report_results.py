@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import report_results
+from common.text import fold
 from context_qa.results.report import report_page
 from context_qa.results.rows import Answer, result_row, summary_path
-from squad_utils import NO_ANSWER, Example, fold
+from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]
 OSLO = "Bo is from\u2028Oslo, “Norway”, and Ann from Bergen. Westoslo? No Osloite but Bo left OSLO."

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.text import fold
 from context_qa.negatives import NEGATIVE_KINDS, NegativeSampler
 from squad_utils import (
     NO_ANSWER,
@@ -30,7 +31,6 @@ from squad_utils import (
     answer_text,
     exact_match,
     f1_score,
-    fold,
     folded_answer,
     is_correct,
     is_scored_as_empty,

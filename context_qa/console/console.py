@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.errors import warn
-from common.files import json_line
+from common.json_text import json_line
 from context_qa.answering import Answerer
 from context_qa.console.explanation import Explanation, answer_spans, shown, token_strengths
 from context_qa.console.streamed_answer import StreamedAnswer, stream_answer

@@ -10,8 +10,9 @@ import regex
 from wcwidth import wcswidth
 
 from common.errors import printable
+from common.text import UNSPACED, fold
 from mamba_lm.tokenizer import encode_with_offsets
-from squad_utils import UNSPACED, abstains, fold
+from squad_utils import abstains
 
 if TYPE_CHECKING:  # all that waits for a line on a terminal is to be imported fast
     from torch import Tensor
@@ -105,7 +106,7 @@ def token_strengths(tokenizer, context: str, norms: "Tensor") -> list[tuple[int,
 
 def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
     """Where the answer is in the context, as words of its own where these are written apart,
-    whatever the blanks and in whatever form the characters are (`squad_utils.fold`); nowhere if it
+    whatever the blanks and in whatever form the characters are (`common.text.fold`); nowhere if it
     is NO_ANSWER or folds to nothing. Spans are of whole characters, their marks included."""
     words = fold(answer).split()
     if abstains(answer) or not words:

@@ -83,7 +83,7 @@ def summarize(
 
 def _matches_folded(row: Mapping) -> bool:
     """Whether a guess is wrong by the official script and equal to a reference once both are folded
-    (`squad_utils.fold`): it is the same answer in other characters."""
+    (`common.text.fold`): it is the same answer in other characters."""
     if row["exact_match"] or (row["guess"].isascii() and all(map(str.isascii, row["answers"]))):
         return False
     guess = folded_answer(row["guess"])

@@ -14,17 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, printable
-from common.files import (
-    check_output,
-    is_at,
-    json_text,
-    locked,
-    named_errors,
-    replaced,
-    write_at,
-    write_output,
-)
-from context_qa.provenance import differences
+from common.files import check_output, is_at, locked, named_errors, replaced, write_at, write_output
+from common.json_text import json_text
+from common.provenance import differences
 from context_qa.results.metrics import summarize
 from context_qa.results.rows import (
     RESULTS,

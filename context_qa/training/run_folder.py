@@ -17,20 +17,20 @@ from common.errors import UserError, printable, warn
 from common.files import (
     MODEL_FILES,
     check_output,
-    json_text,
     keep_inputs,
     locked,
     named_errors,
-    read_json,
     require_writable,
     write_whole,
 )
+from common.json_text import json_text, read_json
 from common.processes import from_first, in_all
-from context_qa.provenance import RECORD, differences, hash_or_name, run_record
+from common.provenance import describe_run, differences, hash_or_name, sha256
 from context_qa.training.data_report import DataReport
 from context_qa.training.model_card import MODEL_CARD, model_card
 from context_qa.training.scores import SCORES
-from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
+from mamba_lm.checkpoint import NOTE, files_read, model_hashes, read_config, read_model_weights
+from mamba_lm.folders import RECORD
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training.checkpoints import (
     checkpoints,
@@ -90,7 +90,8 @@ class TrainingRun:
 
     def _open(self) -> tuple[bool, Path | None]:
         args = self.args
-        record = run_record(args, args.model, args.data_path, args.tokenizer)
+        record = describe_run(vars(args)) | model_hashes(args.model, args.tokenizer)
+        record |= {"data_sha256": sha256(args.data_path)}
         self.record = {"settings": settings(self.args, record, self.processes.num_processes)}
         self.record |= record
         with named_errors(self.folder):

@@ -113,7 +113,7 @@ def _losses(
 ) -> list[tuple[float, int]]:
     """Of each, read from its row of a state: the sum of cross-entropy over its target's tokens, and
     their number."""
-    device = state.ssm[0].device
+    device = state.device
     batch = collate(examples)
     losses, rows = suffix_losses(
         model,

@@ -111,6 +111,10 @@ class MambaState(NamedTuple):
         return self.ssm[0].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.ssm[0].device
+
+    @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError, warn
-from common.files import named_errors, read_json
+from common.files import named_errors
+from common.json_text import read_json
 from mamba_lm.training.trainer_state import STATE, read_state
 
 MANIFEST = "manifest.json"

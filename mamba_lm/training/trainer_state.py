@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
 from common.errors import UserError
-from common.files import read_json
+from common.json_text import read_json
 from mamba_lm.foreign_files import parsing
 from mamba_lm.formats.pickles import require_plain
 

@@ -9,7 +9,8 @@ import argparse
 
 import torch
 
-from common.errors import Parser, UserError
+from common.command_line import Parser
+from common.errors import UserError
 from common.files import new_folder
 from mamba_lm.checkpoint import load_model_and_tokenizer, save_model
 

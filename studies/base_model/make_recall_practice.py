@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import Parser, UserError, positive_int, seed
+from common.command_line import Parser, positive_int, seed
+from common.errors import UserError
 from common.files import keep_inputs, write_output
 from mamba_lm.tokenizer import load_tokenizer_at
 from studies.base_model.pack import read_packed, read_texts

@@ -16,8 +16,10 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import Parser, UserError, positive_int
-from common.files import keep_inputs, parse_json, write_output
+from common.command_line import Parser, positive_int
+from common.errors import UserError
+from common.files import keep_inputs, write_output
+from common.json_text import parse_json
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import Parser, UserError, positive_int
-from common.files import check_output, keep_inputs, read_json, write_output
+from common.command_line import Parser, positive_int
+from common.errors import UserError
+from common.files import check_output, keep_inputs, write_output
+from common.json_text import read_json
 from mamba_lm.tokenizer import encode, load_tokenizer_at, vocabulary_bound
 from studies.base_model.processes import process_pool
 from studies.base_model.text_files import read_documents

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import Parser, positive_float, positive_int
+from common.command_line import Parser, positive_float, positive_int
 from common.files import atomic_folder, keep_inputs, new_folder
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 
-from common.errors import Parser
+from common.command_line import Parser
 from common.files import named_errors, write_output
 from squad_utils import NO_ANSWER
 from studies.demo_model.domains import (

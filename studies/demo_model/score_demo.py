@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import Parser, positive_int
+from common.command_line import Parser, positive_int
 from context_qa.answering import Answerer
 from context_qa.negatives import NegativeSampler, unanswerable_copies
 from context_qa.results.metrics import mean_intervals

@@ -32,12 +32,13 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
-from common.errors import Parser, UserError, positive_float, positive_int
+from common.command_line import Parser, positive_float, positive_int
+from common.errors import UserError
 from common.files import new_folder
+from common.provenance import describe_run
 from context_qa.answering import Answerer
 from context_qa.batches import Pairing, continuation
-from context_qa.provenance import run_record
-from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer
+from mamba_lm.checkpoint import NOTE, load_model, load_tokenizer, model_hashes
 from mamba_lm.device import choose_device
 from mamba_lm.models.mamba import MambaLM, initialize, initialize_delta
 from mamba_lm.tokenizer import token_ids
@@ -273,9 +274,8 @@ def main(args: argparse.Namespace) -> None:
     training = PrefixSuffixTrainer(model, arguments, curriculum, lambda example: example, tokenizer)
     answerer = Answerer(model, tokenizer, max_new_tokens=16)
     training.add_callback(Promotion(answerer, curriculum, 250, training.save_model))
-    record = run_record(
-        args, args.model or CONFIG, "data/demo/tokenizer/tokenizer.json", "data/demo/tokenizer"
-    )
+    hashes = model_hashes(args.model or CONFIG, "data/demo/tokenizer")
+    record = describe_run(vars(args)) | hashes
     (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n")
     (output / NOTE).write_text(KNOWS_ONLY_THE_DEMO)
     training.train()

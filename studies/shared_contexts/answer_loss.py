@@ -18,7 +18,7 @@ import torch
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from common.errors import Parser
+from common.command_line import Parser
 from context_qa.batches import Pairing, continuation
 from context_qa.negatives import NegativeSampler
 from mamba_lm.checkpoint import load_model, load_tokenizer

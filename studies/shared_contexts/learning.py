@@ -29,8 +29,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from common.errors import Parser, UserError, positive_float, positive_int
-from common.files import Kind, check_output, keep_inputs, parse_json
+from common.command_line import Parser, positive_float, positive_int
+from common.errors import UserError
+from common.files import Kind, check_output, keep_inputs
+from common.json_text import parse_json
 from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.training.arguments import training_arguments

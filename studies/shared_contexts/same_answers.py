@@ -14,7 +14,7 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from common.errors import Parser, positive_int
+from common.command_line import Parser, positive_int
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.generate import decode, read

@@ -59,7 +59,7 @@ def test_a_question_in_utf_8_is_read_whatever_the_locale():
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     script = (
         "import sys; from context_qa.arguments import add_console_flags;"
-        "from common.errors import Parser;"
+        "from common.command_line import Parser;"
         "parser = Parser(''); add_console_flags(parser);"
         "print(ascii(parser.parse_args().question[0]))"
     )

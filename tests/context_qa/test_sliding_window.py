@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from common.text import fold
 from context_qa import sliding_window
 from context_qa.sliding_window import best_phrase, sliding_window_answers
-from squad_utils import Example, fold, read_examples
+from squad_utils import Example, read_examples
 
 ROOT = Path(__file__).parents[2]
 SQUAD = ROOT.parent / "shared/data/squad/dev-v2.0.json"

@@ -19,19 +19,13 @@ from tokenizers import (
 )
 
 from common.errors import UserError
+from common.text import UNSPACED
 from context_qa.answering import Answerer
 from context_qa.spans import Spans, require_pieces
 from mamba_lm.checkpoint import load_model_and_tokenizer, load_tokenizer
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode
-from squad_utils import (
-    NO_ANSWER,
-    UNSPACED,
-    answer_text,
-    is_scored_as_empty,
-    prompt_parts,
-    read_examples,
-)
+from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty, prompt_parts, read_examples
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import Parser, UserError
+from common.command_line import Parser
+from common.errors import UserError
 from context_qa.arguments import add_console_flags
 from context_qa.console.console import Console, load_console
 from context_qa.console.terminal import read_context

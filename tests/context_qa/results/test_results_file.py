@@ -15,8 +15,8 @@ import pytest
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.provenance import describe_run, sha256
 from context_qa.evaluation import print_summary
-from context_qa.provenance import run_record, sha256
 from context_qa.results.results_file import ResultsFile
 from context_qa.results.rows import Answer, read_results, read_summary, result_row
 from squad_utils import NO_ANSWER, Example
@@ -614,7 +614,8 @@ def summary(tmp_path) -> dict:
     guesses = ["bo", NO_ANSWER, "small x", "I dont know", "z"]
     rows = [row(idx, guess) for idx, guess in enumerate(guesses)]
     args = argparse.Namespace(model=str(model), data=str(data), batch_size=32, limit=None)
-    record = {"settings": SETTINGS} | run_record(args, None, args.data)
+    hashes = {"model_sha256": None, "tokenizer_sha256": None, "data_sha256": sha256(args.data)}
+    record = {"settings": SETTINGS} | describe_run(vars(args)) | hashes
     path = tmp_path / "results.jsonl"
     with ResultsFile(str(path), EXAMPLES, record) as results:
         results.write(rows[:1])

@@ -10,8 +10,8 @@ import pytest
 
 import eval_mamba_with_context
 from common.errors import UserError, printable
+from context_qa.arguments import trained_prompt_order
 from context_qa.batches import Pairing, continuation
-from context_qa.provenance import RECORD, trained_prompt_order
 from context_qa.results.rows import read_results
 from context_qa.training.data_report import DataReport
 from context_qa.training.model_card import model_card
@@ -23,6 +23,7 @@ from context_qa.training.scores import (
     training_scores,
 )
 from mamba_lm.checkpoint import load_model_and_tokenizer
+from mamba_lm.folders import RECORD
 from mamba_lm.training.prefix_suffix import PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, Example, read_examples
 

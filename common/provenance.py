@@ -1,8 +1,6 @@
 """What a result was made with: arguments, code, packages, hashes."""
 
-import argparse
 import hashlib
-import os
 import platform
 import re
 import subprocess
@@ -10,31 +8,17 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import read_json
-from squad_utils import PROMPT_ORDERS
-
-RECORD = "training_args.json"  # in a trained model's folder
 _MOST_CHARACTERS = 200  # of a value in a message
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ssm", "causal-conv1d")
 
 
-def run_record(
-    args: argparse.Namespace, model: str | None, data: str, tokenizer: str | None = None
-) -> dict:
-    """JSON-ready: every argument, git commit, versions, and SHA-256 of local data and of all files
-    that loading the model and its tokenizer reads. model: None for a baseline."""
-    from mamba_lm.checkpoint import files_read  # takes seconds
-
-    files, others = files_read(model, tokenizer) if model else ([], [])
+def describe_run(arguments: Mapping[str, object]) -> dict:
+    """JSON-ready: every argument, git commit and versions."""
     return {
-        "arguments": vars(args),
+        "arguments": dict(arguments),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "model_sha256": sha256_of(files),
-        "tokenizer_sha256": sha256_of(others),  # None: the tokenizer belongs to the model's files
-        "data_sha256": sha256(data),
     }
 
 
@@ -62,20 +46,6 @@ def _shortened(value: object) -> str:
     """A value of a record, which anybody may have edited, for a message."""
     text = str(value)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
-
-
-def trained_prompt_order(model: str) -> str:
-    """The order of prompts that a local model was trained with here; else the default one.
-    UserError where the record of its training cannot be read, or has an order that is unknown."""
-    path = Path(model) / RECORD
-    if not os.path.isfile(path):
-        return PROMPT_ORDERS[0]
-    record = read_json(path)
-    arguments = record.get("arguments") if isinstance(record, dict) else None
-    order = arguments.get("prompt_order") if isinstance(arguments, dict) else None
-    if order is not None and order not in PROMPT_ORDERS:
-        raise UserError(f"{path}: prompt order {order!r:.40} is unknown; correct it")
-    return order or PROMPT_ORDERS[0]
 
 
 def sha256(name: str) -> str | None:
