@@ -27,8 +27,6 @@ from benchmarks import (
     gpu,
     gpu_models,
     gpu_parity,
-    learning,
-    same_answers,
     timing,
 )
 from common.errors import UserError
@@ -38,6 +36,7 @@ from mamba_lm.selective_scan import reference
 from mamba_lm.training import trainer as training
 from mamba_lm.training.prefix_suffix import Continuation
 from squad_utils import read_examples
+from studies.shared_contexts import learning, same_answers
 
 ROOT = Path(__file__).parents[1]
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"

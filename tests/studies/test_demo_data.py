@@ -17,7 +17,7 @@ from squad_utils import NO_ANSWER
 from studies.demo_model import domains, make_demo
 from studies.demo_model.domains import DOMAINS, FIGURES, PHRASES, Frame
 
-DEMO = Path(make_demo.__file__).parent
+DEMO = Path(__file__).parents[2] / "data/demo"
 TEXT_KEYS = ("context", "prompt", "response")
 
 

@@ -259,7 +259,7 @@ def test_the_time_that_is_left_is_that_of_the_other_steps(
 def test_a_bar_has_room_at_80_columns(tmp_path):
     """A line says which backend runs, and the bar is another one, wide enough to see it move."""
     program = (
-        "import sys; from tests.mamba_lm.test_training_progress import BATCHES, trainer\n"
+        "import sys; from tests.mamba_lm.training.test_progress import BATCHES, trainer\n"
         "score = lambda model, poll: {'exact_match': 12.5, 'f1': 50.0, 'loss': 1.234}\n"
         "trainer(sys.argv[1], score, BATCHES * 200, max_steps=600, eval_steps=200).train()\n"
     )

@@ -1,7 +1,7 @@
 """Training on shared prefixes is training on independent examples: the Trainer's whole step, with
 gradient accumulation and on two processes, against each example read alone.
 
-    torchrun --nproc_per_node 2 --module tests.mamba_lm.test_shared_training OUT
+    torchrun --nproc_per_node 2 --module tests.mamba_lm.training.test_shared_training OUT
 """
 
 import random
@@ -127,8 +127,9 @@ def test_accumulated_shared_batches_equal_independent_examples(dtype, independen
 
 def test_two_processes_equal_independent_examples(independent, tmp_path):
     """Two processes of two micro-batches each: a step's loss is over all four's answer tokens."""
+    module = "tests.mamba_lm.training.test_shared_training"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "--module", "tests.mamba_lm.test_shared_training", str(tmp_path)]  # fmt: skip
+               "2", "--module", module, str(tmp_path)]  # fmt: skip
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
