@@ -32,9 +32,8 @@ from context_qa.answering import Answerer
 from context_qa.console.console import READ_AT_ONCE
 from context_qa.console.streamed_answer import stream_answer
 from mamba_lm.checkpoint import load_tokenizer, save_model
-from mamba_lm.generate import read
+from mamba_lm.generate import decode, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.streaming import Stream
 from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
@@ -193,9 +192,9 @@ def compare(passage: str, questions: list[str], tokenizer: str, n_layer: int, ne
     prefix, equal, distance = token_ids(tokenizer, passage), 0, 0.0
     for suffix in suffixes_of(questions):
         ids = token_ids(tokenizer, suffix)
-        kept = Stream(model, read(model, [ids], state), (), new)
-        fresh = Stream(model, read(model, [prefix + ids]), (), new)
-        equal += list(kept) == list(fresh)
+        [kept] = decode(model, read(model, [ids], state), (), new)
+        [fresh] = decode(model, read(model, [prefix + ids]), (), new)
+        equal += kept.token_ids == fresh.token_ids
         distance = max(distance, abs(kept.log_prob - fresh.log_prob))
     print(
         f"\n{equal} of {len(questions)} answers from the kept state equal those of whole prompts "

@@ -13,7 +13,7 @@ from common.errors import UserError
 from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS
 from context_qa.results.rows import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
-from mamba_lm.choices import Choice, decode_choices
+from mamba_lm.choosers import Constrained, TokenSequence
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
 from mamba_lm.models.mamba import MambaLM, MambaState
 from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
@@ -227,7 +227,8 @@ class Answerer:
     def _guess_spans(
         self, reading: Reading, contexts: Sequence[str], may_abstain: bool
     ) -> list[_Guess]:
-        abstention = Choice(self.no_answer_ids, [False] * (len(self.no_answer_ids) - 1) + [True])
+        ends_after = [False] * (len(self.no_answer_ids) - 1) + [True]
+        abstention = TokenSequence(self.no_answer_ids, ends_after)
         by_context = {
             context: Spans(
                 self.tokenizer, context, self.max_new_tokens, self.stop_ids, self.span_borders
@@ -239,7 +240,10 @@ class Answerer:
             [*one.choices, abstention] if may_abstain or not one.choices else one.choices
             for one in spans
         ]
-        generations = decode_choices(self.model, reading, choices, self.stop_ids, self.vocab_size)
+        chooser = Constrained(choices)
+        generations = decode(
+            self.model, reading, self.stop_ids, chooser.max_new_tokens, self.vocab_size, chooser
+        )
         return [
             _Guess(one.text(token_ids) or NO_ANSWER, log_prob, len(token_ids))
             for one, (token_ids, log_prob) in zip(spans, generations, strict=True)

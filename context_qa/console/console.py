@@ -19,10 +19,10 @@ from context_qa.console.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.console.terminal import Screen
 from context_qa.data_warnings import model_warnings
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
+from mamba_lm.choosers import Chooser, make_chooser
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.streaming import Sampler
 from mamba_lm.tokenizer import require_offsets, token_ids
 from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts
 
@@ -49,12 +49,12 @@ class Console:
     def __init__(
         self,
         answerer: Answerer,
-        sampler: Sampler | None = None,
+        chooser: Chooser | None = None,
         as_json: bool = False,
         layers: Sequence[int] = (),
         show_prompt: bool = False,
     ):
-        self.answerer, self.sampler, self.as_json = answerer, sampler, as_json
+        self.answerer, self.chooser, self.as_json = answerer, chooser, as_json
         self.layers, self.show_prompt = layers, show_prompt
         self.screen = Screen(as_json)
         self.passage: Passage | None = None
@@ -89,13 +89,13 @@ class Console:
         if self.show_prompt:
             self.screen.say(suffix)
         if self.as_json:
-            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.sampler)
+            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.chooser)
             print(json_line(self._record(question, answer)), flush=True)
         else:
             self.screen.write(label)
             try:
                 answer = stream_answer(
-                    self.answerer, state, suffix, num_tokens, self.sampler, self.screen.write
+                    self.answerer, state, suffix, num_tokens, self.chooser, self.screen.write
                 )
             except KeyboardInterrupt:
                 self.screen.write(" ...\n")
@@ -145,7 +145,7 @@ def load_console(
 ) -> Console:
     """A console with the model that the command line names; the model's note goes to stderr.
     UserError where the model, its tokenizer or a flag is unfit."""
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    chooser = make_chooser(args.temperature, args.top_k, args.top_p, args.seed)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
@@ -160,7 +160,7 @@ def load_console(
         print(shown(text), file=sys.stderr)
     answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
-    return Console(answerer, sampler, args.json, layers, show_prompt)
+    return Console(answerer, chooser, args.json, layers, show_prompt)
 
 
 def _load_kernels(answerer: Answerer) -> None:

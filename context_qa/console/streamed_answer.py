@@ -10,9 +10,9 @@ import torch
 
 from context_qa.answering import Answerer, as_probability
 from context_qa.results.rows import Answer
-from mamba_lm.generate import read_and_score
+from mamba_lm.choosers import Chooser
+from mamba_lm.generate import Decoder, read_and_score
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.streaming import Sampler, Stream
 from mamba_lm.tokenizer import token_ids
 
 
@@ -30,11 +30,11 @@ def stream_answer(
     state: MambaState,
     suffix: str,
     prefix_length: int,
-    sampler: Sampler | None = None,
+    chooser: Chooser | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> StreamedAnswer:
     """The answer to a suffix from a state of one row, as `Answerer.ask` gives it without a
-    threshold, or drawn by the sampler; `show` gets its text in pieces, each as soon as it is known.
+    threshold, or as the chooser says; `show` gets its text in pieces, each as soon as it is known.
     """
     started = time.perf_counter()
     tokenizer = answerer.tokenizer
@@ -43,16 +43,16 @@ def stream_answer(
     reading, no_answer = read_and_score(
         model, ids, state, answerer.no_answer_ids, stop_ids, vocab_size
     )
-    stream = Stream(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, sampler)
+    decoder = Decoder(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, chooser)
     text, said, first_at = _Text(tokenizer), [], None
-    for token in stream:
+    for token in decoder.stream():
         first_at = first_at or time.perf_counter()
         said.append(token)
         show(text.add(token))
     ended = time.perf_counter()
     answer = StreamedAnswer(
         text=tokenizer.decode(said).strip(),
-        confidence=as_probability(stream.log_prob),
+        confidence=as_probability(decoder.log_probs.item()),
         no_answer_probability=as_probability(no_answer),
         seconds=ended - started,
         num_tokens=prefix_length + len(ids),

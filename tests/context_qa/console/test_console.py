@@ -14,8 +14,8 @@ from context_qa.arguments import add_console_flags
 from context_qa.console.console import Console, load_console
 from context_qa.console.terminal import read_context
 from mamba_lm.checkpoint import NOTE, save_model
+from mamba_lm.choosers import Greedy, Sampler
 from mamba_lm.delta import LAYERS
-from mamba_lm.streaming import Sampler
 
 ROOT = Path(__file__).parents[3]
 CONTEXT = "Bo is a “cat”. Ann too."
@@ -131,8 +131,8 @@ def test_answers_as_text_are_a_line_each(answerer, spoken, capsys):
         assert line == f"{expected}   (confidence 0.00, no answer 0.00)"
 
 
-def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypatch):
-    console = Console(answerer, lambda log_probs: next(tokens))
+def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypatch, scripted):
+    console = Console(answerer, scripted(lambda: next(tokens)))
     console.read(CONTEXT)
     said = [*answerer.no_answer_ids, answerer.tokenizer.eos_token_id]
     monkeypatch.setattr(answerer, "max_new_tokens", len(said))
@@ -141,8 +141,8 @@ def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypa
     assert capsys.readouterr().out == "I don't know.   (confidence 0.00, an answer 1.00)\n"
 
 
-def test_an_answer_without_words_is_none(answerer, capsys):
-    console = Console(answerer, lambda log_probs: answerer.tokenizer.eos_token_id)
+def test_an_answer_without_words_is_none(answerer, capsys, scripted):
+    console = Console(answerer, scripted(lambda: answerer.tokenizer.eos_token_id))
     console.read(CONTEXT)
     console.ask("Why?")
     assert capsys.readouterr().out == "(nothing)   (confidence 0.00, no answer 0.00)\n"
@@ -168,7 +168,7 @@ def test_what_is_sent_is_shown_on_standard_error(answerer, capsys):
     assert "\n".join(shown) == f"{CONTEXT}\n\n\nQ: Why?\nA:\n"
 
 
-def test_explanations(answerer, spoken, capsys):
+def test_explanations(answerer, spoken, capsys, scripted):
     norms = {}
     for layers in ([0], [1], [0, 1]):
         console = Console(answerer, as_json=True, layers=layers)
@@ -183,7 +183,7 @@ def test_explanations(answerer, spoken, capsys):
     assert norms[0, 1] == pytest.approx(means) and norms[0,] != pytest.approx(norms[1,])
 
     tokens = iter([*answerer.tokenizer(" Ann")["input_ids"], answerer.tokenizer.eos_token_id])
-    console = Console(answerer, lambda log_probs: next(tokens), layers=[0])
+    console = Console(answerer, scripted(lambda: next(tokens)), layers=[0])
     console.read(CONTEXT)
     console.ask("Who?")
     answer, text, shades, legend = capsys.readouterr().out.splitlines()
@@ -222,7 +222,8 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
 def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
     """Its first use loads the kernels; an answer may be of a million tokens."""
     drawn = []
-    monkeypatch.setattr(Sampler, "__call__", lambda self, log_probs: drawn.append(1) or 5)
+    choose = Greedy.choose
+    monkeypatch.setattr(Greedy, "choose", lambda *args: drawn.append(1) or choose(*args))
     console = load_console(arguments("--max_new_tokens", "1000000"))
     assert len(drawn) == 2 and console.answerer.max_new_tokens == 1000000
 
@@ -247,8 +248,8 @@ def test_a_models_note_goes_to_stderr(arguments, capsys):
         (["--question", " "], "--question: is empty"),
         (["--question", "Who?", "--question", ""], "--question: is empty"),
         (["--question", "M\udce9xico?"], "--question: .*UTF-8"),
-        (["--top_k", "3"], "give a --temperature"),
-        (["--top_p", "0.5"], "give a --temperature"),
+        (["--top_k", "3"], "give a temperature above 0"),
+        (["--top_p", "0.5"], "give a temperature above 0"),
     ],
 )
 def test_bad_flags_are_told_before_a_model_is_loaded(arguments, flags, complaint):

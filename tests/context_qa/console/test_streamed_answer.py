@@ -13,8 +13,8 @@ from common.errors import UserError
 from context_qa.answering import Answerer
 from context_qa.console.streamed_answer import _Text, stream_answer
 from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.choosers import Sampler
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.streaming import Sampler
 from squad_utils import prompt_parts
 
 ROOT = Path(__file__).parents[3]
@@ -190,20 +190,20 @@ def test_whatever_the_tokens_pieces_are_the_decoded_text(tokenizer, kind):
     assert (num_early > 500) == is_early and (is_early or not num_early)
 
 
-def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer):
+def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer, scripted):
     half = tokenizer("日", add_special_tokens=False)["input_ids"][:1]
     said = [*tokenizer(" Bo", add_special_tokens=False)["input_ids"], *half]
     state, [length] = answerer.read_prefixes([CONTEXT])
     tokens = iter([*said, tokenizer.eos_token_id])
     pieces: list[str] = []
     answer = stream_answer(
-        answerer, state, "\n\nQ: Why?\nA:", length, lambda log_probs: next(tokens), pieces.append
+        answerer, state, "\n\nQ: Why?\nA:", length, scripted(lambda: next(tokens)), pieces.append
     )
     assert answer.text == "Bo\ufffd" == "".join(pieces)
 
 
 def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_holds(
-    answerer, tokenizer
+    answerer, tokenizer, scripted
 ):
     """What a model card says: text of `transformers`, cut at the first newline, would be "Bo?"."""
     ids = tokenizer(" Bo?\nA:", add_special_tokens=False)["input_ids"]
@@ -211,7 +211,9 @@ def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_
     state, [length] = answerer.read_prefixes([CONTEXT])
     tokens = iter(ids)
     suffix = "\n\nQ: Why?\nA:"
-    assert stream_answer(answerer, state, suffix, length, lambda _: next(tokens)).text == "Bo"
+    assert (
+        stream_answer(answerer, state, suffix, length, scripted(lambda: next(tokens))).text == "Bo"
+    )
 
 
 def test_a_slow_tokenizer_is_shown_at_the_end():
