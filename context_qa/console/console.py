@@ -23,8 +23,8 @@ from mamba_lm.choosers import Chooser, make_chooser
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.tokenizer import require_offsets, token_ids
-from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts
+from mamba_lm.tokenizer import require_offsets
+from squad_utils import abstains, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -66,18 +66,18 @@ class Console:
         tokenizer, model = self.answerer.tokenizer, self.answerer.model
         if self.show_prompt:
             self.screen.say(text)
-        total = len(token_ids(tokenizer, text))
         started = time.perf_counter()
+        [ids] = self.answerer.tokens.encode([text])
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=total, unit="token", delay=5, leave=False))
+            bar = stack.enter_context(tqdm(total=len(ids), unit="token", delay=5, leave=False))
             deltas = stack.enter_context(DeltaNorms(model, self.layers)) if self.layers else None
-            state, [num_tokens] = self.answerer.read_prefixes([text], bar.update)
+            state = self.answerer.read_prefixes([ids], bar.update)
         seconds = time.perf_counter() - started
         strengths = token_strengths(tokenizer, text, deltas.by_layer()) if deltas else None
-        self.passage = Passage(text, state, num_tokens, seconds, strengths)
+        self.passage = Passage(text, state, len(ids), seconds, strengths)
         self.first = self.last = None
         self.screen.say(
-            f"read {num_tokens:,} tokens in {seconds:.2f} s into a state of "
+            f"read {len(ids):,} tokens in {seconds:.2f} s into a state of "
             f"{state.num_bytes / 1e3:,.0f} kB"
         )
 
@@ -85,9 +85,10 @@ class Console:
         """Answer a question on the passage that has been read; as text after a label, token by
         token. UserError if the model computes NaN."""
         text, state, num_tokens, *_ = self.passage
-        suffix = prompt_parts(text, question)[1]
+        asked = prompt_parts(text, question)[1]
         if self.show_prompt:
-            self.screen.say(suffix)
+            self.screen.say(asked)
+        [suffix] = self.answerer.tokens.encode([asked])
         if self.as_json:
             answer = stream_answer(self.answerer, state, suffix, num_tokens, self.chooser)
             print(json_line(self._record(question, answer)), flush=True)
@@ -167,6 +168,5 @@ def _load_kernels(answerer: Answerer) -> None:
     """They are loaded, or compiled, at their first use: now, not amid the first answer."""
     brief = copy.copy(answerer)
     brief.max_new_tokens, brief.stop_ids = 1, set()
-    text = answer_text(NO_ANSWER)  # which has tokens; a newline may have none
-    state, [length] = brief.read_prefixes([text])
-    stream_answer(brief, state, text, length)
+    ids = brief.no_answer_ids  # any tokens
+    stream_answer(brief, brief.read_prefixes([ids]), ids, len(ids))

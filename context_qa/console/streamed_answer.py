@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from context_qa.results.rows import Answer
 from mamba_lm.choosers import Chooser
 from mamba_lm.generate import Decoder, read_and_score
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.tokenizer import token_ids
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,20 @@ class StreamedAnswer(Answer):
 def stream_answer(
     answerer: Answerer,
     state: MambaState,
-    suffix: str,
+    suffix: Sequence[int],
     prefix_length: int,
     chooser: Chooser | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> StreamedAnswer:
-    """The answer to a suffix from a state of one row, as `Answerer.ask` gives it without a
-    threshold, or as the chooser says; `show` gets its text in pieces, each as soon as it is known.
+    """The answer to a suffix, given as token ids, from a state of one row: as `Answerer.ask` gives
+    it without a threshold, or as the chooser chooses it. `show` is called with its text in pieces,
+    each as soon as it is known.
     """
     started = time.perf_counter()
     tokenizer = answerer.tokenizer
-    ids = token_ids(tokenizer, suffix)
     model, stop_ids, vocab_size = answerer.model, answerer.stop_ids, answerer.vocab_size
     reading, no_answer = read_and_score(
-        model, ids, state, answerer.no_answer_ids, stop_ids, vocab_size
+        model, suffix, state, answerer.no_answer_ids, stop_ids, vocab_size
     )
     decoder = Decoder(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, chooser)
     text, said, first_at = _Text(tokenizer), [], None
@@ -55,7 +54,7 @@ def stream_answer(
         confidence=as_probability(decoder.log_probs.item()),
         no_answer_probability=as_probability(no_answer),
         seconds=ended - started,
-        num_tokens=prefix_length + len(ids),
+        num_tokens=prefix_length + len(suffix),
         num_new_tokens=len(said),
         seconds_to_first_token=(first_at or ended) - started,
     )

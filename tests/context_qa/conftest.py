@@ -22,7 +22,7 @@ def answerer() -> Answerer:
     tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4)
     answerer = Answerer(MambaLM(config).eval(), tokenizer, max_new_tokens=4)
-    answerer.read_prefixes(["which backend runs is said once"])
+    answerer.read_prefixes([[1, 2]])  # which backend runs is reported once
     return answerer
 
 

@@ -147,7 +147,7 @@ def test_ctrl_c_while_another_context_is_read_leaves_the_one_before(
     answerer, converse, capsys, monkeypatch
 ):
     def interrupting(prefixes, on_read):
-        if prefixes != [CONTEXT]:
+        if prefixes != answerer.tokens.encode([CONTEXT]):
             raise KeyboardInterrupt
         return read_prefixes(prefixes, on_read)
 
