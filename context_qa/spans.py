@@ -147,7 +147,7 @@ def require_pieces(tokenizer) -> None:
         total += len(spans)
     if wrong or not total:
         raise UserError(
-            f"--constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
+            f"constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
             f"otherwise within a longer one ({wrong} of {total} spans tried); it needs one that "
             "does not, such as byte-level BPE"
         )

@@ -1,11 +1,11 @@
 """Asking questions at a prompt: what the two prompt scripts share."""
 
-import argparse
 import contextlib
 import copy
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.errors import warn
 from common.json_text import json_line
 from context_qa.answering import Answerer
+from context_qa.arguments import MAX_NEW_TOKENS
 from context_qa.console.explanation import Explanation, answer_spans, shown, token_strengths
 from context_qa.console.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.console.terminal import Screen
@@ -141,27 +142,49 @@ def _doubts(answer: StreamedAnswer) -> str:
     return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
 
 
-def load_console(
-    args: argparse.Namespace, explain: bool = False, show_prompt: bool = False
-) -> Console:
-    """A console with the model that the command line names; the model's note goes to stderr.
-    UserError where the model, its tokenizer or a flag is unfit."""
-    chooser = make_chooser(args.temperature, args.top_k, args.top_p, args.seed)
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
-    for warning in model_warnings(args.model):
+@dataclass(frozen=True)
+class ConsoleSettings:
+    """What a console is asked to use and to show.
+
+    model: a local folder or a Hub name; tokenizer: a folder, file or Hub name, the model's own by
+    default. temperature, top_k, top_p and seed: see `choosers.make_chooser`. explain: with each
+    answer, what the model let into its state of the context, by Δ. show_prompt: print all that the
+    model reads.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    as_json: bool = False
+    explain: bool = False
+    show_prompt: bool = False
+
+
+def load_console(settings: ConsoleSettings) -> Console:
+    """A console with the model of the settings; the model's note is printed on stderr. Raises
+    UserError where the model, its tokenizer or a setting cannot be used."""
+    chooser = make_chooser(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.tokenizer, device, dtype)
+    for warning in model_warnings(settings.model):
         warn(warning)
-    if explain:
+    if settings.explain:
         require_offsets(tokenizer)
-    layers = delta_layers(args.model, model.config.n_layer) if explain else ()
-    note = Path(args.model) / NOTE
+    layers = delta_layers(settings.model, model.config.n_layer) if settings.explain else ()
+    note = Path(settings.model) / NOTE
     if note.is_file():
         text = note.read_text(encoding="utf-8", errors="replace").strip()
         print(shown(text), file=sys.stderr)
-    answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
+    answerer = Answerer(model, tokenizer, settings.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
-    return Console(answerer, chooser, args.json, layers, show_prompt)
+    return Console(answerer, chooser, settings.as_json, layers, settings.show_prompt)
 
 
 def _load_kernels(answerer: Answerer) -> None:

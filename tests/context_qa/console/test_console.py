@@ -1,17 +1,17 @@
 """The console: contexts from files, answers as text and JSON, what the command line makes of it."""
 
-import argparse
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.command_line import Parser
 from common.errors import UserError
-from context_qa.arguments import add_console_flags
-from context_qa.console.console import Console, load_console
+from context_qa.arguments import add_console_flags, console_values
+from context_qa.console.console import Console, ConsoleSettings, load_console
 from context_qa.console.terminal import read_context
 from mamba_lm.checkpoint import NOTE, save_model
 from mamba_lm.choosers import Greedy, Sampler
@@ -196,15 +196,16 @@ def test_explanations(answerer, spoken, capsys, scripted):
 
 @pytest.fixture
 def arguments(answerer, tmp_path):
-    """Arguments with a saved model, as the command line gives them."""
+    """Settings with a saved model, as the command line gives them."""
     folder = tmp_path / "model"
     save_model(answerer.model, folder, answerer.tokenizer)
 
-    def parse(*flags: str) -> argparse.Namespace:
+    def parse(*flags: str, **more) -> ConsoleSettings:
         parser = Parser(__doc__)
         parser.add_argument("model")
         add_console_flags(parser)
-        return parser.parse_args([str(folder), "--device", "cpu", *flags])
+        args = parser.parse_args([str(folder), "--device", "cpu", *flags])
+        return ConsoleSettings(**console_values(args), **more)
 
     return parse
 
@@ -213,8 +214,8 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
     console = load_console(arguments("--max_new_tokens", "3"))
     assert console.answerer.max_new_tokens == 3
     assert (console.as_json, console.layers, console.show_prompt) == (False, (), False)
-    args = arguments("--json", "--temperature", "0.5", "--top_k", "7", "--top_p", "0.5")
-    console = load_console(args, explain=True, show_prompt=True)
+    flags = ("--json", "--temperature", "0.5", "--top_k", "7", "--top_p", "0.5")
+    console = load_console(arguments(*flags, explain=True, show_prompt=True))
     assert console.as_json and console.show_prompt and console.layers == [0, 1]
     assert capsys.readouterr().out == ""
 
@@ -231,7 +232,7 @@ def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
 def test_the_layers_that_explain_are_those_that_the_folder_names(arguments):
     args = arguments()
     (Path(args.model) / LAYERS).write_text("[1]")
-    assert load_console(args, explain=True).layers == [1]
+    assert load_console(replace(args, explain=True)).layers == [1]
     assert load_console(args).layers == ()
 
 
@@ -254,9 +255,7 @@ def test_a_models_note_goes_to_stderr(arguments, capsys):
 )
 def test_bad_flags_are_told_before_a_model_is_loaded(arguments, flags, complaint):
     with pytest.raises(UserError, match=complaint):
-        args = arguments(*flags)
-        args.model = "no such model"
-        load_console(args)
+        load_console(replace(arguments(*flags), model="no such model"))
 
 
 @pytest.mark.parametrize(
