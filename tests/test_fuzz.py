@@ -29,8 +29,9 @@ from common.errors import UserError, printable
 from context_qa.arguments import trained_prompt_order
 from context_qa.console.terminal import read_context
 from context_qa.results.comparison import compare
+from context_qa.results.reading import read_objects, results_rows
 from context_qa.results.report import report_page
-from context_qa.results.rows import read_objects, read_summary, results_rows
+from context_qa.results.summary import read_summary
 from context_qa.shots import n_shot_prompt, read_shots
 from mamba_lm import checkpoint
 from mamba_lm.checkpoint import files_read, load_model, load_model_and_tokenizer, save_model

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from context_qa.answering import Answerer
-from context_qa.results.rows import Answer, read_summary, result_row
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import read_summary
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

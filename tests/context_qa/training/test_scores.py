@@ -12,7 +12,7 @@ import eval_mamba_with_context
 from common.errors import UserError, printable
 from context_qa.arguments import trained_prompt_order
 from context_qa.batches import Pairing, continuation
-from context_qa.results.rows import read_results
+from context_qa.results.reading import read_results
 from context_qa.training.data_report import DataReport
 from context_qa.training.model_card import model_card
 from context_qa.training.scores import (
