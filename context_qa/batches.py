@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from common.errors import UserError
 from context_qa.negatives import NegativeSampler
 from mamba_lm.tokenizer import token_ids
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
 
 
@@ -27,7 +27,7 @@ class Pairing(NamedTuple):
 
 def continuation(
     pairing: Pairing, tokenizer, prompt_order: str, max_length: int | None = None
-) -> Continuation:
+) -> Item:
     """Token ids of a pairing's prompt in its two parts and of its target with end-of-text.
 
     Where NO_ANSWER is right, a prefix that is too long for max_length loses its end; that of an
@@ -38,7 +38,7 @@ def continuation(
     target = [*token_ids(tokenizer, answer_text(pairing.target)), tokenizer.eos_token_id]
     if max_length is not None and pairing.target == NO_ANSWER:
         prefix_ids = prefix_ids[: max(max_length - len(prompt) - len(target), 0)]
-    return Continuation(prefix_ids, prompt, target, pairing.example.id)
+    return Item.with_target(prefix_ids, prompt, target, pairing.example.id)
 
 
 class GroupedBatches(Sampler[list[Pairing]]):

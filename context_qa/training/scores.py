@@ -15,7 +15,7 @@ from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
 from mamba_lm.models.mamba import MambaLM, MambaState
 from mamba_lm.tokenizer import token_ids
-from mamba_lm.training.prefix_suffix import Continuation, collate, suffix_losses
+from mamba_lm.training.prefix_suffix import Item, collate, suffix_losses
 from squad_utils import Example, answer_text, prompt_parts, same_question
 
 LOSS = "loss"
@@ -64,12 +64,12 @@ def scorer(
     prompts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
     state = PartialState()
 
-    def continuations(places: Sequence[int]) -> list[Continuation]:
+    def continuations(places: Sequence[int]) -> list[Item]:
         """Without their prefixes."""
         return [
-            Continuation(
+            Item.with_target(
                 prefix=(),
-                prompt=token_ids(tokenizer, prompts[place][1]),
+                start=token_ids(tokenizer, prompts[place][1]),
                 target=[
                     *token_ids(tokenizer, answer_text(examples[place].target)),
                     tokenizer.eos_token_id,
@@ -108,9 +108,7 @@ def scorer(
 
 
 @torch.inference_mode()
-def _losses(
-    model: MambaLM, state: MambaState, examples: Sequence[Continuation]
-) -> list[tuple[float, int]]:
+def _losses(model: MambaLM, state: MambaState, examples: Sequence[Item]) -> list[tuple[float, int]]:
     """Of each, read from its row of a state: the sum of cross-entropy over its target's tokens, and
     their number."""
     device = state.device
@@ -124,7 +122,7 @@ def _losses(
     )
     sums = torch.zeros(len(examples), dtype=torch.float64)
     sums.index_add_(0, rows.cpu(), losses.double().cpu())
-    return [(total, len(e.target)) for total, e in zip(sums.tolist(), examples, strict=True)]
+    return [(total, e.num_labels) for total, e in zip(sums.tolist(), examples, strict=True)]
 
 
 def _names(examples: Sequence[Example]) -> list[str]:

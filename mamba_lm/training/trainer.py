@@ -18,7 +18,7 @@ from common.errors import UserError
 from mamba_lm.checkpoint import load_weights
 from mamba_lm.models.mamba import MambaLM
 from mamba_lm.training.arguments import blaming_arguments
-from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
 from mamba_lm.training.progress import Progress, TrainingLog
 from mamba_lm.training.resumable_trainer import ResumableTrainer
 from mamba_lm.training.sharding import shard, whole
@@ -26,16 +26,16 @@ from mamba_lm.training.sharding import shard, whole
 MAX_IDS = 64  # of examples that one message names
 
 
-class _Tokenized(Dataset[Continuation]):
+class _Tokenized(Dataset[Item]):
     """What a sampler yields, made token ids when it is asked for."""
 
-    def __init__(self, length: int, tokenize: Callable[[Any], Continuation]):
+    def __init__(self, length: int, tokenize: Callable[[Any], Item]):
         self.length, self.tokenize = length, tokenize
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, example: Any) -> Continuation:
+    def __getitem__(self, example: Any) -> Item:
         return self.tokenize(example)
 
 
@@ -53,7 +53,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _named_batch(examples: Sequence[Continuation]) -> dict[str, Tensor | list[str]]:
+def _named_batch(examples: Sequence[Item]) -> dict[str, Tensor | list[str]]:
     return collate(examples) | {"ids": [example.id for example in examples]}
 
 
@@ -66,7 +66,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
         model: MambaLM,
         arguments: TrainingArguments,
         batches: Sampler[list],
-        tokenize: Callable[[Any], Continuation],
+        tokenize: Callable[[Any], Item],
         tokenizer,
         score: Callable[[MambaLM, Callable[[], None]], Mapping[str, float]] | None = None,
         patience: int = 5,

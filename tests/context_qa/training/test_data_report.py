@@ -39,7 +39,7 @@ def make_examples(count: int = 60, seed: int = 0) -> list[Example]:
 def length(example: Example, tokenizer, order: str) -> int:
     [batch] = GroupedBatches([example], 1)
     parts = continuation(batch[0], tokenizer, order)
-    return len(parts.prefix) + len(parts.prompt) + len(parts.target)
+    return len(parts.prefix) + len(parts.suffix)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -198,7 +198,7 @@ def test_no_batch_holds_what_is_longer(order, tokenizer):
     for batch in GroupedBatches(found.examples, 16, "random"):
         for pairing in batch:
             parts = continuation(pairing, tokenizer, order, max_length=60)
-            assert len(parts.prefix) + len(parts.prompt) + len(parts.target) <= 60
+            assert len(parts.prefix) + len(parts.suffix) <= 60
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -214,7 +214,7 @@ def test_the_report_counts_what_batches_hold(max_length, order, tokenizer):
         batch = collate(parts)
         tokens += int(batch["prefix_lengths"].sum() + batch["suffix_lengths"].sum())
         loss_tokens += int((batch["labels"] >= 0).sum())
-        lengths = [len(p.prefix) + len(p.prompt) + len(p.target) for p in parts]
+        lengths = [len(p.prefix) + len(p.suffix) for p in parts]
         longest = max(longest, *lengths)
     assert (report.tokens, report.loss_tokens, report.longest) == (tokens, loss_tokens, longest)
     assert (report.questions, report.answerable, report.negatives) == (60, 48, 36)

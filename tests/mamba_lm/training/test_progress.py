@@ -25,11 +25,11 @@ from mamba_lm.training import progress as training_progress
 from mamba_lm.training import trainer as training
 from mamba_lm.training.arguments import training_arguments
 from mamba_lm.training.checkpoints import checkpoints
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from mamba_lm.training.progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
-BATCHES = [[Continuation([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
+BATCHES = [[Item.with_target([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
 
 
 SCORES = {"exact_match": 12.5, "f1": 50.0, "loss": 1.234}

@@ -17,7 +17,7 @@ from common.errors import UserError
 from mamba_lm.checkpoint import load_model
 from mamba_lm.training import trainer as training
 from mamba_lm.training.arguments import training_arguments
-from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 CPU = torch.device("cpu")
@@ -25,12 +25,30 @@ TOKENIZER = Path(__file__).parents[3] / "data/demo/tokenizer"
 
 SHARED, LONE, NONE = [5, 4, 3, 2, 1, 0], [9, 8], []
 EXAMPLES = [
-    Continuation(SHARED, [11, 12, 13], [21, 30]),
-    Continuation(LONE, [14], [22, 23, 24, 30]),
-    Continuation(SHARED, [15, 16], [30]),
-    Continuation(NONE, [17, 18, 19, 20], [25, 26, 30]),
-    Continuation(list(SHARED), [14], [22, 23, 24, 30]),
+    Item.with_target(SHARED, [11, 12, 13], [21, 30]),
+    Item.with_target(LONE, [14], [22, 23, 24, 30]),
+    Item.with_target(SHARED, [15, 16], [30]),
+    Item.with_target(NONE, [17, 18, 19, 20], [25, 26, 30]),
+    Item.with_target(list(SHARED), [14], [22, 23, 24, 30]),
 ]
+_ = IGNORED
+SPANS = [  # as turns of a chat
+    Item(SHARED, [11, 12, 13, 14, 15, 16], [_, 12, 13, _, 15, _]),
+    Item(SHARED, [11, 12, 13], [11, _, 13]),
+    Item(NONE, [17, 18, 19, 20], [_, 18, _, 20]),
+    Item(LONE, [17, 18, 19, 20, 21], [17, 18, _, _, _]),
+]
+PREFIX_LABELS = [  # of one prefix, twice the same ones, others and none
+    Item(SHARED, [], [], [_, 4, 3, 2, 1, 0]),
+    Item(SHARED, [11, 12], [11, 12], [_, 4, 3, 2, 1, 0]),
+    Item(SHARED, [11, 13], [11, 13], [_, _, _, 2, _, 0]),
+    Item(SHARED, [11, 14], [_, 14]),
+    Item(LONE, [12], [12], [_, 8]),
+    Item(NONE, [12, 13], [_, 13]),
+]
+ONE_TOKEN = [
+    Item(SHARED, [11], [11]), Item(LONE, [11], [11]), Item([7], [12], [12]), Item([7], [11], [11])
+]  # fmt: skip
 SUBSETS = {
     "all": EXAMPLES,
     "one": EXAMPLES[:1],
@@ -38,14 +56,21 @@ SUBSETS = {
     "context each": EXAMPLES[:2],
     "no suffix token": EXAMPLES[2:3],
     "no context": EXAMPLES[3:4],
+    "spans": SPANS,
+    "prefix labels": PREFIX_LABELS,
+    "prefix labels alone": PREFIX_LABELS[:1],
+    "one-token items": ONE_TOKEN,
+    "one token alone": ONE_TOKEN[:1],
+    "all kinds": [*SPANS, *PREFIX_LABELS, *EXAMPLES, *ONE_TOKEN],
 }
+TARGETS = {name: SUBSETS[name] for name in list(SUBSETS)[:6]}
 subsets = pytest.mark.parametrize("examples", SUBSETS.values(), ids=SUBSETS)
 
 
 class Listed(Sampler):
     """Batches in the order of a list of examples, and the epochs that were announced."""
 
-    def __init__(self, examples: list[Continuation], batch_size: int = 4):
+    def __init__(self, examples: list[Item], batch_size: int = 4):
         self.examples, self.epochs = examples, []
         self.batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
 
@@ -70,7 +95,7 @@ def make_trainer(tmp_path):
     return make
 
 
-def random_examples(count: int, seed: int = 0) -> list[Continuation]:
+def random_examples(count: int, seed: int = 0) -> list[Item]:
     """Every other one shares its prefix with the next; lengths vary."""
     rng = random.Random(seed)
 
@@ -80,47 +105,49 @@ def random_examples(count: int, seed: int = 0) -> list[Continuation]:
     examples = []
     for _ in range(count // 2):
         prefix = ids(12)
-        examples += [Continuation(prefix, ids(5), [*ids(9), 30]) for _ in range(2)]
+        examples += [Item.with_target(prefix, ids(5), [*ids(9), 30]) for _ in range(2)]
     return examples
 
 
-def copy_task(count: int, seed: int = 0) -> list[Continuation]:
+def copy_task(count: int, seed: int = 0) -> list[Item]:
     """Which of two words stood in the context?"""
     rng = random.Random(seed)
-    return [Continuation([1, word, 2], [3], [word, 30]) for word in rng.choices([7, 8], k=count)]
+    words = rng.choices([7, 8], k=count)
+    return [Item.with_target([1, word, 2], [3], [word, 30]) for word in words]
 
 
-def independent_losses(model, examples: list[Continuation]) -> list[torch.Tensor]:
-    """Cross-entropy of each example's target tokens, read alone, from its first token on."""
+def independent_losses(model, examples: list[Item]) -> list[torch.Tensor]:
+    """Cross-entropy of each example's labels: it is read alone, from its first token on."""
     losses = []
     for example in examples:
-        ids = torch.tensor([[*example.prefix, *example.prompt, *example.target]])
-        logits, _ = model(ids[:, :-1])
-        count = len(example.target)
-        losses.append(F.cross_entropy(logits[0, -count:], ids[0, -count:], reduction="none"))
+        labels = torch.tensor(all_labels(example))[1:]
+        logits, _ = model(torch.tensor([[*example.prefix, *example.suffix]])[:, :-1])
+        each = F.cross_entropy(logits[0], labels, reduction="none")
+        losses.append(each[labels != IGNORED])
     return losses
+
+
+def all_labels(item: Item) -> list[int]:
+    """Of its prefix and its suffix."""
+    return [*(item.prefix_labels or [IGNORED] * len(item.prefix)), *item.labels]
 
 
 # Batches
 
 
-@subsets
-def test_collate_aligns_labels_with_the_next_token(examples):
+@pytest.mark.parametrize("examples", TARGETS.values(), ids=TARGETS)
+def test_collate_aligns_labels_with_the_suffix(examples):
     batch = collate(examples)
-    assert batch["suffixes"].shape == batch["labels"].shape
+    assert batch["labels"].shape[1] == 1 + batch["suffixes"].shape[1]
     for row, example in enumerate(examples):
         place = batch["prefix_index"][row]
         prefix = batch["prefixes"][place, : batch["prefix_lengths"][place]].tolist()
         suffix = batch["suffixes"][row, : batch["suffix_lengths"][row]].tolist()
-        whole = [*example.prefix, *example.prompt, *example.target]
-        assert prefix + suffix == whole[:-1]
-        following = whole[1:][len(prefix) :]
-        start = len(suffix) - len(example.target)
-        labels = [t if i >= start else IGNORED for i, t in enumerate(following)]
-        assert batch["labels"][row].tolist() == labels + [IGNORED] * (
-            batch["labels"].shape[1] - len(labels)
-        )
-        assert (batch["labels"][row] != IGNORED).sum() == len(example.target)
+        assert prefix == list(example.prefix)
+        assert suffix == list(example.suffix[:-1])
+        labels = batch["labels"][row].tolist()
+        assert labels[: len(example.suffix)] == example.labels
+        assert set(labels[len(example.suffix) :]) <= {IGNORED}
 
 
 def test_collate_reads_equal_prefixes_once():
@@ -130,11 +157,37 @@ def test_collate_reads_equal_prefixes_once():
     assert batch["prefix_index"].tolist() == [0, 1, 0, 2, 0]
 
 
-@pytest.mark.parametrize("prompt, target", [([], [1, 2]), ([1, 2], [])], ids=["prompt", "target"])
-def test_a_continuation_without_prompt_or_target_is_refused(prompt, target):
-    """Labels could not be aligned with the suffix: better an error than a wrong loss."""
-    with pytest.raises(ValueError):
-        collate([Continuation([3], prompt, target), *EXAMPLES])
+def test_collate_reads_no_token_after_which_nothing_is_predicted():
+    items = [
+        Item([1, 2], [3, 4, 5, 6], [IGNORED, 4, IGNORED, IGNORED]),
+        Item([1, 2], [3, 4], [3, IGNORED]),
+        Item([1, 2], [], [], [IGNORED, 2]),
+    ]
+    batch = collate(items)
+    assert batch["suffixes"].tolist() == [[3], [0], [0]]
+    assert batch["suffix_lengths"].tolist() == [1, 0, 0]
+    assert batch["labels"].tolist() == [
+        [IGNORED, IGNORED, IGNORED, 4],
+        [IGNORED, IGNORED, 3, IGNORED],
+        [IGNORED, 2, IGNORED, IGNORED],
+    ]
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (([], [1, 2], [1, 2]), "nothing before it can predict it"),
+        (([3, 4], [1], [1], [3, 4]), "nothing before it can predict it"),
+        (([3], [1, 2], [IGNORED, IGNORED]), "needs at least one label"),
+        (([3], [], []), "needs at least one label"),
+        (([3], [1, 2], [2]), "1 labels for a suffix of 2 tokens"),
+        (([3, 4], [1, 2], [1, 2], [IGNORED]), "1 labels for a prefix of 2 tokens"),
+    ],
+)
+def test_an_item_whose_labels_cannot_be_predicted_is_refused(item, message):
+    """Better an error than a wrong loss."""
+    with pytest.raises(ValueError, match=message):
+        Item(*item)
 
 
 # Loss
@@ -143,25 +196,26 @@ def test_a_continuation_without_prompt_or_target_is_refused(prompt, target):
 @subsets
 @pytest.mark.parametrize("changes", [{}, {"bcdt_rms_eps": 1e-6, "tie_embeddings": False}], ids=str)
 @pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_loss_and_gradient_equal_those_of_independent_examples(
-    items, examples, changes, make_model, assert_near, gradients
+    dtype, tolerance, items, examples, changes, make_model, assert_near, gradients
 ):
-    model = make_model(**changes).double()
+    model = make_model(**changes).to(dtype)
     items_in_batch = None if items is None else torch.tensor(items)
     loss = PrefixSuffixLM(model)(**collate(examples), num_items_in_batch=items_in_batch)["loss"]
     losses = torch.cat(independent_losses(model, examples))
     wanted = losses.sum() / (items or len(losses))
-    assert_near(loss, wanted, 1e-9)
-    assert_near(gradients(model, loss), gradients(model, wanted), 1e-9)
+    assert_near(loss, wanted, tolerance)
+    assert_near(gradients(model, loss), gradients(model, wanted), tolerance)
 
 
 @subsets
-def test_token_losses_belong_to_their_examples(examples, make_model, assert_near):
+def test_token_losses_belong_to_their_items(examples, make_model, assert_near):
     model = make_model().double()
     losses, rows = PrefixSuffixLM(model).token_losses(**collate(examples))
     for row, wanted in enumerate(independent_losses(model, examples)):
-        assert_near(losses[rows == row], wanted, 1e-9)
-    assert len(losses) == len(rows) == sum(len(example.target) for example in examples)
+        assert_near(losses[rows == row].sort().values, wanted.sort().values, 1e-9)
+    assert len(losses) == len(rows) == sum(example.num_labels for example in examples)
 
 
 def test_what_stands_under_the_padding_does_not_matter(make_model):
@@ -189,7 +243,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "lr_scheduler
 def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, assert_near):
     """Three steps, halves of unlike numbers of labels: the mean of means would be another loss."""
     examples = random_examples(24)
-    halves = [sum(len(e.target) for e in examples[at : at + 4]) for at in range(0, 24, 4)]
+    halves = [sum(e.num_labels for e in examples[at : at + 4]) for at in range(0, 24, 4)]
     assert all(first != second for first, second in zip(halves[::2], halves[1::2], strict=True))
     settings = SGD | {"max_steps": 3}
     big = make_trainer(make_model(), Listed(examples, batch_size=8), **settings)
