@@ -53,7 +53,7 @@ def with_other_labels(batches: list[list[Item]]) -> list[list[Item]]:
 
     def labels(tokens: list[int], is_first: bool) -> list[int]:
         found = [token if rng.random() < 0.4 else IGNORED for token in tokens]
-        return [IGNORED, *found[1:]] if is_first else found
+        return [*[IGNORED] * len(tokens[:1]), *found[1:]] if is_first else found
 
     found = []
     for batch in batches:
