@@ -31,7 +31,7 @@ def continuation(
     """Token ids of a pairing's prompt in its two parts and of its target with end-of-text.
 
     Where NO_ANSWER is right, a prefix that is too long for max_length loses its end; that of an
-    answer may hold it, and stays (see `training_data.within_length`).
+    answer may hold it, and stays (see `training_data.cut_to_length`).
     """
     prefix, suffix = prompt_parts(pairing.context, pairing.example.question, prompt_order)
     prefix_ids, prompt = token_ids(tokenizer, prefix), token_ids(tokenizer, suffix)

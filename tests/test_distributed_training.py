@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import train_mamba_with_context
 from context_qa.training import train as training
 from mamba_lm.checkpoint import load_model
-from mamba_lm.training.checkpoints import fault
+from mamba_lm.training.checkpoints import find_damage
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_each_process_holds_its_part_alone(name, folder):
 def test_a_checkpoint_of_two_processes_is_that_of_one(name, folder):
     """So one goes on from it, and its model loads."""
     one, two = (folder / each / "checkpoint-20" for each in ("alone", name))
-    assert fault(two) is None
+    assert find_damage(two) is None
     load_model(str(two))
     states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two)]
     groups = [state["param_groups"] for state in states]

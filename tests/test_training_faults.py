@@ -15,12 +15,11 @@ import train_mamba_with_context
 from common.errors import UserError
 from common.files import atomic_folder
 from context_qa.negatives import NegativeSampler
-from context_qa.training import run_folder as training_run
 from context_qa.training import train as training
-from context_qa.training.data_report import within_length
+from context_qa.training.data_report import cut_to_length
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training import progress as training_progress
-from mamba_lm.training.checkpoints import checkpoints, fault
+from mamba_lm.training import progress, run_folder
+from mamba_lm.training.checkpoints import find_damage, list_checkpoints
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 from squad_utils import Example
 
@@ -59,7 +58,7 @@ def cut_off(output: Path, step: int) -> None:
     record = json.loads((output / "training_args.json").read_text())
     (output / "training_args.json").write_text(json.dumps(record | {"complete": False}))
     (output / "model.safetensors").unlink()
-    for checkpoint in checkpoints(output):
+    for checkpoint in list_checkpoints(output):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
 
@@ -68,7 +67,7 @@ def scored_as(monkeypatch, *scores: float) -> None:
     """Evaluations that give these figures, one after the other."""
     found = iter(scores)
     monkeypatch.setattr(
-        training, "scorer",
+        training, "make_scorer",
         lambda *args, **kwargs: lambda model, poll: {"exact_match": next(found), "f1": 1.0},
     )  # fmt: skip
 
@@ -149,10 +148,10 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
         train(*SCORED, save_total_limit=1)
     output = tmp_path / "run"
     assert "checkpoint-5 is saved" in capsys.readouterr().err
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
     scored_as(monkeypatch, *later)
     train(*SCORED, save_total_limit=1)
-    assert f"going on from {output / 'checkpoint-5'}" in capsys.readouterr().out
+    assert f"resuming from {output / 'checkpoint-5'}" in capsys.readouterr().out
     for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
     assert (output / "README.md").read_text() == (undisturbed / "README.md").read_text().replace(
@@ -163,10 +162,11 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
 # Going on
 
 
-@pytest.mark.parametrize("cut_in", ["plot", "write_whole", "model_card"])
+@pytest.mark.parametrize("cut_in", ["plot", "write_whole", "make_model_card"])
 def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, tmp_path, monkeypatch):
     """Between the last checkpoint and the record: the plot, the log, the card."""
-    module = training_progress if cut_in == "plot" else training_run
+    modules = {"plot": progress, "write_whole": run_folder, "make_model_card": training}
+    module = modules[cut_in]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, cut_in, stopped_at_the_end(getattr(module, cut_in)))
         train(*SCORED)
@@ -206,7 +206,7 @@ def test_what_is_missing_of_a_complete_run_is_written_again(name, train, monkeyp
     for kept in ("model.safetensors", name):
         assert after[kept] == before[kept]
     (output / name).unlink()
-    for checkpoint in checkpoints(output):
+    for checkpoint in list_checkpoints(output):
         shutil.rmtree(checkpoint)
     train(*SCORED)
     said = capsys.readouterr()
@@ -290,7 +290,7 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(train):
         os.truncate(output / f"checkpoint-{step}/optimizer.pt", 9)
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-2-mine")
     train(save_total_limit=1, disable_tqdm="true")  # not another run by that
-    assert [fault(checkpoint) for checkpoint in checkpoints(output)] == [None]
+    assert [find_damage(checkpoint) for checkpoint in list_checkpoints(output)] == [None]
     assert (output / "checkpoint-2-mine").is_dir()
 
 
@@ -326,14 +326,14 @@ def test_other_code_that_began_a_run_is_told_and_written_down(train, capsys):
             changed = record(output) | {"git_commit": "deadbeef"}
             (output / "training_args.json").write_text(json.dumps(changed))
         train()
-        assert "was begun with other code (git commit: deadbeef there" in capsys.readouterr().err
+        assert "was started with other code (git commit: deadbeef there" in capsys.readouterr().err
         assert record(output)["begun_with"]["git_commit"] == "deadbeef"
         assert record(output)["git_commit"] != "deadbeef"
 
 
 def test_a_folder_that_not_all_processes_see_is_refused(train, tmp_path, monkeypatch):
     """As if another one's disk were its own."""
-    monkeypatch.setattr(training_run, "in_all", lambda value: value and False)
+    monkeypatch.setattr(run_folder, "in_all", lambda value: value and False)
     with pytest.raises(UserError, match="not all processes see it; give a folder they share"):
         train()
     assert not (tmp_path / "run").exists()
@@ -347,7 +347,7 @@ def test_a_folder_with_a_config_of_something_else_is_no_model(train, tmp_path):
     output.mkdir()
     (output / "config.json").write_text('{"port": 80}')
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"holds other things \(config.json\)"):
+        with pytest.raises(UserError, match=r"contains other things \(config.json\)"):
             train(*more)
     assert (output / "config.json").read_text() == '{"port": 80}'
 
@@ -363,7 +363,7 @@ def test_what_no_run_has_left_is_never_overwritten(record, train, tmp_path):
         (output / "training_args.json").write_text(record)
     before = {path: path.read_bytes() for path in output.rglob("*")}
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"holds other things \(NOTE\.txt\)|README\.md: holds"):
+        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: holds"):
             train(*more)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
 
@@ -468,7 +468,7 @@ def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, 
     ],
 )
 def test_what_has_a_flag_is_given_by_it(override, said, train, tmp_path):
-    with pytest.raises(UserError, match=f"--trainer {override}: .*{said}"):
+    with pytest.raises(UserError, match=f"training arguments: {override}: .*{said}"):
         train("--trainer", override)
     assert not (tmp_path / "run").exists()
 
@@ -491,7 +491,7 @@ def test_a_context_without_the_answer_is_dropped_however_short(tmp_path):
     blanks = Example("1", "alpha beta gamma" + " " * 600, "Which one?", ("zeta",))
     words = " ".join(["word"] * 200)
     paris = Example("2", f"{words} Paris {words}", "Where?", ("Paris",))
-    found = within_length([blanks, paris], tokenizer, "context_first", 60)
+    found = cut_to_length([blanks, paris], tokenizer, "context_first", 60)
     assert [example.id for example in found.examples] == ["2"] and found.num_dropped == 1
 
 

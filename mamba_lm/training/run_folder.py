@@ -1,8 +1,10 @@
-"""The folder of a training run: what it was asked to do, whether it has, and what goes with it."""
+"""The folder of a training run: its record, which says whether the run is complete, and its files.
 
-import argparse
+A run is what its settings say. The same run, started again, resumes from its newest checkpoint or
+is found to be complete; a folder with anything else is refused.
+"""
+
 import contextlib
-import dataclasses
 import os
 import shutil
 import sys
@@ -11,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import TrainerState
 
 from common.errors import UserError, printable, warn
 from common.files import (
     MODEL_FILES,
+    Kind,
     check_output,
     keep_inputs,
     locked,
@@ -25,29 +27,20 @@ from common.files import (
 )
 from common.json_text import json_text, read_json
 from common.processes import from_first, in_all
-from common.provenance import describe_run, differences, hash_or_name, sha256
-from context_qa.training.data_report import DataReport
-from context_qa.training.model_card import MODEL_CARD, model_card
-from context_qa.training.scores import SCORES
-from mamba_lm.checkpoint import NOTE, files_read, model_hashes, read_config, read_model_weights
+from common.provenance import differences
+from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.folders import RECORD
 from mamba_lm.tokenizer import SAVED_FILES
 from mamba_lm.training.checkpoints import (
-    checkpoints,
     describe_files,
     find_change,
-    newest_checkpoint,
+    find_newest_checkpoint,
+    list_checkpoints,
 )
 from mamba_lm.training.progress import LOG, PLOT
 
 CARD = "README.md"
-NAMED = ("model", "tokenizer", "data_path", "eval_data")  # arguments that name what is read
-_WITHOUT_EFFECT = (  # on the weights: fields of --trainer that may change when a run goes on
-    *("save_steps", "save_total_limit", "disable_tqdm", "ddp_timeout"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("report_to", "run_name", "project", "log_level"),
-)
-_OURS = (  # what a run leaves; what tells that it is a run's comes last
+_OURS = (  # the files of a run; the record, by which a folder is known to be a run's, comes last
     *MODEL_FILES,
     *SAVED_FILES,
     *(f"{name}.*.partial" for name in (CARD, LOG, RECORD)),
@@ -55,24 +48,45 @@ _OURS = (  # what a run leaves; what tells that it is a run's comes last
 )
 
 
-class TrainingRun:
-    """A run at an output folder, which goes on where it was cut off.
+class RunFolder:
+    """The folder of one run, locked while the `with` block runs.
 
-    args: those of the training script. The folder of a run with others is refused by a UserError
-    that says what differs, as are a folder of other things, one that cannot be written and one that
-    another run is writing.
+    Entering it finds out whether the run is complete (`is_complete`) or from which checkpoint it
+    resumes (`checkpoint`, None: from the start). UserError where the folder is of another run, with
+    what differs; where it contains other things, cannot be written, is not shared by all processes,
+    or another run is writing it.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        """In every process of the run; the first one alone reads and writes."""
-        self.args, self.folder = args, Path(args.output)
-        self.processes = PartialState()
-        self._lock: int | None = None
-        self.is_complete = False
-        self.checkpoint: Path | None = None  # what it goes on from
-        self.warnings: list[str] = []  # on its data
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, object],
+        description: Mapping[str, object],
+        inputs: Iterable[str | None],
+        card: Kind,
+        overwrite: bool = False,
+        restart: str = "overwrite",
+    ):
+        """In every process of the run; only the first one reads and writes.
 
-    def __enter__(self) -> "TrainingRun":
+        settings: what decides the weights; two runs with equal ones are the same run.
+        description: more for the record: arguments, git commit, versions, hashes
+        (`describe_run`, `model_hashes`).
+        inputs: files and folders that the run reads, which must not be in a new run's folder.
+        card: the kind of README.md that is written; one of another kind is never replaced.
+        overwrite: restart the run, removing what it, or another one, has left in the folder.
+        restart: how the user asks for `overwrite`, for messages, such as "--overwrite".
+        """
+        self.folder, self.card, self.inputs = Path(folder), card, list(inputs)
+        self.overwrite, self.restart = overwrite, restart
+        self.processes = PartialState()
+        self.record = {"settings": dict(settings), **description}
+        self.warnings: list[str] = []  # on the data
+        self.is_complete = False
+        self.checkpoint: Path | None = None
+        self._lock: int | None = None
+
+    def __enter__(self) -> "RunFolder":
         try:
             found = self._open() if self.processes.is_main_process else None
             self.is_complete, self.checkpoint = from_first(found)
@@ -89,49 +103,44 @@ class TrainingRun:
                 self.folder.rmdir()
 
     def _open(self) -> tuple[bool, Path | None]:
-        args = self.args
-        record = describe_run(vars(args)) | model_hashes(args.model, args.tokenizer)
-        record |= {"data_sha256": sha256(args.data_path)}
-        self.record = {"settings": settings(self.args, record, self.processes.num_processes)}
-        self.record |= record
         with named_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            require_writable(self.folder)  # or the run would fail by that later
+            require_writable(self.folder)  # rather than fail later
             self._lock = os.open(self.folder, os.O_RDONLY)
             if not locked(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
-            before = self._before()
+            before = self._read_record()
             self._check_card()
-        if self.args.overwrite or not before:
-            self._keep_inputs()
+        if self.overwrite or not before:
+            keep_inputs([self.folder], self.inputs, are_folders=True)
             return False, None
-        self._compare(before)
+        self._require_same_settings(before)
         is_complete = before.get("complete") is True
-        change = self._change(before) if is_complete else None
+        change = self._find_change(before) if is_complete else None
         missing = [name for name in (LOG, PLOT, CARD) if not (self.folder / name).exists()]
         if is_complete and change is None and not missing:
             return True, None
-        checkpoint = newest_checkpoint(self.folder)
+        checkpoint = find_newest_checkpoint(self.folder)
         if is_complete and change is None:
             change = f"{missing[0]} is missing"
             if checkpoint is None:
                 warn(f"{self.folder}: {change}, and no checkpoint is left to write it from")
                 return True, None
-        self._compare_code(before)
+        self._note_other_code(before)
         if change is not None and checkpoint is None:
             raise UserError(
                 f"{self.folder}: {change}, and no checkpoint is left to write the model from; "
-                "--overwrite trains it again from the start"
+                f"{self.restart} trains it again from the start"
             )
         if change is not None:
-            said = f"{change}; the model is written again from {checkpoint.name}"
-            warn(f"{self.folder}: {said}")
+            action = f"{change}; the model is written again from {checkpoint.name}"
+            warn(f"{self.folder}: {action}")
         return False, checkpoint
 
     def _check_card(self) -> None:
-        """UserError where a text of the user's own is what the card would replace."""
-        check_output(self.folder / CARD, MODEL_CARD, overwrite=True)
+        """UserError where the card would replace a text of the user's own."""
+        check_output(self.folder / CARD, self.card, overwrite=True)
 
     def _require_shared_folder(self) -> None:
         """UserError where a process, on another machine, does not see what the first one writes."""
@@ -146,47 +155,35 @@ class TrainingRun:
         if not is_seen:
             raise UserError(f"{self.folder}: not all processes see it; give a folder they share")
 
-    def _keep_inputs(self) -> None:
-        """UserError where something that is read stands in the folder that is written anew."""
-        given = [override.partition("resume_from_checkpoint=")[2] for override in self.args.trainer]
-        read = (getattr(self.args, name) for name in NAMED)
-        keep_inputs([self.folder], [*read, *given], are_folders=True)
-
     def warn(self, warnings: Iterable[str]) -> None:
-        """Print lines on the data, and keep them for the record."""
+        """Print warnings on the data, and keep them for the record."""
         new = list(warnings)
         self.warnings += new
         for warning in new:
             self.processes.print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
     def begin(self) -> None:
-        """Write down what is to be done, now that nothing more can be wrong with it. With
-        args.overwrite, what a run or a model has left there goes now."""
+        """Write the record of a run that is not complete; with `overwrite`, first remove the files
+        that a run has left. To be called when nothing more can be wrong with the settings."""
         if self.processes.is_main_process:
             with named_errors(self.folder):
-                if self.args.overwrite:
-                    self._remove()
-                self._write(complete=False)
+                if self.overwrite:
+                    self._remove_files()
+                self._write_record(complete=False)
 
-    def finish(self, report: DataReport, state: TrainerState, step: int) -> None:
-        """Write what goes with the model, that of this step: the card, and the record with what was
-        found."""
+    def finish(self, card: str, **figures: object) -> None:
+        """Write the card, and the record of a complete run with these figures of it."""
         if not self.processes.is_main_process:
             return
-        steps = {"steps": state.global_step, "epochs": state.epoch, "step_of_model": step}
-        scores = scores_at(state, step)
-        card = model_card(self.args, report, steps, scores)
         write_whole(self.folder / CARD, card, self._check_card)
-        found = {"data": dataclasses.asdict(report), "scores": scores}
-        files = describe_files(self._model_files())
-        self._write(complete=True, **steps, **found, files=files)
+        self._write_record(complete=True, **figures, files=describe_files(self._model_files()))
 
     def _model_files(self) -> list[Path]:
         """The files of the finished model, and of its tokenizer."""
         return files_read(str(self.folder))[0]
 
-    def _change(self, before: Mapping) -> str | None:
-        """What is no longer as the finished run left it, in words; None if all of its model is."""
+    def _find_change(self, before: Mapping) -> str | None:
+        """What has changed in the finished run's model, in words; None if nothing has."""
         files = before.get("files")
         try:
             if not files:  # of earlier versions
@@ -198,16 +195,16 @@ class TrainingRun:
                 return change
             others = {path.name for path in self._model_files()} - files.keys()
         except (UserError, OSError) as error:
-            return f"its model is not whole ({error})"
+            return f"its model is damaged ({error})"
         return f"{min(others)} is not of the run, but loading reads it" if others else None
 
-    def _write(self, **more: object) -> None:
+    def _write_record(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
         write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
-    def _before(self) -> dict:
-        """The record of the run that is there, without settings if it cannot be read; empty in an
-        empty folder. UserError where there is what no run has left."""
+    def _read_record(self) -> dict:
+        """The record of the run in the folder, without settings if it cannot be read; empty for an
+        empty folder. UserError where the folder contains what no run has written."""
         names = {path.name for path in self.folder.iterdir()}
         names = {n for n in names if not n.startswith(".") and not n.endswith(".partial")}
         if not names:
@@ -218,71 +215,45 @@ class TrainingRun:
             record = None
         if isinstance(record, dict) and isinstance(record.get("arguments"), dict):
             return record
-        if RECORD in names and _holds_card(self.folder):
+        if RECORD in names and self._has_our_card():
             return {"settings": None}
-        raise UserError(f"{self.folder}: holds other things ({min(names)}); give another folder")
+        raise UserError(f"{self.folder}: contains other things ({min(names)}); give another folder")
 
-    def _compare(self, before: Mapping) -> None:
+    def _has_our_card(self) -> bool:
+        try:
+            with open(self.folder / CARD, "rb") as stream:
+                return self.card.is_ours(stream)
+        except OSError:
+            return False
+
+    def _require_same_settings(self, before: Mapping) -> None:
         if not isinstance(before.get("settings"), dict):
-            what = "a model already, of which it is not known how it was made"
+            what = "a model whose settings are not known"
         elif different := differences(before["settings"], self.record["settings"]):
             what = f"another run ({'; '.join(different)})"
         else:
             return
-        raise UserError(f"{self.folder}: holds {what}; give another folder or --overwrite")
+        raise UserError(f"{self.folder}: contains {what}; give another folder or {self.restart}")
 
-    def _compare_code(self, before: Mapping) -> None:
-        """Say, and write down, if other code began the run: its bits may be others."""
+    def _note_other_code(self, before: Mapping) -> None:
+        """Warn, and add to the record, if other code started the run: its bits may differ."""
         begun_with = before.get("begun_with")
-        begun_with = begun_with if isinstance(begun_with, dict) else _code(before)
-        if different := differences(begun_with, _code(self.record)):
-            said = f"was begun with other code ({'; '.join(different)})"
-            warn(f"{self.folder}: {said}")
+        begun_with = begun_with if isinstance(begun_with, dict) else _describe_code(before)
+        if different := differences(begun_with, _describe_code(self.record)):
+            warn(f"{self.folder}: was started with other code ({'; '.join(different)})")
             self.record["begun_with"] = begun_with
 
-    def _remove(self) -> None:
+    def _remove_files(self) -> None:
         ours = [path for pattern in _OURS for path in self.folder.glob(pattern)]
-        for path in [*checkpoints(self.folder), *ours]:
+        for path in [*list_checkpoints(self.folder), *ours]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
 
 
-def _code(record: Mapping) -> dict:
-    """What ran, of a record: commit and versions."""
+def _describe_code(record: Mapping) -> dict:
+    """The code that ran, in a record: commit and versions."""
     versions = record.get("packages")
     versions = versions if isinstance(versions, dict) else {}
     return {name: record.get(name) for name in ("git_commit", "python")} | versions
-
-
-def _holds_card(folder: Path) -> bool:
-    try:
-        with open(folder / CARD, "rb") as stream:
-            return MODEL_CARD.is_ours(stream)
-    except OSError:
-        return False
-
-
-def settings(args: argparse.Namespace, record: Mapping, num_processes: int) -> dict:
-    """What decides the weights, in words: the arguments, files by their hashes; record has those of
-    the model and the data."""
-    others = {n: v for n, v in vars(args).items() if n not in (*NAMED, "output", "overwrite")}
-    hashes = {
-        "model": record["model_sha256"] or args.model,
-        "tokenizer": record["tokenizer_sha256"],
-        "data_path": record["data_sha256"] or args.data_path,
-        "eval_data": hash_or_name(args.eval_data),
-    }
-    overrides = dict(override.split("=", 1) for override in args.trainer)
-    effective = {k: v for k, v in overrides.items() if k not in _WITHOUT_EFFECT}
-    return hashes | others | {"trainer": effective, "processes": num_processes}
-
-
-def scores_at(state: TrainerState, step: int) -> dict[str, float]:
-    """The scores of the model as it was after a step; empty if it was not scored then."""
-    at_step: dict[str, float] = {}
-    for row in state.log_history:
-        if row["step"] == step:
-            at_step |= row
-    return {name: at_step[f"eval_{name}"] for name in SCORES if f"eval_{name}" in at_step}

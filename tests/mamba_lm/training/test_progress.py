@@ -21,12 +21,13 @@ from transformers import TrainerControl
 
 from common.errors import UserError
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.training import progress as training_progress
+from mamba_lm.training import stopping
 from mamba_lm.training import trainer as training
 from mamba_lm.training.arguments import training_arguments
-from mamba_lm.training.checkpoints import checkpoints
+from mamba_lm.training.checkpoints import list_checkpoints
 from mamba_lm.training.prefix_suffix import Item
-from mamba_lm.training.progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
+from mamba_lm.training.progress import LOG, PLOT, plot
+from mamba_lm.training.stopping import SAVE_SECONDS, SAVE_SHARE, SafeStop
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 BATCHES = [[Item.with_target([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
@@ -123,7 +124,7 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     assert run.state.global_step == 16 and run.state.best_global_step == 8
     assert torch.equal(run.language_model.lm_head.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
-    assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
+    assert {path.name for path in list_checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_on_a_plateau_the_loss_decides(metric, losses, best, end, tmp_path):
     run = trainer(tmp_path, score, **settings)
     run.train()
     assert (run.kept_step, run.state.global_step) == (best, end)
-    for checkpoint in checkpoints(tmp_path)[::2]:
+    for checkpoint in list_checkpoints(tmp_path)[::2]:
         step = int(checkpoint.name.split("-")[1])
         found = iter(losses[step // 4 :])
         run = trainer(tmp_path, score, **settings)
@@ -181,7 +182,7 @@ def test_the_newest_checkpoint_is_never_removed(keeps_best, sent, tmp_path, caps
     with pytest.raises(KeyboardInterrupt) if sent else contextlib.nullcontext():
         run.train()
     newest = "checkpoint-6" if sent else "checkpoint-12"
-    assert [path.name for path in checkpoints(tmp_path)] == [newest, "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [newest, "checkpoint-4"]
     assert ("checkpoint-6 is saved" in capsys.readouterr().err) == sent
 
 
@@ -199,7 +200,7 @@ def test_a_signal_at_an_evaluation_saves_also_where_the_best_alone_is_saved(tmp_
     run.training_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-1"]
 
 
 def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
@@ -279,7 +280,7 @@ def test_a_bar_has_room_at_80_columns(tmp_path):
                 widest = max(widest, line.rstrip(), key=len)
     lines = [line.rstrip() for line in screen.display if line.strip()]
     assert "selective scan: cpu backend" in lines
-    assert lines[0] == "step 1 of 600: longer than the others, kernels are loaded"
+    assert lines[0] == "step 1 of 600: takes longer, kernels are loaded"
     assert "step 200: exact match 12.5, f1 50.0, loss 1.234" in lines
     [bar] = [line for line in lines if "600/600" in line]
     assert len(bar) <= len(widest) <= 80
@@ -317,16 +318,16 @@ def step_end(stop: SafeStop, **changes) -> TrainerControl:
 
 def test_a_checkpoint_is_saved_when_it_is_time(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(training_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     stop = SafeStop()
     now[0] += SAVE_SECONDS
     assert not step_end(stop).should_save
     now[0] += 1
     assert step_end(stop).should_save
-    stop.saved(seconds=1.0)
+    stop.note_save(seconds=1.0)
     assert not step_end(stop).should_save
     # One that takes long is not saved as often.
-    stop.saved(seconds=100.0)
+    stop.note_save(seconds=100.0)
     now[0] += SAVE_SECONDS + 1
     assert not step_end(stop).should_save
     now[0] += 100.0 / SAVE_SHARE
@@ -334,10 +335,10 @@ def test_a_checkpoint_is_saved_when_it_is_time(monkeypatch):
 
 
 def test_the_clock_saves_whole_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_progress, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(training_progress, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(stopping, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(stopping, "SAVE_SHARE", 1e9)
     trainer(tmp_path).train()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-11"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-11"]
 
 
 # Signals
@@ -361,7 +362,7 @@ def test_a_signal_in_the_first_step_does_not_wait():
 
 
 def test_of_several_processes_a_signal_waits_in_the_first_step_too(monkeypatch):
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+    monkeypatch.setattr(stopping, "_is_distributed", lambda: True)
     reached = []
     with pytest.raises(KeyboardInterrupt), SafeStop():
         signal.raise_signal(signal.SIGINT)
@@ -386,7 +387,7 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     with pytest.raises(KeyboardInterrupt), stop:
         step_end(stop)
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(training_progress, "_ANEW_SECONDS", 0.0)
+        monkeypatch.setattr(stopping, "_REPEAT_SECONDS", 0.0)
         time.sleep(0.001)
         reached.append(1)
         signal.raise_signal(signal.SIGINT)
@@ -424,13 +425,13 @@ def test_a_run_that_saves_nothing_ends_without(tmp_path):
     run.training_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert run.state.global_step == 6 and checkpoints(tmp_path) == []
+    assert run.state.global_step == 6 and list_checkpoints(tmp_path) == []
 
 
 def test_a_signal_is_neither_lost_nor_doubled_between_processes(monkeypatch):
     """One comes here while processes tell each other of theirs, by a stand-in for all_reduce."""
     stop = SafeStop()
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+    monkeypatch.setattr(stopping, "_is_distributed", lambda: True)
 
     def interrupted(shared, operation):
         signal.raise_signal(signal.SIGINT)
@@ -444,7 +445,7 @@ def test_a_signal_is_neither_lost_nor_doubled_between_processes(monkeypatch):
 
 def test_what_another_process_got_counts_as_the_first_signal(monkeypatch):
     stop, reached = SafeStop(), []
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
+    monkeypatch.setattr(stopping, "_is_distributed", lambda: True)
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda shared, operation: shared[0].fill_(signal.SIGINT)
     )
