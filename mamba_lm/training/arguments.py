@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import types
 import typing
 import warnings
@@ -59,7 +58,7 @@ def reporting_arguments() -> Iterator[None]:
     a package that is not installed, becomes a UserError. Other exceptions are bugs and pass."""
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, OverflowError) as error:
         what = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"training arguments: {what}") from error
 
@@ -99,10 +98,8 @@ def _find_problem(key: str, value: object) -> str | None:
     kinds = _json_kinds(key)
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         return f"give {' or '.join(_WORDS[kind] for kind in kinds)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be finite"
     choices = _FIELDS[key].metadata.get("choices")
-    if choices and value not in choices:
+    if choices and value not in choices and value != _FIELDS[key].default:
         return f"choose from {', '.join(map(str, choices))}"
     if key == "accelerator_config" and isinstance(value, dict):
         known = [field.name for field in dataclasses.fields(AcceleratorConfig)]
@@ -115,7 +112,7 @@ def training_arguments(
     output: str,
     device: torch.device,
     overrides: Sequence[str] = (),
-    reserved: Mapping[str, str] = types.MappingProxyType({}),
+    reserved: Mapping[str, str] = types.MappingProxyType({"output_dir": "output"}),
     **settings,
 ) -> TrainingArguments:
     """TrainingArguments with this project's defaults.

@@ -1,17 +1,19 @@
 """Training on forked prefixes is training on independent examples, step by step and bit by bit."""
 
+import ast
 import dataclasses
 import json
 import math
 import random
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 from common.errors import UserError
 from mamba_lm.checkpoint import load_model
@@ -543,3 +545,158 @@ def test_sharding_asked_for_by_accelerate_launch_is_refused(tmp_path, monkeypatc
 
 def test_arguments_can_be_kept_as_json(tmp_path):
     json.dumps(training_arguments(str(tmp_path), CPU).to_dict())
+
+
+# The engine
+
+
+class SquaredLogits(torch.nn.Module):
+    """A loss module of another kind: it reads no labels."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, suffixes, suffix_lengths, **batch):
+        assert suffix_lengths.device.type == "cpu"
+        return {"loss": self.model(suffixes)[0].square().mean()}
+
+
+def test_any_loss_module_is_trained(make_model, tmp_path):
+    arguments = training_arguments(str(tmp_path), CPU, max_steps=20, logging_steps=1,
+                                   learning_rate=0.01, disable_tqdm=True)  # fmt: skip
+    model, batches = make_model(), Listed(random_examples(20))
+    trainer = PrefixSuffixTrainer(
+        model, arguments, batches, lambda item: item, None, loss_module=SquaredLogits(model)
+    )
+    trainer.train()
+    trainer.save_model()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_step_has_the_documented_order(make_model, tmp_path, monkeypatch):
+    """That of the docstring of mamba_lm/training/trainer.py."""
+    order = []
+
+    def noting(name, function):
+        def noted(*args, **kwargs):
+            order.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    def note(owner, attribute, name):
+        monkeypatch.setattr(owner, attribute, noting(name, getattr(owner, attribute)))
+
+    settings = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    arguments = training_arguments(
+        str(tmp_path), CPU, max_steps=1, metric_for_best_model="f1", disable_tqdm=True,
+        gradient_accumulation_steps=2, **settings,
+    )  # fmt: skip
+    monkeypatch.setattr(training, "collate", noting("batch", collate))
+    trainer = PrefixSuffixTrainer(
+        make_model(), arguments, Listed(random_examples(8)), lambda item: item, None,
+        score=noting("evaluate", lambda model, poll: {"f1": 1.0}),
+    )  # fmt: skip
+    note(trainer.model, "forward", "forward, loss")
+    note(trainer.accelerator, "backward", "backward")
+    note(trainer, "_get_grad_norm", "clip")
+    note(trainer, "_save_checkpoint", "save")
+    note(trainer, "create_optimizer", "ready")
+    log = trainer.log
+
+    def noted_log(row, *args):
+        if "loss" in row:
+            order.append("log")
+        log(row, *args)
+
+    monkeypatch.setattr(trainer, "log", noted_log)
+    trainer.add_callback(UpdateNoted(order))
+    trainer.train()
+    documented = re.findall(r"^    (\w+(?:, \w+)?)  +\S", training.__doc__, re.MULTILINE)
+    batch, forward, backward, *others = documented
+    assert order == ["ready", batch, batch, forward, backward, forward, backward, *others]
+
+
+class UpdateNoted(TrainerCallback):
+    def __init__(self, order: list[str]):
+        self.order = order
+
+    def on_optimizer_step(self, *args, **kwargs) -> None:
+        self.order.append("update")
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, RuntimeError, IndexError])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "torch.optim.AdamW.__init__",
+        "torch.optim.AdamW.step",
+        "mamba_lm.training.trainer.PrefixSuffixTrainer.get_decay_parameter_names",
+        "mamba_lm.training.trainer.PrefixSuffixTrainer.get_train_dataloader",
+        "mamba_lm.training.trainer._collate_with_ids",
+        "mamba_lm.training.prefix_suffix.PrefixSuffixLM.forward",
+        "transformers.Trainer.create_scheduler",
+        "transformers.Trainer.create_accelerator_and_postprocess",
+        "transformers.TrainingArguments.__post_init__",
+    ],
+)
+def test_a_bug_stays_a_traceback(place, error, make_trainer, make_model):
+    """Not the user's arguments are wrong where our code, torch or transformers has a bug."""
+    with mock.patch(place, side_effect=error("a bug")), pytest.raises(error, match="a bug"):
+        make_trainer(make_model(), random_examples(8), optim="adamw_torch", max_steps=1).train()
+
+
+def test_a_field_that_this_code_misspells_is_a_bug(tmp_path):
+    with pytest.raises(TypeError, match="lerning_rate"):
+        training_arguments(str(tmp_path), CPU, lerning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("report_to=nonsense", "not installed; choose from none"),
+        ("report_to=wandb", "not installed; choose from none"),
+        ("log_level=nonsense", "choose from detail, debug"),
+        ("lr_scheduler_type=flat", "not a valid SchedulerType"),
+        ('lr_scheduler_kwargs={"a": 1}', "unexpected keyword argument 'a'"),
+        ('lr_scheduler_kwargs={"num_cycles": "x"}', "could not convert|must be real"),
+        ("lr_scheduler_type=warmup_stable_decay", "num_decay_steps"),
+        ("lr_scheduler_type=cosine_with_min_lr", "min_lr"),
+        ('accelerator_config={"a": 1}', "its keys are split_batches"),
+        ("accelerator_config=nowhere.json", "nowhere.json"),
+        ("save_steps=1e400", "cannot convert float infinity"),
+        ("output_dir=x", "use output"),
+        ("restore_callback_states_from_checkpoint=true", "no callback keeps a state"),
+    ],
+)
+def test_a_wrong_value_is_reported_in_one_line(override, message, tmp_path):
+    with pytest.raises(UserError, match=f"^training arguments: .*({message})") as caught:
+        training_arguments(str(tmp_path), CPU, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optim": "adamw_bnb_8bit"}, {"adam_beta2": 2}, {"optim_args": "x"},
+     {"optim": "galore_adamw"}, {"optim": "lomo"}], ids=str,
+)  # fmt: skip
+def test_a_wrong_optimizer_is_reported_in_one_line(settings, make_trainer, make_model):
+    with pytest.raises(UserError, match=r"^training arguments: ") as caught:
+        make_trainer(make_model(), random_examples(8), max_steps=1, **settings).train()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_engine_names_no_flag():
+    """Its users are scripts with flags of their own."""
+    for path in Path(training.__file__).parent.glob("*.py"):
+        texts = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        documented = 'such as "--overwrite"'  # of a parameter
+        flags = [text for text in texts if "--" in text and documented not in text]
+        assert not flags, path
