@@ -1,5 +1,5 @@
-"""Whatever cuts a training run off, the same command goes on, and ends in the weights of a run that
-nothing disturbed."""
+"""Whatever interrupts a training run, the same command resumes it, to the weights of a run that
+nothing interrupted."""
 
 import json
 import os
@@ -128,14 +128,14 @@ def undisturbed_apart(inputs) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize("seed", KILLS)
-def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
+def test_a_killed_run_resumes(inputs, undisturbed_apart, tmp_path, seed):
     """Wherever it is: between steps, in a checkpoint that is half written, at the model's card."""
     rng = random.Random(seed)
     output = tmp_path / "run"
     undisturbed, touched = undisturbed_apart
     kills = rng.choice([1, 1, 2])
     for _ in range(kills):
-        number = rng.randint(1, touched // kills**2)  # what a run that goes on still has to do
+        number = rng.randint(1, touched // kills**2)  # what a resumed run still has to do
         run = signalled(signal.SIGKILL, number, str(output), command(inputs, output))
         assert run.returncode == -signal.SIGKILL, run.stderr
         if (output / "training_args.json").exists():
@@ -197,7 +197,7 @@ def test_a_run_killed_before_its_model_was_written_needs_no_further_step(
 
 
 def test_a_damaged_checkpoint_is_skipped(inputs, undisturbed, tmp_path, capsys):
-    """Truncated weights in the newest: the run goes on from the one before."""
+    """Truncated weights in the newest: the run resumes from the one before."""
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     record = json.loads((output / "training_args.json").read_text())
@@ -228,7 +228,7 @@ def test_another_run_is_refused(flag, value, said, inputs, undisturbed):
     assert "\n" not in str(caught.value)
 
 
-def test_overwrite_begins_anew_and_leaves_what_is_not_a_runs(inputs, undisturbed, tmp_path):
+def test_overwrite_restarts_and_keeps_other_files(inputs, undisturbed, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     (output / "notes.txt").write_text("mine")
@@ -315,7 +315,7 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch, capsys)
 def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
     at, inputs, undisturbed, tmp_path, monkeypatch
 ):
-    """What is scored then, the run scores when it goes on; also if that was its end."""
+    """What was to be scored then is scored when the run resumes; also at its end."""
     output = tmp_path / "run"
     score = training.make_scorer
     steps = iter(range(4, 99, 4))

@@ -178,7 +178,7 @@ def make_data_report(
     max_length: int | None = None,
 ) -> DataReport:
     """The report on the batches of these examples."""
-    of_epoch = batches.of_all_processes()
+    of_epoch = batches.for_all_processes()
     pairings = [pairing for batch in of_epoch for pairing in batch]
     parts = [prompt_parts(p.context, p.example.question, prompt_order) for p in pairings]
     prefixes, suffixes = (_num_tokens(texts, tokenizer) for texts in zip(*parts, strict=True))

@@ -192,7 +192,7 @@ def test_without_a_limit_all_stays(tokenizer):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_batch_holds_what_is_longer(order, tokenizer):
+def test_no_batch_contains_longer_examples(order, tokenizer):
     """Nor where a question is asked on another context, that was cut for another question."""
     found = cut_to_length(make_examples(), tokenizer, order, 60)
     for batch in GroupedBatches(found.examples, 16, "random"):
@@ -203,7 +203,7 @@ def test_no_batch_holds_what_is_longer(order, tokenizer):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("max_length", [None, 60])
-def test_the_report_counts_what_batches_hold(max_length, order, tokenizer):
+def test_the_report_counts_what_batches_contain(max_length, order, tokenizer):
     examples = make_examples()
     data = cut_to_length(examples, tokenizer, order, max_length)
     batches = GroupedBatches(data.examples, 16, "random")

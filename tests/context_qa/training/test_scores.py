@@ -82,7 +82,7 @@ def test_scores_by_hand():
     assert training_scores(rows[:2]).keys() == {"exact_match", "f1"}
 
 
-def test_copies_are_added_only_where_nothing_is_unanswerable():
+def test_negatives_are_added_only_where_all_are_answerable():
     own = [Example(str(i), f"Context {i}.", f"Which {i}?", (f"{i}",)) for i in range(3)]
     assert len(scored_examples(own, "random")) == 6
     assert scored_examples(own, None) == own
@@ -96,7 +96,7 @@ def test_copies_are_added_only_where_nothing_is_unanswerable():
     ("answered", ["all questions in --eval_data have answers"]),
     ("answered unanswered known", ["1 of 3 questions in --eval_data are trained on too"]),
 ])  # fmt: skip
-def test_what_makes_scores_doubtful_is_said(scored, said):
+def test_problems_of_scores_are_reported(scored, said):
     known = Example("known", "Bo is a cat.", "Who?", ("Bo",))
     examples = {
         "answered": Example("1", "Bo is a cat.", "What?", ("a cat",)),
@@ -123,7 +123,7 @@ def make_settings(**changes) -> TrainingSettings:
     return TrainingSettings(**defaults | changes)
 
 
-def test_a_card_says_what_was_done():
+def test_a_card_describes_the_run():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
     steps = {"steps": 1234, "epochs": 2.5, "step_of_model": 1000}
     scores = {"exact_match": 61.25, "abstention_f1": 50.0, "loss": 1.25}
@@ -147,7 +147,7 @@ def test_a_card_commands_no_terminal():
     assert card == printable(card, keep="\n") and "`\\x1b[2Jdata\\x9b\\u202e`" in card
 
 
-def test_a_card_without_scores_says_so():
+def test_a_card_reports_that_there_are_no_scores():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
     settings = make_settings(eval_data=None, prompt_order="question_first")
     card = make_model_card(settings, report, ONE_STEP, {})

@@ -1,4 +1,4 @@
-"""A checkpoint is taken if it is whole, and only then; anything else is told in words."""
+"""A run resumes only from an intact checkpoint; damage is reported in words."""
 
 import json
 
@@ -44,7 +44,7 @@ def write(output, step, files=FILES):
     return output / written.name
 
 
-def test_a_sealed_checkpoint_is_whole(tmp_path):
+def test_a_published_checkpoint_is_intact(tmp_path):
     checkpoint = write(tmp_path, 7)
     assert find_damage(checkpoint) is None
     require_intact(checkpoint)
@@ -106,13 +106,13 @@ def test_a_manifest_without_sizes_or_hashes_is_named(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
-def test_weights_alone_are_no_state_to_go_on_from(name, tmp_path):
-    """As save_only_model leaves them: the Trainer would go on with a fresh optimiser, silently."""
+def test_weights_alone_are_not_resumed_from(name, tmp_path):
+    """As save_only_model leaves them: the Trainer would silently resume with a new optimizer."""
     checkpoint = write(tmp_path, 7, {n: data for n, data in FILES.items() if n != name})
     assert find_damage(checkpoint) == f"{name} is missing in {MANIFEST}"
 
 
-def test_the_newest_whole_one_is_taken_and_others_are_told(tmp_path, capsys):
+def test_the_newest_intact_one_is_found_and_others_are_reported(tmp_path, capsys):
     assert find_newest_checkpoint(tmp_path) is None
     for step in (9, 10, 100):
         write(tmp_path, step)
@@ -130,7 +130,7 @@ def test_the_newest_whole_one_is_taken_and_others_are_told(tmp_path, capsys):
     assert f"checkpoint-10 is skipped: {MANIFEST} is missing" in second
 
 
-def test_a_disk_that_is_full_at_the_end_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_error_at_the_end_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     before = write(tmp_path, 7)
     monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

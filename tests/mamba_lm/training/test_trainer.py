@@ -220,7 +220,7 @@ def test_token_losses_belong_to_their_items(examples, make_model, assert_near):
     assert len(losses) == len(rows) == sum(example.num_labels for example in examples)
 
 
-def test_what_stands_under_the_padding_does_not_matter(make_model):
+def test_tokens_under_the_padding_do_not_matter(make_model):
     wrapped, batch = PrefixSuffixLM(make_model()), collate(EXAMPLES)
     loss = wrapped(**batch)["loss"]
     for name, lengths in [("prefixes", "prefix_lengths"), ("suffixes", "suffix_lengths")]:
@@ -256,7 +256,7 @@ def test_accumulated_batches_equal_one_big_batch(make_trainer, make_model, asser
     assert_near({name: got[name] - start[name] for name in start}, moved, 1e-3)
 
 
-def test_lengths_stay_where_they_need_no_wait_for_a_gpu(make_trainer, make_model, monkeypatch):
+def test_lengths_stay_on_the_cpu(make_trainer, make_model, monkeypatch):
     """By torch's meta device in a GPU's place."""
     trainer = make_trainer(make_model(), EXAMPLES)
 
@@ -309,7 +309,7 @@ def test_weight_decay_spares_the_ssms_own_norms_and_biases(make_trainer, make_mo
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_are_told_at_once(value, make_trainer, make_model):
+def test_weights_that_are_not_finite_are_reported_before_training(value, make_trainer, make_model):
     model = make_model()
     with torch.no_grad():
         model.backbone.norm_f.weight[0] = value
@@ -317,7 +317,7 @@ def test_weights_that_are_no_numbers_are_told_at_once(value, make_trainer, make_
         make_trainer(model, EXAMPLES, max_steps=3).train()
 
 
-def test_weights_that_became_no_numbers_are_not_saved(make_trainer, make_model, tmp_path):
+def test_weights_that_became_infinite_are_not_saved(make_trainer, make_model, tmp_path):
     trainer = make_trainer(make_model(), EXAMPLES, max_steps=1, save_strategy="no")
     trainer.train()
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_weights_that_became_no_numbers_are_not_saved(make_trainer, make_model, 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["loss", "norm of the gradients"])
-def test_what_is_no_number_stops_training_and_its_batch_is_named(
+def test_a_loss_or_gradient_that_is_not_finite_stops_training(
     what, value, make_trainer, make_model
 ):
     """Of two batches a step the second one of the third step; its loss, or its gradients alone."""
@@ -373,7 +373,7 @@ def test_many_examples_are_not_all_named():
     assert listed.endswith("id63 and 36 more") and listed.count(",") == 63
 
 
-def test_a_batch_without_anything_to_learn_is_an_error(make_trainer, make_model, monkeypatch):
+def test_a_batch_without_labels_is_an_error(make_trainer, make_model, monkeypatch):
     def without_labels(examples):
         batch = collate_with_ids(examples)
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
@@ -416,7 +416,7 @@ def test_the_same_seed_gives_the_same_bits(make_trainer, make_model):
         assert not torch.equal(weight, start[name])
 
 
-def test_batches_come_as_they_are_and_hear_of_each_epoch(make_trainer, make_model):
+def test_batches_are_not_changed_and_know_the_epoch(make_trainer, make_model):
     seen = []
     batches = Listed(random_examples(10), batch_size=3)
 
@@ -471,7 +471,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tied, make_trainer, mak
         assert torch.equal(parameter, wanted[name])
 
 
-def test_a_spoilt_checkpoint_is_named(make_trainer, make_model, tmp_path):
+def test_a_damaged_checkpoint_is_named(make_trainer, make_model, tmp_path):
     settings = {"save_steps": 2, "save_strategy": "steps", "max_steps": 2}
     make_trainer(make_model(), random_examples(8), **settings).train()
     weights = tmp_path / "out/checkpoint-2/model.safetensors"
