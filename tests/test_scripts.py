@@ -385,7 +385,7 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
     for more in ([], ["--overwrite"]):
         assert f"{trained.model}: is read too and would be lost" in fail(TRAIN, *arguments, *more)
     arguments = reading(TRAIN, ROOT / "models/demo", trained.data, trained.model)
-    assert f"{trained.model}: holds another run (model: " in fail(TRAIN, *arguments)
+    assert f"{trained.model}: contains another run (model: " in fail(TRAIN, *arguments)
 
 
 @pytest.mark.parametrize(
