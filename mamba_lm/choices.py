@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mamba_lm.generate import Generation, Reading, token_log_probs
-from mamba_lm.models.mamba import MambaLM, right_pad
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.tensors import right_pad
 
 
 class Choice(NamedTuple):

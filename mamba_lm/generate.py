@@ -8,7 +8,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
-from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.state import MambaState
+from mamba_lm.tensors import at_least_float32, right_pad
 
 GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
 NO_TOKEN = -1
@@ -88,12 +90,12 @@ class _Rows(NamedTuple):
         return _Rows(*rows, self.left, self.stops, self.state.fork(index))
 
     def tensors(self) -> list[Tensor]:
-        return [*self[:5], *self.state.tensors()]
+        return [*self[:5], *self.state.tensors]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "_Rows":
         """From what `tensors` gives."""
-        return _Rows(*tensors[:5], MambaState.of(tensors[5:]))
+        return _Rows(*tensors[:5], MambaState(tuple(tensors[5:])))
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from torch import Tensor
 from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graphs_of
 from mamba_lm.generate import Reading, is_captured, token_log_probs
-from mamba_lm.models.mamba import MambaLM, MambaState
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.state import MambaState
 
 
 class Sampler:
@@ -112,14 +113,14 @@ def _stepper(
 
     def captured(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         token_ids, *parts = tensors
-        log_probs, state = read_one(token_ids, MambaState.of(parts))
-        return [token_ids, *state.tensors()], (log_probs,)
+        log_probs, state = read_one(token_ids, MambaState(tuple(parts)))
+        return [token_ids, *state.tensors], (log_probs,)
 
     def replay(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        start = [token_ids, *state.tensors()]
+        start = [token_ids, *state.tensors]
         graph = graphs.get(1) or graphs.setdefault(1, StepGraph(captured, start, 1))
         graph.load(start)
         [[log_probs]] = graph()
-        return log_probs, MambaState.of(graph.tensors[1:])
+        return log_probs, MambaState(tuple(graph.tensors[1:]))
 
     return replay

@@ -21,7 +21,7 @@ from context_qa.data_warnings import model_warnings
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import choose_device, choose_dtype
-from mamba_lm.models.mamba import MambaState
+from mamba_lm.models.state import MambaState
 from mamba_lm.streaming import Sampler
 from mamba_lm.tokenizer import require_offsets, token_ids
 from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts

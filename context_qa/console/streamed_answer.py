@@ -11,7 +11,7 @@ import torch
 from context_qa.answering import Answerer, as_probability
 from context_qa.results.rows import Answer
 from mamba_lm.generate import read_and_score
-from mamba_lm.models.mamba import MambaState
+from mamba_lm.models.state import MambaState
 from mamba_lm.streaming import Sampler, Stream
 from mamba_lm.tokenizer import token_ids
 

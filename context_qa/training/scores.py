@@ -13,7 +13,8 @@ from context_qa.answering import Answerer
 from context_qa.negatives import unanswerable_copies
 from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
-from mamba_lm.models.mamba import MambaLM, MambaState
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import token_ids
 from mamba_lm.training.prefix_suffix import Continuation, collate, suffix_losses
 from squad_utils import Example, answer_text, prompt_parts, same_question

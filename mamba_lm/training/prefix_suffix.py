@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.state import MambaState
+from mamba_lm.tensors import at_least_float32, right_pad
 
 IGNORED = -100
 

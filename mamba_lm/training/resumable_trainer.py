@@ -15,9 +15,10 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from common.errors import UserError, warn
-from mamba_lm.checkpoint import load_weights, read_model_weights, save_model, writing_tensors
+from mamba_lm.checkpoint import load_weights, read_model_weights, save_model
 from mamba_lm.foreign_files import parsing
 from mamba_lm.formats.pickles import require_plain
+from mamba_lm.formats.weights import writing_tensors
 from mamba_lm.models.mamba import MambaLM
 from mamba_lm.training.arguments import blaming_arguments
 from mamba_lm.training.checkpoints import fault, partial_folder, require_whole, rotate, seal

@@ -88,7 +88,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
             raise UserError("--fully_shard: needs two processes or more, by torchrun")
         module = PrefixSuffixLM(model)
         if sharded:
-            shard(module.to(arguments.device), list(model.backbone.layers), arguments.device.type)
+            shard(module.to(arguments.device), list(model.blocks), arguments.device.type)
         with blaming_arguments():  # an integration that is not installed, mostly
             super().__init__(
                 model,
@@ -192,7 +192,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
                 model = self.language_model
                 if self.is_distributed_loading_by_transformers:
                     weights = whole(model.state_dict())
-                    model = MambaLM(model.config).to(self.args.device)
+                    model = model.config.build().to(self.args.device)
                     load_weights(model, weights, Path("the shards"))
                 scores = self.score(model.eval(), self.safe_stop.poll)
         except BaseException:

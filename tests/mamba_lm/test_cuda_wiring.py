@@ -428,7 +428,7 @@ def test_the_fused_mixer_is_left_where_it_would_be_wrong(kernels, monkeypatch, w
     model, ids, seen = MambaLM(config), torch.randint(0, 32, (3, 9)), []
     mixer = model.backbone.layers[0].mixer
     if why == "hook on Δ":
-        mixer.dt_proj.register_forward_hook(lambda *args: seen.append(args[2]))
+        mixer.delta.register_forward_hook(lambda *args: seen.append(args[2]))
     if why == "adapter":
         mixer.x_proj = torch.nn.Sequential(mixer.x_proj)
     loss, gradients = trained(model, ids, "cuda", monkeypatch)

@@ -223,5 +223,5 @@ def test_read_and_score_is_both(prompt, continuation, is_fused, model, monkeypat
     got, score = generate.read_and_score(model, prompt, state, continuation, STOPS, VOCABULARY)
     assert score == pytest.approx(log_prob, abs=1e-4)
     assert_near(got.log_probs, wanted.log_probs, 1e-5)
-    for one, other in zip(got.state.tensors(), wanted.state.tensors(), strict=True):
+    for one, other in zip(got.state.tensors, wanted.state.tensors, strict=True):
         assert_near(one, other, 1e-5)

@@ -77,7 +77,7 @@ def test_draws_differ_by_the_sampler_alone(answerer):
 
 def test_broken_weights_are_told(answerer):
     state, [length] = answerer.read_prefixes([CONTEXT])
-    broken = state._replace(ssm=tuple(ssm * torch.nan for ssm in state.ssm))
+    broken = state.map(lambda tensor: tensor * torch.nan)
     with pytest.raises(UserError, match="the model computes NaN"):
         stream_answer(answerer, broken, "\n\nQ: Why?\nA:", length)
 
