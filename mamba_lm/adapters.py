@@ -256,6 +256,8 @@ def _find_unused(model: LanguageModel, before: set[nn.Parameter]) -> list[str]:
     try:
         with torch.enable_grad():
             logits, _ = model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+            if not logits.requires_grad:
+                return list(added)
             gradients = torch.autograd.grad(logits.sum(), list(added.values()), allow_unused=True)
     finally:
         for parameter, requires_grad in required.items():

@@ -17,12 +17,12 @@ def convolve(
 ) -> Tensor:
     """SiLU of the causal convolution of x (b, l, d) of this width.
 
-    conv1d: a depthwise nn.Conv1d without padding; or what an adapter has put in its place, which is
-    then called. tail (b, w - 1, d): the inputs before x, zeros by default. An untouched nn.Conv1d
-    alone reads packed rows too, (tokens, d) of these lengths. UserError where what is in its place
-    is no convolution of this width.
+    conv1d: a plain convolution, or what an adapter has put in its place, which is then called.
+    tail (b, w - 1, d): the inputs before x, zeros by default. A plain convolution alone reads
+    packed rows too, (tokens, d) of these lengths. UserError where what is in its place is no
+    convolution of this width.
     """
-    if is_untouched(conv1d, nn.Conv1d):
+    if is_plain_convolution(conv1d):
         return causal_conv1d(x, conv1d.weight.squeeze(1), conv1d.bias, tail, lengths)
     if x.numel() == 0:
         return x
@@ -37,6 +37,16 @@ def convolve(
             f"{tuple(x.shape)}; it must keep the kernel size and add no padding"
         )
     return y
+
+
+def is_plain_convolution(conv1d: nn.Module) -> bool:
+    """Whether it is an untouched nn.Conv1d, depthwise and without padding, as kernels are."""
+    return (
+        is_untouched(conv1d, nn.Conv1d)
+        and conv1d.groups == conv1d.in_channels == conv1d.out_channels
+        and conv1d.stride == conv1d.dilation == (1,)
+        and conv1d.padding == (0,)
+    )
 
 
 def last_inputs(x: Tensor, before: Tensor | None, count: int, lengths: Tensor | None) -> Tensor:

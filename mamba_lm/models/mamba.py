@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from mamba_lm.models.convolution import convolve, last_inputs
+from mamba_lm.models.convolution import convolve, is_plain_convolution, last_inputs
 from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.modules import DeltaSoftplus, Linear, RMSNorm, has_hooks, is_untouched
 from mamba_lm.models.state import MambaState
@@ -156,7 +156,7 @@ class MambaMixer(nn.Module):
         return (
             is_untouched(self, MambaMixer)
             and all(is_untouched(module, Linear) for module in linears)
-            and is_untouched(self.conv1d, nn.Conv1d)
+            and is_plain_convolution(self.conv1d)
             and is_untouched(self.delta, DeltaSoftplus)
         )
 
@@ -209,7 +209,7 @@ class MambaBlock(nn.Module):
         mixer = self.mixer
         return (
             type(mixer) is MambaMixer
-            and is_untouched(mixer.conv1d, nn.Conv1d)
+            and is_plain_convolution(mixer.conv1d)
             and not any(map(has_hooks, mixer.modules()))
         )
 
