@@ -1,10 +1,10 @@
-"""Read and write the two public Mamba checkpoint formats; atomically, and never by pickled code.
+"""Read and write the two public Mamba checkpoint formats: atomically, and without pickled code.
 
     transformers    config.json with model_type mamba or falcon_mamba, model.safetensors
     state_spaces    config.json with d_model, n_layer, ...; pytorch_model.bin (mamba_ssm's own)
 
 A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or a config file
-(models/configs/*.json, in either layout), which gives random weights. `formats` has the details.
+(models/configs/*.json, in either format), which gives random weights. The formats are in `formats`.
 """
 
 import json
@@ -35,7 +35,7 @@ from mamba_lm.tokenizer import (
     vocabulary_bound,
 )
 
-NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
+NOTE = "NOTE.txt"  # in a model's folder: what a user should know first
 GENERATION = "generation_config.json"
 
 
@@ -57,8 +57,7 @@ class ModelFiles(NamedTuple):
 
 
 def find_model(name: str) -> ModelFiles:
-    """The files of the model of this name, downloaded from the Hub if need be. UserError says what
-    is missing."""
+    """The files of the model of this name, downloaded from the Hub if need be. Raises UserError."""
     if name.endswith(".json"):
         return ModelFiles(Path(name))
     folder = find_folder(name)
@@ -139,7 +138,7 @@ def _require_memory(config: ModelConfig, path: Path) -> None:
 
 
 def memory_bytes() -> int:
-    """Of the machine's main memory."""
+    """The size of the machine's main memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -232,8 +231,8 @@ def save_model(
 
 
 def _generation_with(generation: dict, tokenizer) -> dict:
-    """A checkpoint's settings of generation with the token ids of its tokenizer, unless they agree
-    on what ends a text: a checkpoint may list several ends, and a padding of its own."""
+    """A checkpoint's settings of generation with the token ids of its tokenizer, unless both have
+    the same end-of-text: a checkpoint may list several, and its own padding."""
     if tokenizer is None:
         return generation
     ends = generation.get("eos_token_id")
@@ -257,9 +256,9 @@ def _require_plain_names(
 
 
 def find_tokenizer_of(model: str, tokenizer: str | None = None) -> Path:
-    """Where the tokenizer named by `tokenizer` is (folder, tokenizer.json file or Hub name), else
-    the one in the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces'
-    models. UserError where that cannot be a model's."""
+    """Where the tokenizer `tokenizer` is (folder, tokenizer.json file or Hub name). By default the
+    one in the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces'
+    models. Raises UserError where the model cannot have that one."""
     if tokenizer is None:
         folder = Path(model) if model.endswith(".json") else find_folder(model)
         if has_tokenizer(folder):

@@ -23,7 +23,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 class WeightFiles(NamedTuple):
-    """The files that hold a model's weights, and the index of them, if there are several."""
+    """The files that contain a model's weights, and their index, if there are several."""
 
     tensors: tuple[Path, ...]
     index: Path | None = None
@@ -33,7 +33,7 @@ class WeightFiles(NamedTuple):
 def find_weights(folder: Path) -> WeightFiles:
     """The files that loading reads: the first of these that is there, as `transformers` chooses.
 
-    Raises UserError where there are none, an index is broken or what has the name is no file.
+    Raises UserError where there are none, an index is broken or a name is not that of a file.
     """
     for ending in ("model.safetensors", "pytorch_model.bin"):
         if os.path.lexists(folder / ending):
@@ -63,7 +63,7 @@ def _read_index(index: Path, suffix: str) -> dict[str, Path]:
 
 def read_weights(files: WeightFiles) -> dict[str, Tensor]:
     """All tensors by their names in the files. UserError for a file that is missing or broken and
-    for weights that are no real floating-point numbers, or more of them than a file holds."""
+    for weights that are not real floating-point numbers, or more of them than fit into a file."""
     tensors: dict[str, Tensor] = {}
     for path in files.tensors:
         read = _read_file(path)
@@ -80,7 +80,7 @@ def read_weights(files: WeightFiles) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> Mapping:
-    """What a file holds, mapped into memory, so that no tensor can be larger than it says."""
+    """The content of a file, mapped into memory, so that no tensor can be larger than the file."""
     require_file(path)
     with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
         if path.suffix == ".safetensors":

@@ -32,7 +32,7 @@ class ModelConfig(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """Of a model that need not exist: tied embeddings once."""
+        """Those of the model, which need not exist; tied embeddings count once."""
 
     def build(self) -> "LanguageModel":
         """A model of this shape, its weights as at the start of training."""

@@ -71,7 +71,7 @@ class MambaConfig:
             "dt_rank": self.dt_rank or math.ceil(self.d_model / 16),
             "d_inner": self.d_inner or int(self.expand * self.d_model),
         }
-        for name in ("norm_eps", "bcdt_rms_eps"):  # JSON may hold an integer
+        for name in ("norm_eps", "bcdt_rms_eps"):  # JSON may have an integer
             value = getattr(self, name)
             derived[name] = value if value is None else float(value)
         for name, value in derived.items():
@@ -87,13 +87,13 @@ class MambaConfig:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embedding; those from the tokenizer's length on are never sampled."""
+        """Rows of the embedding: vocab_size rounded up to pad_vocab_size_multiple."""
         multiple = self.pad_vocab_size_multiple
         return math.ceil(self.vocab_size / multiple) * multiple
 
     @property
     def num_parameters(self) -> int:
-        """Of a model that need not exist: tied embeddings once."""
+        """Those of the model, which need not exist; tied embeddings count once."""
         m, d, n, r = self.d_model, self.d_inner, self.d_state, self.dt_rank
         projections = 3 * m * d + (r + 2 * n) * d + r * d + (2 * d + m if self.proj_bias else 0)
         layer = m + projections + d * (self.d_conv + self.conv_bias) + d * (n + 2)
