@@ -15,7 +15,7 @@ from context_qa.results.rows import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
 from mamba_lm.choices import Choice, decode_choices
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
 from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
@@ -48,7 +48,7 @@ class Answerer:
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         tokenizer,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_batch_tokens: int = MAX_BATCH_TOKENS,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_lm.generate import Generation, Reading, token_log_probs
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.tensors import right_pad
 
 
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def decode_choices(
-    model: MambaLM,
+    model: LanguageModel,
     reading: Reading,
     choices: Sequence[Sequence[Choice]],
     stop_ids: Collection[int],

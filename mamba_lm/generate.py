@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 from mamba_lm.tensors import at_least_float32, right_pad
 
@@ -34,7 +34,7 @@ class Generation(NamedTuple):
 
 
 def prefill(
-    model: MambaLM,
+    model: LanguageModel,
     sequences: Sequence[Sequence[int]],
     max_tokens: int | None = None,
     on_read: Callable[[int], object] = lambda length: None,
@@ -57,7 +57,7 @@ def prefill(
 
 
 def read(
-    model: MambaLM,
+    model: LanguageModel,
     sequences: Sequence[Sequence[int]],
     state: MambaState | None = None,
     vocab_size: int | None = None,
@@ -100,7 +100,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def decode(
-    model: MambaLM,
+    model: LanguageModel,
     reading: Reading,
     stop_ids: Collection[int],
     max_new_tokens: int,
@@ -212,7 +212,7 @@ class _Graphed(_Eager):
 
 
 def continuation_log_prob(
-    model: MambaLM,
+    model: LanguageModel,
     reading: Reading,
     token_ids: Sequence[int],
     stop_ids: Collection[int],
@@ -230,7 +230,7 @@ def continuation_log_prob(
 
 
 def read_and_score(
-    model: MambaLM,
+    model: LanguageModel,
     token_ids: Sequence[int],
     state: MambaState,
     continuation: Sequence[int],
@@ -259,16 +259,16 @@ def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
         raise UserError("the tokenizer has no token for any part of a text that is to be continued")
 
 
-def token_log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
+def token_log_probs(model: LanguageModel, hidden: Tensor, vocab_size: int | None) -> Tensor:
     """Log-probabilities (b, v) of what follows each row of hidden (b, m), without padded rows."""
     return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
 
 
-def _device(model: MambaLM) -> torch.device:
+def _device(model: LanguageModel) -> torch.device:
     return model.lm_head.weight.device
 
 
-def is_captured(model: MambaLM) -> bool:
+def is_captured(model: LanguageModel) -> bool:
     """Whether steps are CUDA graphs, in which no hook would be called and no cast be kept."""
     return (
         _device(model).type == "cuda" and model.is_plain() and not torch.is_autocast_enabled("cuda")

@@ -9,7 +9,7 @@ from torch import Tensor
 from common.errors import UserError
 from mamba_lm.cuda_graphs import StepGraph, graphs_of
 from mamba_lm.generate import Reading, is_captured, token_log_probs
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 
 
@@ -65,7 +65,7 @@ class Stream:
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         reading: Reading,
         stop_ids: Collection[int],
         max_new_tokens: int,
@@ -97,7 +97,7 @@ class Stream:
 
 
 def _stepper(
-    model: MambaLM, vocab_size: int | None
+    model: LanguageModel, vocab_size: int | None
 ) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
     """What reads one token more of one row: (token_ids (1,), state) to the log-probabilities (1, v)
     of the next one and a state, good until the next call. On a GPU a step is one CUDA graph."""

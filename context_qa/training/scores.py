@@ -13,7 +13,7 @@ from context_qa.answering import Answerer
 from context_qa.negatives import unanswerable_copies
 from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import token_ids
 from mamba_lm.training.prefix_suffix import Continuation, collate, suffix_losses
@@ -54,7 +54,7 @@ def doubts(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[st
 
 def scorer(
     examples: Sequence[Example], tokenizer, prompt_order: str, metric: str | None = None
-) -> Callable[[MambaLM, Callable[[], None]], dict[str, float]]:
+) -> Callable[[LanguageModel, Callable[[], None]], dict[str, float]]:
     """A function (model, poll) that answers the examples, greedily, and returns their scores in
     percent, `training_scores`, and the loss: the mean cross-entropy of what training would teach on
     them, in nats a token. All processes take part, and all get them; poll is called after each
@@ -79,7 +79,7 @@ def scorer(
             for place in places
         ]
 
-    def score(model: MambaLM, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def score(model: LanguageModel, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         losses: dict[int, tuple[float, int]] = {}  # sum and number of tokens
 
         def note_losses(places: Sequence[int], forked: MambaState) -> None:
@@ -110,7 +110,7 @@ def scorer(
 
 @torch.inference_mode()
 def _losses(
-    model: MambaLM, state: MambaState, examples: Sequence[Continuation]
+    model: LanguageModel, state: MambaState, examples: Sequence[Continuation]
 ) -> list[tuple[float, int]]:
     """Of each, read from its row of a state: the sum of cross-entropy over its target's tokens, and
     their number."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 from mamba_lm.tensors import at_least_float32, right_pad
 
@@ -65,7 +65,7 @@ class PrefixSuffixLM(nn.Module):
 
     accepts_loss_kwargs = True  # the Trainer then counts the labels of a whole optimiser step
 
-    def __init__(self, model: MambaLM):
+    def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
 
@@ -104,7 +104,7 @@ class PrefixSuffixLM(nn.Module):
 
 
 def suffix_losses(
-    model: MambaLM,
+    model: LanguageModel,
     state: MambaState | None,
     suffixes: Tensor,
     suffix_lengths: Tensor,

@@ -19,7 +19,7 @@ from mamba_lm.checkpoint import load_weights, read_model_weights, save_model
 from mamba_lm.foreign_files import parsing
 from mamba_lm.formats.pickles import require_plain
 from mamba_lm.formats.weights import writing_tensors
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.training.arguments import blaming_arguments
 from mamba_lm.training.checkpoints import fault, partial_folder, require_whole, rotate, seal
 from mamba_lm.training.progress import LOG, PLOT, SafeStop, plot, write_log
@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         module: nn.Module,
         arguments: TrainingArguments,
         patience: int,

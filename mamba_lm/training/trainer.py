@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from common.errors import UserError
 from mamba_lm.checkpoint import load_weights
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.training.arguments import blaming_arguments
 from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
 from mamba_lm.training.progress import Progress, TrainingLog
@@ -63,12 +63,12 @@ class PrefixSuffixTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         arguments: TrainingArguments,
         batches: Sampler[list],
         tokenize: Callable[[Any], Continuation],
         tokenizer,
-        score: Callable[[MambaLM, Callable[[], None]], Mapping[str, float]] | None = None,
+        score: Callable[[LanguageModel, Callable[[], None]], Mapping[str, float]] | None = None,
         patience: int = 5,
         sharded: bool = False,
     ):
@@ -132,7 +132,7 @@ class PrefixSuffixTrainer(ResumableTrainer):
             )
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the GPU, but for the lengths: `MambaLM.encode` then need not wait for them."""
+        """On the GPU, but for the lengths: `LanguageModel.encode` then need not wait for them."""
         on_host = {name: value for name, value in inputs.items() if name.endswith("lengths")}
         return super()._prepare_inputs(inputs) | on_host
 
