@@ -33,7 +33,8 @@ from context_qa.console.console import READ_AT_ONCE
 from context_qa.console.streamed_answer import stream_answer
 from mamba_lm.checkpoint import load_tokenizer, save_model
 from mamba_lm.generate import decode, read
-from mamba_lm.models.mamba import MambaConfig, MambaLM, MambaState
+from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 

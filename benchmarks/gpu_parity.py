@@ -166,7 +166,7 @@ def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
         hidden, state = step(torch.arange(5, device=device), reading.state)
         answers = decode(model, reading, [1, 2, 3], 11)
     found["output", "hidden"] = hidden
-    found |= {("state", f"{layer}"): h for layer, h in enumerate((*state.conv, *state.ssm))}
+    found |= {("state", f"{layer}"): h for layer, h in enumerate(state.tensors)}
     tokens = [token for answer in answers for token in (*answer.token_ids, -1)]
     found["output", "tokens"] = torch.tensor(tokens + [0] * (60 - len(tokens)), device=device)
     found["output", "log_probs"] = torch.tensor([a.log_prob for a in answers], device=device)

@@ -15,7 +15,8 @@ from context_qa.results.rows import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
 from mamba_lm.choosers import Constrained, TokenSequence
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
-from mamba_lm.models.mamba import MambaLM, MambaState
+from mamba_lm.models.interface import LanguageModel
+from mamba_lm.models.state import MambaState
 from squad_utils import NO_ANSWER, is_scored_as_empty
 
 WINDOW = 512  # prompts: what is answered out of order
@@ -46,7 +47,7 @@ class Answerer:
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         tokenizer,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_batch_tokens: int = MAX_BATCH_TOKENS,

@@ -1,33 +1,30 @@
-"""Read and write the two public Mamba checkpoint formats; atomically, and never by pickled code.
+"""Read and write the two public Mamba checkpoint formats: atomically, and without pickled code.
 
     transformers    config.json with model_type mamba or falcon_mamba, model.safetensors
     state_spaces    config.json with d_model, n_layer, ...; pytorch_model.bin (mamba_ssm's own)
 
 A model's name is a local folder, a Hub name such as state-spaces/mamba-130m, or a config file
-(models/configs/*.json, in either layout), which gives random weights. `formats` has the details.
+(models/configs/*.json, in either format), which gives random weights. The formats are in `formats`.
 """
 
-import contextlib
-import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError, warn
 from common.files import MODEL_FILES, atomic_folder
 from common.provenance import sha256_of
+from mamba_lm.adapters import merged_weights
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_object
-from mamba_lm.formats import state_spaces, transformers
-from mamba_lm.formats.weights import WeightFiles, find_weights, model_names, read_weights
-from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.formats import find_format, recognise_format
+from mamba_lm.formats.format import TOKEN_IDS, Format
+from mamba_lm.formats.weights import WeightFiles, find_weights, read_weights, write_tensors
+from mamba_lm.models.interface import LanguageModel, ModelConfig
 from mamba_lm.tokenizer import (
     DEFAULT_TOKENIZER,
     SAVED_FILES,
@@ -38,8 +35,7 @@ from mamba_lm.tokenizer import (
     vocabulary_bound,
 )
 
-FORMATS = ("transformers", "state_spaces")
-NOTE = "NOTE.txt"  # in a model's folder: what its user should know first
+NOTE = "NOTE.txt"  # in a model's folder: what a user should know first
 GENERATION = "generation_config.json"
 
 
@@ -61,15 +57,14 @@ class ModelFiles(NamedTuple):
 
 
 def find_model(name: str) -> ModelFiles:
-    """The files of the model of this name, downloaded from the Hub if need be. UserError says what
-    is missing."""
+    """The files of the model of this name, downloaded from the Hub if need be. Raises UserError."""
     if name.endswith(".json"):
         return ModelFiles(Path(name))
     folder = find_folder(name)
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder / 'adapter_config.json'}: an adapter, not a whole model; merge it into its "
-            "base model and save that"
+            "base model and save that: see mamba_lm/adapters.py"
         )
     read_config(folder / "config.json")  # a folder of something else is refused by this, first
     generation = folder / GENERATION
@@ -79,18 +74,18 @@ def find_model(name: str) -> ModelFiles:
 
 def load_model(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> MambaLM:
-    """The model of this name, in evaluation mode. UserError says what is missing or unfit."""
+) -> LanguageModel:
+    """The model of this name, in evaluation mode. UserError where a file is missing or unfit."""
     files = find_model(name)
     config = read_config(files.config, files.is_random)
     if files.is_random:
         _require_memory(config, files.config)
-        return MambaLM(config).to(device, dtype).eval()
+        return config.build().to(device, dtype).eval()
     folder = files.config.parent
     weights, config = read_model_weights(folder, config)
     _require_size(config, weights, files.config)
     with torch.device("meta"):
-        model = MambaLM(config)
+        model = config.build()
     _require_fit(model, weights, folder)
     model.to_empty(device="cpu")
     if config.tie_embeddings:  # to_empty gave each name a parameter of its own
@@ -100,16 +95,20 @@ def load_model(
     return model.to(device, dtype).eval()
 
 
-def read_model_weights(folder: Path, config: MambaConfig) -> tuple[dict[str, Tensor], MambaConfig]:
-    """The weights in a folder by the names of `MambaLM`, and the config, untied where they are.
-    Raises UserError."""
-    weights = model_names(read_weights(find_weights(folder)), folder)
-    return weights, _tie(config, weights, folder / "config.json")
+def read_model_weights(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The weights in a folder by the names of `LanguageModel`, and the config, untied where they
+    are. Raises UserError."""
+    path = folder / "config.json"
+    format = recognise_format(_read_json(path), path)
+    weights = format.read_weights(read_weights(find_weights(folder)), folder)
+    return weights, _tie(config, weights, format, path)
 
 
-def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaConfig:
+def _tie(
+    config: ModelConfig, weights: dict[str, Tensor], format: Format, path: Path
+) -> ModelConfig:
     """Weights that are tied get both of their names. Where a tied head differs from the embedding,
-    both are kept, as by `transformers`, and the config that is returned says so."""
+    the format decides."""
     if not config.tie_embeddings:
         return config
     names = ("backbone.embeddings.weight", "lm_head.weight")
@@ -120,16 +119,7 @@ def _tie(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> MambaCo
         return config
     if head.data_ptr() == embedding.data_ptr() or _are_equal(head, embedding):
         return config
-    if not _is_transformers(_read_json(path)):
-        raise UserError(
-            f"{path}: tie_embeddings is true, but the weights of lm_head and of the embedding "
-            "differ; set it to false to keep both"
-        )
-    warn(
-        f"{path}: tie_word_embeddings is true, but the weights of lm_head and of the embedding "
-        "differ; both are kept, untied"
-    )
-    return dataclasses.replace(config, tie_embeddings=False)
+    return format.untie(config, path)
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -137,7 +127,7 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _require_memory(config: MambaConfig, path: Path) -> None:
+def _require_memory(config: ModelConfig, path: Path) -> None:
     """UserError where random weights need more memory than the machine has."""
     needed, there = 4 * config.num_parameters, memory_bytes()
     if needed > there:
@@ -148,13 +138,13 @@ def _require_memory(config: MambaConfig, path: Path) -> None:
 
 
 def memory_bytes() -> int:
-    """Of the machine's main memory."""
+    """The size of the machine's main memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _require_size(config: MambaConfig, weights: dict[str, Tensor], path: Path) -> None:
-    """UserError where a config tells of a model far larger than its weights, before there is one:
-    what differs by less is told by the weights' names and shapes."""
+def _require_size(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:
+    """UserError where a config describes a model far larger than its weights, before it is built:
+    smaller differences are found by the weights' names and shapes."""
     found = sum(value.numel() for value in weights.values())
     if config.n_layer > len(weights) or config.num_parameters > 2 * found + 2**20:
         raise UserError(
@@ -163,13 +153,13 @@ def _require_size(config: MambaConfig, weights: dict[str, Tensor], path: Path) -
         )
 
 
-def load_weights(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
+def load_weights(model: LanguageModel, weights: dict[str, Tensor], source: Path) -> None:
     """Copy weights into the model; UserError unless names and shapes are exactly the model's."""
     _require_fit(model, weights, source)
     model.load_state_dict(weights)
 
 
-def _require_fit(model: MambaLM, weights: dict[str, Tensor], source: Path) -> None:
+def _require_fit(model: LanguageModel, weights: dict[str, Tensor], source: Path) -> None:
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
     if missing or extra:
@@ -184,23 +174,15 @@ def _require_fit(model: MambaLM, weights: dict[str, Tensor], source: Path) -> No
             )
 
 
-def read_config(path: Path, is_random: bool = False) -> MambaConfig:
-    """The config in either layout, each recognised by its own keys. UserError for a field that is
-    not understood or has a value that is not supported; is_random: weights are to be drawn, so that
-    fields on how they start count too."""
+def read_config(path: Path, is_random: bool = False) -> ModelConfig:
+    """The config in any format, each recognised by its own keys. is_random: weights are to be
+    drawn, so that fields about how they start count too. Raises UserError for a field that is not
+    understood or has a value that is not supported."""
     raw = _read_json(path)
     try:
-        if _is_transformers(raw):
-            return transformers.read_config(raw, path, is_random)
-        if "d_model" in raw and "model_type" not in raw:
-            return state_spaces.read_config(raw, path, is_random)
+        return recognise_format(raw, path).read_config(raw, path, is_random)
     except (ValueError, OverflowError) as error:  # sizes that do not fit together
         raise UserError(f"{path}: {error}") from error
-    raise UserError(f"{path}: not a Mamba-1 model (model_type {raw.get('model_type')!r:.40})")
-
-
-def _is_transformers(raw: dict) -> bool:
-    return raw.get("model_type") in ("mamba", "falcon_mamba")
 
 
 def _read_json(path: Path) -> dict:
@@ -210,77 +192,81 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_generation(files: ModelFiles) -> dict:
-    """What a checkpoint says on generation: token ids, over which generation_config.json goes. It
-    decides nothing here, and is written again when the model is saved."""
+    """A checkpoint's settings of generation: token ids of config.json, then those of
+    generation_config.json. They decide nothing here, and are written when the model is saved."""
     config = _read_json(files.config)
-    ids = {name: config[name] for name in transformers.TOKEN_IDS if name in config}
+    ids = {name: config[name] for name in TOKEN_IDS if name in config}
     return ids | (_read_json(files.generation) if files.generation else {})
 
 
 def save_model(
-    model: MambaLM,
+    model: LanguageModel,
     folder: str | Path,
     tokenizer=None,
     format: str = "transformers",
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder, complete or not at all; the tokenizer travels along if given.
-    weights: those of the model by name, where it does not hold them whole."""
-    weights = model.state_dict() if weights is None else weights
+    """Write a checkpoint folder, complete or not at all, with the tokenizer if one is given.
+
+    A model with adapters is written with their weights merged, and stays as it is. weights: those
+    of the model by name, where its own are sharded; they are written as they are. Raises UserError
+    where they are not the weights of a plain model, such as those of adapters.
+    """
+    config = model.config
+    if weights is None:
+        weights, config = merged_weights(model)
+    _require_plain_names(weights, config, folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    writer = find_format(format, config)
     generation = _generation_with(model.generation, tokenizer)
     replaced = (*MODEL_FILES, *(SAVED_FILES if tokenizer is not None else ()))
     with atomic_folder(folder, replaced) as partial:
-        if format == "state_spaces":
-            config = state_spaces.write_config(model.config)
-            with writing_tensors():
-                torch.save(state_spaces.write_weights(weights), partial / "pytorch_model.bin")
-        else:
-            config = transformers.write_config(model.config, weights["lm_head.weight"].dtype)
-            config |= {
-                name: generation[name] for name in transformers.TOKEN_IDS if name in generation
-            }
-            weights = transformers.write_weights(weights, model.config)
-            with writing_tensors():
-                save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-            (partial / "model.safetensors").chmod(0o644)  # safetensors makes files private
+        raw = writer.write_config(config, weights["lm_head.weight"].dtype, generation)
+        write_tensors(writer.write_weights(weights, config), partial / writer.weights_file)
         if model.generation:
             (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
 
 def _generation_with(generation: dict, tokenizer) -> dict:
-    """A checkpoint's settings of generation with the token ids of its tokenizer, unless they agree
-    on what ends a text: a checkpoint may list several ends, and a padding of its own."""
+    """A checkpoint's settings of generation with the token ids of its tokenizer, unless both have
+    the same end-of-text: a checkpoint may list several, and its own padding."""
     if tokenizer is None:
         return generation
     ends = generation.get("eos_token_id")
     if tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends]):
         return generation
-    return generation | {name: getattr(tokenizer, name) for name in transformers.TOKEN_IDS}
+    return generation | {name: getattr(tokenizer, name) for name in TOKEN_IDS}
 
 
-@contextlib.contextmanager
-def writing_tensors() -> Iterator[None]:
-    """What torch and safetensors make of a full disk becomes an OSError."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(str(error).splitlines()[0]) from error
+def _require_plain_names(
+    weights: dict[str, Tensor], config: ModelConfig, folder: str | Path
+) -> None:
+    """UserError where there are weights of modules that a plain model has not: adapters, mostly."""
+    with torch.device("meta"):
+        expected = config.build().state_dict().keys()
+    extra, missing = sorted(weights.keys() - expected), sorted(expected - weights.keys())
+    if extra or missing:
+        raise UserError(
+            f"{folder}: weights that a checkpoint cannot have {extra[:3]}, missing {missing[:3]}; "
+            "merge the model's adapters first, or save them alone: see mamba_lm/adapters.py"
+        )
 
 
 def find_tokenizer_of(model: str, tokenizer: str | None = None) -> Path:
-    """Where the tokenizer named by `tokenizer` is (folder, tokenizer.json file or Hub name), else
-    the one in the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces'
-    models. UserError where that cannot be a model's."""
+    """Where the tokenizer `tokenizer` is (folder, tokenizer.json file or Hub name). By default the
+    one in the model's folder, local or on the Hub, else GPT-NeoX-20B's, as for state-spaces'
+    models. Raises UserError where the model cannot have that one."""
     if tokenizer is None:
         folder = Path(model) if model.endswith(".json") else find_folder(model)
         if has_tokenizer(folder):
             return folder
-        config = read_config(folder / "config.json" if folder.is_dir() else folder)
-        if config.bcdt_rms_eps is not None:
+        path = folder / "config.json" if folder.is_dir() else folder
+        read_config(path)
+        raw = _read_json(path)
+        if not recognise_format(raw, path).has_default_tokenizer(raw):
             raise UserError(f"{model}: a Falcon-Mamba model without a tokenizer; give --tokenizer")
         tokenizer = DEFAULT_TOKENIZER
     return find_tokenizer(tokenizer)

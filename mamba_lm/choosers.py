@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from mamba_lm.models.mamba import right_pad
+from mamba_lm.tensors import right_pad
 
 
 class Choice(NamedTuple):

@@ -1,4 +1,4 @@
-"""Steps of a loop as one CUDA graph: the GPU runs several without a word from the host."""
+"""Steps of a loop as one CUDA graph: the GPU runs several without the host."""
 
 from collections.abc import Callable, Hashable, Sequence
 from weakref import WeakKeyDictionary
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 class StepGraph:
     """Several steps of a loop over tensors, run as one.
 
-    step: from the loop's tensors to what they are next, of the same shapes, and tensors to show of
-    each step. It waits for nothing on the GPU and changes nothing in place. Whatever else it reads
-    there must live as long as the graph, which sees addresses only. start: tensors like the loop's.
-    beside: a graph that never runs at the same time, whose memory this one shares.
+    step: from the loop's tensors to their next values, of the same shapes, and tensors to show of
+    each step. It does not wait for the GPU and changes nothing in place. Whatever else it reads on
+    the GPU must live as long as the graph, which knows addresses only. start: tensors of the loop's
+    shapes. beside: a graph that never runs at the same time, whose memory this one shares.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class StepGraph:
         def run() -> None:
             tensors, shown = self.tensors, []
             for _ in range(steps):
-                tensors, of_step = step(tensors)
-                shown.append(of_step)
-            # Copied before what they may be is written over.
+                tensors, values = step(tensors)
+                shown.append(values)
+            # Stacked before the loop's tensors, which they may be, are overwritten.
             self.shown = [torch.stack(values) for values in zip(*shown, strict=True)]
             for own, new in zip(self.tensors, tensors, strict=True):
                 own.copy_(new)
@@ -41,13 +41,13 @@ class StepGraph:
             self._replay, self._pool = capture(run, beside and beside._pool)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Let the loop go on from these."""
+        """Let the loop continue from these."""
         for own, given in zip(self.tensors, tensors, strict=True):
             own.copy_(given)
 
     def __call__(self) -> list[Tensor]:
-        """Run the steps: `tensors` are then the loop's. Returns what each step showed, stacked;
-        the next call writes over both."""
+        """Run the steps, after which `tensors` are the loop's. Returns what each step showed,
+        stacked; the next call overwrites both."""
         self._replay()
         return self.shown
 
@@ -55,7 +55,7 @@ class StepGraph:
 def capture(
     run: Callable[[], None], pool: tuple[int, int] | None = None
 ) -> tuple[Callable[[], None], tuple[int, int]]:
-    """A function that has the GPU do again what `run` had it do, as one launch, and its pool of
+    """A function by which the GPU repeats what `run` launched, as one launch, and its pool of
     memory, which is `pool` where one is given."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -78,10 +78,11 @@ _graphs: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], dict]] = WeakKeyDic
 
 
 def graphs_of(model: nn.Module, purpose: Hashable) -> dict[int, StepGraph]:
-    """A model's graphs for a purpose, by size of batch; none when its weights have moved."""
+    """A model's graphs for a purpose, by size of batch; none when its weights have moved, or are
+    more or fewer than before. Only a model that `is_plain` may use them: a graph calls no hook."""
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    known_addresses, of_purpose = _graphs.get(model, (None, {}))
+    known_addresses, graphs = _graphs.get(model, (None, {}))
     if addresses != known_addresses:
-        of_purpose = {}
-        _graphs[model] = addresses, of_purpose
-    return of_purpose.setdefault(purpose, {})
+        graphs = {}
+        _graphs[model] = addresses, graphs
+    return graphs.setdefault(purpose, {})

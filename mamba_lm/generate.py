@@ -9,8 +9,10 @@ from torch import Tensor
 from common.errors import UserError
 from mamba_lm.choosers import Chooser, Greedy
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
-from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.models.interface import LanguageModel
+from mamba_lm.models.state import MambaState
 from mamba_lm.stepper import is_captured, make_captured_step, make_step, token_log_probs
+from mamba_lm.tensors import at_least_float32, right_pad
 
 GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
 NO_TOKEN = -1
@@ -34,7 +36,7 @@ class Generation(NamedTuple):
 
 
 def prefill(
-    model: MambaLM,
+    model: LanguageModel,
     sequences: Sequence[Sequence[int]],
     max_tokens: int | None = None,
     on_read: Callable[[int], object] = lambda length: None,
@@ -45,7 +47,7 @@ def prefill(
     on_read is told the length of each.
     """
     input_ids, lengths = right_pad(sequences)
-    input_ids = input_ids.to(_device(model))
+    input_ids = input_ids.to(model.device)
     rows, longest = input_ids.shape
     size = max(longest if max_tokens is None else max_tokens // rows, 1)
     state = None
@@ -57,7 +59,7 @@ def prefill(
 
 
 def read(
-    model: MambaLM,
+    model: LanguageModel,
     sequences: Sequence[Sequence[int]],
     state: MambaState | None = None,
     vocab_size: int | None = None,
@@ -69,7 +71,7 @@ def read(
     """
     _require_tokens(sequences)
     input_ids, lengths = right_pad(sequences)
-    hidden, state = model.encode(input_ids.to(_device(model)), state, lengths)
+    hidden, state = model.encode(input_ids.to(model.device), state, lengths)
     lengths = lengths.to(hidden.device)
     last = hidden[torch.arange(len(sequences), device=hidden.device), lengths - 1]  # (b, m)
     return Reading(token_log_probs(model, last, vocab_size), state)
@@ -90,11 +92,11 @@ class _Rows(NamedTuple):
         return _Rows(*rows, self.left, self.stops, self.state.fork(index))
 
     def to_tensors(self) -> list[Tensor]:
-        return [*self[:5], *self.state.tensors()]
+        return [*self[:5], *self.state.tensors]
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor]) -> "_Rows":
-        return _Rows(*tensors[:5], MambaState.of(tensors[5:]))
+        return _Rows(*tensors[:5], MambaState(tuple(tensors[5:])))
 
 
 class Decoder:
@@ -112,7 +114,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         reading: Reading,
         stop_ids: Collection[int],
         max_new_tokens: int,
@@ -233,7 +235,7 @@ class _GraphBatch(_Batch):
 
 
 def decode(
-    model: MambaLM,
+    model: LanguageModel,
     reading: Reading,
     stop_ids: Collection[int],
     max_new_tokens: int,
@@ -255,14 +257,14 @@ def decode(
 
 
 def continuation_log_prob(
-    model: MambaLM,
+    model: LanguageModel,
     reading: Reading,
     token_ids: Sequence[int],
     stop_ids: Collection[int],
     vocab_size: int | None = None,
 ) -> Tensor:
     """Log-probability (b,) that each row goes on with token_ids and then stops."""
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=_device(model))
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
     ids = torch.tensor([list(token_ids)], device=stops.device).expand(len(reading.log_probs), -1)
     hidden, _ = model.encode(ids, reading.state, keep_state=False)
     logits = at_least_float32(model.lm_head(hidden)[..., :vocab_size])  # (b, l, v)
@@ -273,7 +275,7 @@ def continuation_log_prob(
 
 
 def read_and_score(
-    model: MambaLM,
+    model: LanguageModel,
     token_ids: Sequence[int],
     state: MambaState,
     continuation: Sequence[int],
@@ -283,7 +285,7 @@ def read_and_score(
     """`read` of one row, and the `continuation_log_prob` of what might follow: in one pass over the
     weights where the model gives the states on the way."""
     _require_tokens([token_ids])
-    device = _device(model)
+    device = model.device
     each = model.encode_each(torch.tensor([*token_ids, *continuation], device=device), state)
     if each is None:
         reading = read(model, [token_ids], state, vocab_size)
@@ -300,7 +302,3 @@ def read_and_score(
 def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
     if not all(sequences):
         raise UserError("the tokenizer has no token for any part of a text that is to be continued")
-
-
-def _device(model: MambaLM) -> torch.device:
-    return model.lm_head.weight.device

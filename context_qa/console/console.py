@@ -23,7 +23,7 @@ from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
 from mamba_lm.choosers import Chooser, make_chooser
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import choose_device, choose_dtype
-from mamba_lm.models.mamba import MambaState
+from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import require_offsets
 from squad_utils import abstains, prompt_parts
 

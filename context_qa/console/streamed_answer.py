@@ -12,7 +12,7 @@ from context_qa.answering import Answerer, as_probability
 from context_qa.results.rows import Answer
 from mamba_lm.choosers import Chooser
 from mamba_lm.generate import Decoder, read_and_score
-from mamba_lm.models.mamba import MambaState
+from mamba_lm.models.state import MambaState
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from context_qa.negatives import unanswerable_copies
 from context_qa.prompts import PromptTokens
 from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
-from mamba_lm.models.mamba import MambaLM, MambaState
+from mamba_lm.models.interface import LanguageModel
+from mamba_lm.models.state import MambaState
 from mamba_lm.training.prefix_suffix import Item, collate, suffix_losses
 from squad_utils import Example, prompt_parts, same_question
 
@@ -54,7 +55,7 @@ def find_score_problems(scored: Sequence[Example], trained: Sequence[Example]) -
 
 def make_scorer(
     examples: Sequence[Example], tokenizer, prompt_order: str, metric: str | None = None
-) -> Callable[[MambaLM, Callable[[], None]], dict[str, float]]:
+) -> Callable[[LanguageModel, Callable[[], None]], dict[str, float]]:
     """A function (model, poll) that answers the examples, greedily, and returns their scores in
     percent (`training_scores`) and their loss: the mean cross-entropy of the targets that training
     on them would have, in nats per token. All processes share the work, and all get the scores;
@@ -72,7 +73,7 @@ def make_scorer(
         pairs = zip(suffixes.values(), targets, strict=True)
         return [Item.with_target(prefix=(), start=start, target=target) for start, target in pairs]
 
-    def score(model: MambaLM, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def score(model: LanguageModel, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         losses: dict[int, tuple[float, int]] = {}  # sum and number of tokens
 
         def note_losses(suffixes: Mapping[int, Sequence[int]], forked: MambaState) -> None:
@@ -105,7 +106,9 @@ def make_scorer(
 
 
 @torch.inference_mode()
-def _losses(model: MambaLM, state: MambaState, examples: Sequence[Item]) -> list[tuple[float, int]]:
+def _losses(
+    model: LanguageModel, state: MambaState, examples: Sequence[Item]
+) -> list[tuple[float, int]]:
     """For each item, read from its row of a state: the sum of cross-entropy over its labels, and
     their number."""
     device = state.device

@@ -20,7 +20,7 @@ class Role(StrEnum):
 
 
 class Field(NamedTuple):
-    """Role of a field, the values that are accepted, in words and as a test, and a remark."""
+    """A field's role, the values that are accepted, in words and as a test, and a remark."""
 
     role: Role
     accepted: str = "any value"
@@ -36,7 +36,7 @@ def used(accepted: str, accepts: Callable[[object], bool], remark: str = "") -> 
 
 
 def only(*values: object, role: Role = Role.USED, remark: str = "") -> Field:
-    """A field of which these values alone are supported."""
+    """A field for which only these values are supported."""
     words = " or ".join(map(_as_json, values))
     return Field(role, words, lambda value: any(_is_same(value, one) for one in values), remark)
 
@@ -77,8 +77,8 @@ DEVIATION = used("a number of 0 or more", is_not_negative, "of a random embeddin
 
 
 def check_fields(raw: Mapping, table: Table, path: Path, is_random: bool, place: str = "") -> None:
-    """UserError, with the field's name, unless the table knows all fields of a config and accepts
-    their values. Weights that come from files are not asked how they were to start.
+    """UserError, with the field's name, unless the table has all fields of a config and accepts
+    their values. Fields about how weights start do not matter where weights come from files.
 
     place: where in the file the fields are, such as "ssm_cfg."
     """
@@ -106,7 +106,7 @@ def require(raw: Mapping, names: tuple[str, ...], path: Path) -> None:
 
 
 def _is_same(value: object, other: object) -> bool:
-    """Equal, and true is no 1."""
+    """Whether two values are equal, where true is not 1."""
     return (type(value) is type(other) and value == other) or (
         {type(value), type(other)} == {int, float} and value == other
     )

@@ -35,13 +35,15 @@ def require_plain(path: Path, kind: str, has_arrays: bool = False) -> None:
         pickles = [archive.read(name) for name in names if name.lower().endswith("data.pkl")]
         odd = [found for pickled in pickles if (found := oddity(pickled, has_arrays))]
     if is_compressed:
-        raise UserError(f"{path}: a compressed {kind} file; save it anew with torch.save")
+        raise UserError(f"{path}: a compressed {kind} file; save it again with torch.save")
     if odd:
-        raise UserError(f"{path}: holds {odd[0]:.60}, which no {kind} need; save a state dict")
+        raise UserError(
+            f"{path}: contains {odd[0]:.60}, which no {kind} file needs; save a state dict"
+        )
 
 
 def oddity(pickled: bytes, has_arrays: bool = False) -> str | None:
-    """What a pickle has that a state dict has not, in words; None if there is nothing. Raises what
+    """What a pickle contains that no state dict does, in words; None if nothing. Raises what
     `pickletools.genops` does."""
     memo: dict[int, str] = {}
     last = ""  # of what is on top of the stack: text, made, function, storage, or nothing of these

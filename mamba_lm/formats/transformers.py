@@ -3,23 +3,25 @@
 config.json with model_type mamba or falcon_mamba; weights in safetensors, or pickled.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from mamba_lm.formats import fields
 from mamba_lm.formats.fields import BOOL, EPSILON, RANK, SIZE, Role, describes, only, refused, used
+from mamba_lm.formats.format import TOKEN_IDS, Format
+from mamba_lm.formats.weights import rename_embedding
 from mamba_lm.models.mamba import MambaConfig
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers")
-_FALCON = "falcon_mamba"
+_MAMBA, _FALCON = "mamba", "falcon_mamba"
 
 _COMPUTATION = {
-    "model_type": only("mamba", _FALCON),
+    "model_type": only(_MAMBA, _FALCON),
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": SIZE,
@@ -97,67 +99,92 @@ MAMBA = _COMPUTATION | _INITIAL | _REMAINS | _DESCRIPTION
 FALCON_MAMBA = MAMBA | {"mixer_rms_eps": EPSILON}
 
 
-def read_config(raw: Mapping, path: Path, is_random: bool) -> MambaConfig:
-    """Raises UserError where a field is missing, not understood or not supported."""
-    falcon = raw["model_type"] == _FALCON
-    fields.check_fields(raw, FALCON_MAMBA if falcon else MAMBA, path, is_random)
-    fields.require(raw, _REQUIRED, path)
-    hidden, expand = raw["hidden_size"], raw.get("expand", 2)
-    d_inner, rank = raw.get("intermediate_size"), raw.get("time_step_rank", "auto")
-    config = MambaConfig(
-        vocab_size=raw["vocab_size"],
-        d_model=hidden,
-        n_layer=raw["num_hidden_layers"],
-        d_state=raw.get("state_size", 16),
-        d_conv=raw.get("conv_kernel", 4),
-        expand=expand,
-        d_inner=int(expand * hidden) if d_inner is None else d_inner,
-        dt_rank=None if rank == "auto" else rank,
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        bcdt_rms_eps=raw.get("mixer_rms_eps", 1e-6) if falcon else None,
-        proj_bias=raw.get("use_bias", False),
-        conv_bias=raw.get("use_conv_bias", True),
-        tie_embeddings=raw.get("tie_word_embeddings", True),
-        residual_in_fp32=raw.get("residual_in_fp32", True),
-        pad_vocab_size_multiple=1,
-        initializer_range=raw.get("initializer_range", 0.1),
-        rescale_prenorm_residual=raw.get("rescale_prenorm_residual", True),
-    )
-    remains = {"n_layer": config.n_layer, "d_model": config.d_model, "d_inner": config.d_inner}
-    for name, value in remains.items():
-        if raw.get(name, value) != value:
-            other = _REMAINS[name].accepted
-            raise UserError(f"{path}: {name} is {raw[name]}, but {other} gives {value}")
-    return config
+class Transformers(Format):
+    """config.json with model_type mamba or falcon_mamba; model.safetensors."""
 
+    name = "transformers"
+    weights_file = "model.safetensors"
+    config_class = MambaConfig
 
-def write_config(config: MambaConfig, dtype: torch.dtype) -> dict:
-    """config.json of a model whose weights are of this dtype."""
-    falcon = config.bcdt_rms_eps is not None
-    raw = {
-        "architectures": ["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
-        "model_type": _FALCON if falcon else "mamba",
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_rows,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layer,
-        "state_size": config.d_state,
-        "conv_kernel": config.d_conv,
-        "expand": config.expand,
-        "intermediate_size": config.d_inner,
-        "time_step_rank": config.dt_rank,
-        "layer_norm_epsilon": config.norm_eps,
-        "use_bias": config.proj_bias,
-        "use_conv_bias": config.conv_bias,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_embeddings,
-        "residual_in_fp32": config.residual_in_fp32,
-        "initializer_range": config.initializer_range,
-    }
-    return raw | ({"mixer_rms_eps": config.bcdt_rms_eps} if falcon else {})
+    def recognises(self, raw: Mapping) -> bool:
+        return raw.get("model_type") in (_MAMBA, _FALCON)
 
+    def read_config(self, raw: Mapping, path: Path, is_random: bool) -> MambaConfig:
+        falcon = raw["model_type"] == _FALCON
+        fields.check_fields(raw, FALCON_MAMBA if falcon else MAMBA, path, is_random)
+        fields.require(raw, _REQUIRED, path)
+        hidden, expand = raw["hidden_size"], raw.get("expand", 2)
+        d_inner, rank = raw.get("intermediate_size"), raw.get("time_step_rank", "auto")
+        config = MambaConfig(
+            vocab_size=raw["vocab_size"],
+            d_model=hidden,
+            n_layer=raw["num_hidden_layers"],
+            d_state=raw.get("state_size", 16),
+            d_conv=raw.get("conv_kernel", 4),
+            expand=expand,
+            d_inner=int(expand * hidden) if d_inner is None else d_inner,
+            dt_rank=None if rank == "auto" else rank,
+            norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+            bcdt_rms_eps=raw.get("mixer_rms_eps", 1e-6) if falcon else None,
+            proj_bias=raw.get("use_bias", False),
+            conv_bias=raw.get("use_conv_bias", True),
+            tie_embeddings=raw.get("tie_word_embeddings", True),
+            residual_in_fp32=raw.get("residual_in_fp32", True),
+            pad_vocab_size_multiple=1,
+            initializer_range=raw.get("initializer_range", 0.1),
+            rescale_prenorm_residual=raw.get("rescale_prenorm_residual", True),
+        )
+        remains = {"n_layer": config.n_layer, "d_model": config.d_model, "d_inner": config.d_inner}
+        for name, value in remains.items():
+            if raw.get(name, value) != value:
+                other = _REMAINS[name].accepted
+                raise UserError(f"{path}: {name} is {raw[name]}, but {other} gives {value}")
+        return config
 
-def write_weights(weights: Mapping[str, Tensor], config: MambaConfig) -> dict[str, Tensor]:
-    """Weights by the names of this format: those of `MambaLM`, a tied head left out."""
-    is_left_out = {"lm_head.weight"} if config.tie_embeddings else set()
-    return {name: value for name, value in weights.items() if name not in is_left_out}
+    def write_config(
+        self, config: MambaConfig, dtype: torch.dtype, generation: Mapping[str, object]
+    ) -> dict:
+        falcon = config.bcdt_rms_eps is not None
+        raw = {
+            "architectures": ["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
+            "model_type": _FALCON if falcon else _MAMBA,
+            "dtype": str(dtype).removeprefix("torch."),
+            "vocab_size": config.vocab_rows,
+            "hidden_size": config.d_model,
+            "num_hidden_layers": config.n_layer,
+            "state_size": config.d_state,
+            "conv_kernel": config.d_conv,
+            "expand": config.expand,
+            "intermediate_size": config.d_inner,
+            "time_step_rank": config.dt_rank,
+            "layer_norm_epsilon": config.norm_eps,
+            "use_bias": config.proj_bias,
+            "use_conv_bias": config.conv_bias,
+            "hidden_act": "silu",
+            "tie_word_embeddings": config.tie_embeddings,
+            "residual_in_fp32": config.residual_in_fp32,
+            "initializer_range": config.initializer_range,
+        }
+        if falcon:
+            raw["mixer_rms_eps"] = config.bcdt_rms_eps
+        return raw | {name: generation[name] for name in TOKEN_IDS if name in generation}
+
+    def read_weights(self, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+        # Conversions of state-spaces models have kept its name of the embedding.
+        return rename_embedding(super().read_weights(weights, source), source)
+
+    def write_weights(
+        self, weights: Mapping[str, Tensor], config: MambaConfig
+    ) -> dict[str, Tensor]:
+        is_skipped = {"lm_head.weight"} if config.tie_embeddings else set()
+        return {name: value for name, value in weights.items() if name not in is_skipped}
+
+    def untie(self, config: MambaConfig, path: Path) -> MambaConfig:
+        warn(
+            f"{path}: tie_word_embeddings is true, but the weights of lm_head and of the embedding "
+            "differ; both are kept, untied"
+        )
+        return dataclasses.replace(config, tie_embeddings=False)
+
+    def has_default_tokenizer(self, raw: Mapping) -> bool:
+        return raw["model_type"] != _FALCON

@@ -1,13 +1,15 @@
-"""Weights of a checkpoint folder: which files they are in, what is read from them, their names."""
+"""Weights of a checkpoint folder: which files they are in, reading, writing, their names."""
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -21,7 +23,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 class WeightFiles(NamedTuple):
-    """The files that hold a model's weights, and the index of them, if there are several."""
+    """The files that contain a model's weights, and their index, if there are several."""
 
     tensors: tuple[Path, ...]
     index: Path | None = None
@@ -31,7 +33,7 @@ class WeightFiles(NamedTuple):
 def find_weights(folder: Path) -> WeightFiles:
     """The files that loading reads: the first of these that is there, as `transformers` chooses.
 
-    Raises UserError where there are none, an index is broken or what has the name is no file.
+    Raises UserError where there are none, an index is broken or a name is not that of a file.
     """
     for ending in ("model.safetensors", "pytorch_model.bin"):
         if os.path.lexists(folder / ending):
@@ -61,7 +63,7 @@ def _read_index(index: Path, suffix: str) -> dict[str, Path]:
 
 def read_weights(files: WeightFiles) -> dict[str, Tensor]:
     """All tensors by their names in the files. UserError for a file that is missing or broken and
-    for weights that are no real floating-point numbers, or more of them than a file holds."""
+    for weights that are not real floating-point numbers, or more of them than fit into a file."""
     tensors: dict[str, Tensor] = {}
     for path in files.tensors:
         read = _read_file(path)
@@ -78,7 +80,7 @@ def read_weights(files: WeightFiles) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> Mapping:
-    """What a file holds, mapped into memory, so that no tensor can be larger than it says."""
+    """The content of a file, mapped into memory, so that no tensor can be larger than the file."""
     require_file(path)
     with parsing(lambda reason: f"{path}: truncated or not a weights file ({reason})"):
         if path.suffix == ".safetensors":
@@ -113,23 +115,55 @@ def _check_tensors(tensors: Mapping, path: Path) -> None:
         room -= 0 if is_head else needed
 
 
-def model_names(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Weights by the names of `MambaLM`.
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors, contiguous and on the CPU, to a *.safetensors or a *.bin file. Raises
+    OSError."""
+    with writing_tensors():
+        if path.suffix != ".safetensors":
+            torch.save(dict(tensors), path)
+            return
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files private
 
-    Prefixes of wrapped modules go; a base model's weights, saved without its head, get their
-    `backbone.`; mamba_ssm's `embedding` becomes `embeddings`. UserError where two get one name.
-    """
-    unwrapped = [
-        (key, ".".join(part for part in key.split(".") if part not in _WRAPPERS)) for key in weights
-    ]
-    is_base = not any(name.startswith("backbone.") for _, name in unwrapped)
-    named: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
-    for key, name in unwrapped:
-        if is_base and not name.startswith("lm_head."):
-            name = f"backbone.{name}"
-        name = re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", name)
-        if name in named:
-            raise UserError(f"{source}: {origin[name]} and {key} are both weights of {name}")
-        named[name], origin[name] = weights[key], key
-    return named
+
+@contextlib.contextmanager
+def writing_tensors() -> Iterator[None]:
+    """Errors that torch and safetensors raise when a disk is full become an OSError."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def unwrap_names(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Weights without the prefixes of wrapped modules in their names. A base model's weights, saved
+    without its head, get their `backbone.`. UserError where two get one name."""
+    names = {
+        key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in weights
+    }
+    is_base = not any(name.startswith("backbone.") for name in names.values())
+    if is_base:
+        names = {
+            key: name if name.startswith("lm_head.") else f"backbone.{name}"
+            for key, name in names.items()
+        }
+    return rename(weights, names, source)
+
+
+def rename_embedding(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Weights with mamba_ssm's `embedding` as `embeddings`. UserError where two get one name."""
+    names = {key: re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", key) for key in weights}
+    return rename(weights, names, source)
+
+
+def rename(
+    weights: Mapping[str, Tensor], names: Mapping[str, str], source: Path
+) -> dict[str, Tensor]:
+    """Weights by other names: names[key] for each key. UserError where two get one name."""
+    renamed: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    for key, name in names.items():
+        if name in renamed:
+            raise UserError(f"{source}: {origins[name]} and {key} are both weights of {name}")
+        renamed[name], origins[name] = weights[key], key
+    return renamed

@@ -1,15 +1,15 @@
-"""The selective scan and what stands around it in a layer: one signature, several backends.
+"""The selective scan and the other operations of a layer: one signature, several backends.
 
-    reference   a plain loop in any dtype: the definition, and what other backends have no own of
-    cpu         fused Numba kernels that never hold a (b, l, d, n) tensor
+    reference   a plain loop in any dtype: the definition, and operations that other backends lack
+    cpu         fused Numba kernels that never make a (b, l, d, n) tensor
     cuda        the kernels of mamba-ssm and causal-conv1d, called directly
     triton      kernels of our own for a GPU, with nothing to compile at installation
 
 A tensor's device chooses the backend. On a GPU it is triton; without gradients cuda, where those
 packages are installed. (On an H200, triton trained on forked states in 0.62 to 0.81 of cuda's time,
 and read long rows without gradients in 1.1 to 1.7 of it.) `MAMBA_SCAN_BACKEND` overrides the
-choice. The first call says on stderr which backend
-runs. Letters: b batch, l length, d d_inner, n d_state, w d_conv.
+choice. The first call reports on stderr which
+backend runs. Letters: b batch, l length, d d_inner, n d_state, w d_conv.
 """
 
 import functools
@@ -74,7 +74,7 @@ def selective_scan(
     Shapes: x, delta, z (b, l, d); A (d, n), negative; B, C (b, l, n); D (d,); initial_state
     (b, n, d); lengths (b,) int64, the number of real positions of each right-padded row: l where it
     is more, 0 where it is less. Positions from a row's length on leave the state alone and give
-    y = 0. Where the backend `reads_packed`, rows may also stand back to back: x, delta, z
+    y = 0. Where the backend `reads_packed`, rows may also be back to back: x, delta, z
     (tokens, d) and B, C (tokens, n), where lengths sum to tokens.
 
     Returns y in x's shape and dtype and the final state (b, n, d), in float32 or float64; None in
@@ -107,7 +107,7 @@ def causal_conv1d(
 ) -> Tensor:
     """SiLU of the depthwise causal convolution of x (b, l, d) with weight (d, w), bias (d,).
 
-    initial_tail (b, w - 1, d) holds the inputs that came before x, zeros by default. Where the
+    initial_tail (b, w - 1, d): the inputs that came before x, zeros by default. Where the
     backend `reads_packed`, x may be (tokens, d), rows of `lengths` (b,) back to back. Returns what
     has x's shape, differentiable in every tensor. Raises ValueError on shapes that do not fit.
     """
@@ -148,11 +148,10 @@ def fused_mixer(u: Tensor, weights: Callable[[], LayerWeights | None]) -> Tensor
 def fused_layers(weights: Sequence[LayerWeights]) -> Callable | None:
     """A function that takes one token through all layers in one kernel, if the backend has it.
 
-    It makes of residual (b, 1, m) and, of each layer, conv (b, w - 1, d) and ssm (b, n, d) what
-    they are after the token, or None where they are not for it. With in_sequence=True the tokens
-    are those of one row, each read after the one before it, and states are (1, w - 1, d) and
-    (1, n, d) at first, then those after each token. It is good for as long as the weights are not
-    moved.
+    From residual (b, 1, m) and, of each layer, conv (b, w - 1, d) and ssm (b, n, d), it returns
+    their values after the token, or None where it cannot read them. With in_sequence=True the
+    tokens are those of one row, each read after the one before it; given states are (1, w - 1, d)
+    and (1, n, d), returned ones those after each token. It may be used until weights are moved.
     """
     return _operation("fused_layers", weights[0].in_proj)(weights)
 
@@ -199,7 +198,7 @@ def _inference_backend() -> str:
 
 @functools.cache
 def load_backend(name: str) -> ModuleType:
-    """Import a backend and say so on stderr; UserError that says how to install a missing one."""
+    """Import a backend and report it on stderr. UserError names the command that installs it."""
     try:
         module = importlib.import_module(f"mamba_lm.selective_scan.{name}")
     except ImportError as error:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.models.interface import LanguageModel
+from mamba_lm.models.state import MambaState
+from mamba_lm.tensors import at_least_float32, right_pad
 
 IGNORED = -100
 
@@ -114,7 +116,7 @@ class PrefixSuffixLM(nn.Module):
 
     accepts_loss_kwargs = True  # the Trainer then counts the labels of a whole optimizer step
 
-    def __init__(self, model: MambaLM):
+    def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
 
@@ -164,7 +166,7 @@ class PrefixSuffixLM(nn.Module):
 
 
 def prefix_losses(
-    model: MambaLM, hidden: Tensor, lengths: Tensor, index: Tensor, labels: Tensor
+    model: LanguageModel, hidden: Tensor, lengths: Tensor, index: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy (k,) at the labels that are predicted from prefixes, and the item (k,) each
     belongs to.
@@ -185,7 +187,7 @@ def prefix_losses(
 
 
 def suffix_losses(
-    model: MambaLM,
+    model: LanguageModel,
     state: MambaState | None,
     suffixes: Tensor,
     suffix_lengths: Tensor,
@@ -200,7 +202,7 @@ def suffix_losses(
     return label_losses(model, hidden, places, following[places]), places // suffixes.shape[1]
 
 
-def label_losses(model: MambaLM, hidden: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+def label_losses(model: LanguageModel, hidden: Tensor, places: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (k,) of labels (k,), predicted from hidden (rows, l, m) at places (k,), which
     count row after row. Logits are computed there only."""
     # index_select, because its gradient is reproducible.

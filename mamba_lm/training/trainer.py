@@ -35,10 +35,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from common.errors import UserError, warn
-from mamba_lm.checkpoint import load_weights, read_model_weights, save_model, writing_tensors
+from mamba_lm.checkpoint import load_weights, read_model_weights, save_model
 from mamba_lm.foreign_files import parsing
 from mamba_lm.formats.pickles import require_plain
-from mamba_lm.models.mamba import MambaLM
+from mamba_lm.formats.weights import writing_tensors
+from mamba_lm.models.interface import LanguageModel
 from mamba_lm.training.arguments import reporting_arguments
 from mamba_lm.training.checkpoints import (
     find_damage,
@@ -119,12 +120,12 @@ class PrefixSuffixTrainer(Trainer):
 
     def __init__(
         self,
-        model: MambaLM,
+        model: LanguageModel,
         arguments: TrainingArguments,
         batches: Sampler[list],
         tokenize: Callable[[Any], Item],
         tokenizer,
-        score: Callable[[MambaLM, Callable[[], None]], Mapping[str, float]] | None = None,
+        score: Callable[[LanguageModel, Callable[[], None]], Mapping[str, float]] | None = None,
         patience: int = 5,
         sharded: bool = False,
         loss_module: nn.Module | None = None,
@@ -162,7 +163,7 @@ class PrefixSuffixTrainer(Trainer):
         self._logged_at: float | None = None  # since when they count, without evaluations
         module = PrefixSuffixLM(model) if loss_module is None else loss_module
         if sharded:
-            layers = list(model.backbone.layers)
+            layers = list(model.blocks)
             shard(module.to(arguments.device), layers, arguments.device.type)
         with reporting_arguments():
             super().__init__(
@@ -331,7 +332,7 @@ class PrefixSuffixTrainer(Trainer):
                 model = self.language_model
                 if self.is_distributed_loading_by_transformers:
                     weights = gather_shards(model.state_dict())
-                    model = MambaLM(model.config).to(self.args.device)
+                    model = model.config.build().to(self.args.device)
                     load_weights(model, weights, Path("the shards"))
                 scores = self.score(model.eval(), self.safe_stop.poll)
         except BaseException:

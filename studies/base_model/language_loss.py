@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_lm.models.mamba import MambaLM, at_least_float32
+from mamba_lm.models.mamba import MambaLM
+from mamba_lm.tensors import at_least_float32
 from studies.base_model.windows import HeldOut
 
 

@@ -1,12 +1,18 @@
 """Tiny random models whose every parameter matters, and the same as `transformers`' models."""
 
+import copy
+
 import pytest
 import torch
 from huggingface_hub import constants
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaForCausalLM
 from transformers import MambaConfig as TransformersMambaConfig
 
+from mamba_lm.adapters import add_adapter
+from mamba_lm.generate import Decoder, decode, read, read_and_score
 from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.tensors import right_pad
+from mamba_lm.training.prefix_suffix import Item, PrefixSuffixLM, collate
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +112,96 @@ def gradients():
         return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def read_all_ways():
+    """What a model computes on each of the ways on which it reads tokens, by the way's name.
+
+    Two models are one function where these are equal: none of them can pass over a module.
+    """
+    prompts, stops = [[3, 1, 4, 1, 5], [9], [2, 6, 5]], [13]
+    examples = [
+        Item.with_target([3, 1, 4], [1, 5], [9, 2]),
+        Item.with_target([3, 1, 4], [6], [5]),
+        Item.with_target([7], [3, 5, 8], [9, 7, 9]),
+    ]
+
+    @torch.no_grad()
+    def read_all(model: MambaLM, max_new_tokens: int = 3) -> dict[str, torch.Tensor]:
+        ids, lengths = right_pad(prompts)
+        hidden, state = model.encode(ids, lengths=lengths)
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
+        stateless, _ = model.encode(ids, lengths=lengths, keep_state=False)
+        carried, _ = model.encode(ids, state, lengths)
+        stepped, after = model.stepper()(torch.tensor([1, 2, 3]), state)
+        reading = read(model, prompts)
+        answers = decode(model, reading, stops, max_new_tokens)
+        first = reading.fork(torch.tensor([0]))
+        decoder = Decoder(model, first, stops, max_new_tokens)
+        streamed = list(decoder.stream())
+        scored, score = read_and_score(model, [1, 2], first.state, [3, 4], stops)
+        losses, _ = PrefixSuffixLM(model).token_losses(**collate(examples))
+        return {
+            "a batch": model(ids)[0],
+            "a batch of mixed lengths": hidden[is_real],
+            "the state": torch.cat([tensor.flatten() for tensor in state.tensors]),
+            "without a state": stateless[is_real],
+            "from a state": carried[is_real],
+            "one token": stepped,
+            "the state after one token": torch.cat([t.flatten() for t in after.tensors]),
+            "decoded": torch.tensor([t for answer in answers for t in (*answer.token_ids, -1)]),
+            "decoded, log_probs": torch.tensor([answer.log_prob for answer in answers]),
+            "streamed": torch.tensor(streamed),
+            "streamed, log_prob": decoder.log_probs[0],
+            "read and scored": scored.log_probs,
+            "score": torch.tensor(score),
+            "losses": losses,
+        }
+
+    return read_all
+
+
+@pytest.fixture(scope="session")
+def add_lora():
+    """Add LoRA of rank d_inner, so that conv1d takes it, far from its start: the model moves."""
+
+    def add(model: MambaLM, *targets: str) -> None:
+        peft, r = pytest.importorskip("peft"), model.config.d_inner
+        config = peft.LoraConfig(r=r, lora_alpha=r / 2, target_modules=list(targets))
+        add_adapter(model, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.2 * torch.randn_like(parameter)
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def merge_by_hand():
+    """The plain model with scaling * B @ A added to each weight that has LoRA, not by peft. The
+    convolution's LoRA mixes channels, so that there a dense convolution takes its place."""
+
+    def merge(model: MambaLM, plain: MambaLM) -> MambaLM:
+        merged = copy.deepcopy(plain)
+        for name, module in model.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            A = module.lora_A["default"].weight.detach()
+            B = module.lora_B["default"].weight.detach()
+            own = merged.get_submodule(name)
+            if isinstance(own, torch.nn.Conv1d):
+                d, _, w = own.weight.shape
+                dense = torch.nn.Conv1d(d, d, w, bias=own.bias is not None)
+                dense.bias = own.bias
+                # B is depthwise too: channel o reads component o of A, of which there are d.
+                weight = torch.diag_embed(own.weight[:, 0].T).permute(1, 2, 0)
+                dense.weight = torch.nn.Parameter(weight + 0.5 * B * A)
+                parent, _, child = name.rpartition(".")
+                setattr(merged.get_submodule(parent), child, dense)
+            else:
+                own.weight = torch.nn.Parameter(own.weight + 0.5 * B @ A)
+        return merged
+
+    return merge

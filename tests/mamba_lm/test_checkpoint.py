@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
-from mamba_lm.checkpoint import FORMATS, load_model, load_tokenizer, read_config, save_model
+from mamba_lm.checkpoint import load_model, load_tokenizer, read_config, save_model
+from mamba_lm.formats import FORMAT_NAMES
 from mamba_lm.models.mamba import MambaLM
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ storable = pytest.mark.parametrize(
     "format, changes",
     [
         pytest.param(format, changes, id=f"{format}-{name}")
-        for format in FORMATS
+        for format in FORMAT_NAMES
         for name, changes in VARIANTS.items()
         if format == "transformers" or not changes.keys() & {"bcdt_rms_eps", "norm_eps"}
     ],
@@ -208,7 +209,7 @@ def test_weights_are_read_in_float32_unless_asked_otherwise(make_model, tmp_path
     assert load_model(str(tmp_path / "model")).lm_head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_one_parameter(tied, format, make_model, tmp_path):
     """Else training would move them apart, and saving would lose the head."""
@@ -370,7 +371,7 @@ def test_weights_that_do_not_fit_the_config(change, words, folder):
     refused(folder, str(folder), words)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 @pytest.mark.parametrize("left", [0, 5, 100, -1])
 def test_truncated_weights(format, left, make_model, tmp_path):
     save_model(make_model(), tmp_path / "model", format=format)
@@ -482,7 +483,7 @@ def test_saving_into_a_folder_keeps_what_else_is_there(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("before", ["transformers", "state_spaces", "shards", "pickle shards"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_saving_over_a_model_leaves_none_of_its_weights(
     format, before, make_model, as_transformers, tmp_path
 ):
@@ -502,7 +503,7 @@ def test_saving_over_a_model_leaves_none_of_its_weights(
         assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 @pytest.mark.parametrize("fails, error", [(full_disk, UserError), (interrupted, KeyboardInterrupt)])
 @pytest.mark.parametrize("existed", [False, True], ids=["new", "over a model"])
 def test_a_write_that_fails_changes_nothing(existed, fails, error, format, make_model, tmp_path):
@@ -517,7 +518,7 @@ def test_a_write_that_fails_changes_nothing(existed, fails, error, format, make_
     assert folder.exists() == existed and len(list(folder.parent.iterdir())) == existed
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_a_full_disk_is_a_user_error(format, make_model, tmp_path):
     """Weights are written by libraries that raise other kinds than OSError."""
     model = make_model()
@@ -585,7 +586,7 @@ def tokenizer():
     return load_tokenizer(str(TOKENIZER))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_the_tokenizer_travels_along(format, tokenizer, make_model, tmp_path):
     save_model(make_model(), tmp_path / "model", tokenizer=tokenizer, format=format)
     load_model(str(tmp_path / "model"))

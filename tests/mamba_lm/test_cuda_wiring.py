@@ -5,6 +5,7 @@ they refuse, no initial state in the scan, no padding, no gradient through the l
 GPU alone can show, that the real kernels compute what the stand-ins do, is not shown here.
 """
 
+import copy
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -393,7 +394,7 @@ def test_a_state_enters_by_steps_whatever_its_decay(kernels, A):
         assert_close(inputs[name].grad, exact[name].grad, f"gradient of {name}")
 
 
-def trained(model, ids, backend, monkeypatch):
+def trained_weights(model, ids, backend, monkeypatch):
     """Loss and gradients of next-token prediction, read without a state."""
     monkeypatch.setenv("MAMBA_SCAN_BACKEND", backend)
     model.zero_grad()
@@ -401,7 +402,8 @@ def trained(model, ids, backend, monkeypatch):
     assert state is None
     loss = F.cross_entropy(model.lm_head(hidden)[:, :3].flatten(0, 1), ids[:, 1:4].flatten())
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {name: p.grad.clone() for name, p in trained.items()}
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -412,9 +414,9 @@ def test_the_fused_mixer_where_no_state_is_wanted(kernels, monkeypatch, biased):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    loss, gradients = trained(model, ids, "cuda", monkeypatch)
+    loss, gradients = trained_weights(model, ids, "cuda", monkeypatch)
     assert len(kernels.inner) == 2 and not kernels.scan and not kernels.conv
-    want_loss, want_gradients = trained(model, ids, "reference", monkeypatch)
+    want_loss, want_gradients = trained_weights(model, ids, "reference", monkeypatch)
     assert_close(loss, want_loss.double(), "loss")
     for name, gradient in gradients.items():
         assert_close(gradient, want_gradients[name].double(), name, tolerance=1e-4)
@@ -428,15 +430,48 @@ def test_the_fused_mixer_is_left_where_it_would_be_wrong(kernels, monkeypatch, w
     model, ids, seen = MambaLM(config), torch.randint(0, 32, (3, 9)), []
     mixer = model.backbone.layers[0].mixer
     if why == "hook on Δ":
-        mixer.dt_proj.register_forward_hook(lambda *args: seen.append(args[2]))
+        mixer.delta.register_forward_hook(lambda *args: seen.append(args[2]))
     if why == "adapter":
         mixer.x_proj = torch.nn.Sequential(mixer.x_proj)
-    loss, gradients = trained(model, ids, "cuda", monkeypatch)
-    want_loss, _ = trained(model, ids, "reference", monkeypatch)
+    loss, gradients = trained_weights(model, ids, "cuda", monkeypatch)
+    want_loss, _ = trained_weights(model, ids, "reference", monkeypatch)
     assert not kernels.inner and kernels.scan
     assert_close(loss, want_loss.double(), "loss")
     assert bool(seen) == (why == "hook on Δ")
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer:UserWarning")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *([name] for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")),
+        ["in_proj", "x_proj", "dt_proj", "out_proj"],
+    ],
+    ids=" ".join,
+)
+def test_an_adapter_is_seen_on_every_way_of_reading(
+    kernels, monkeypatch, targets, make_model, add_lora, merge_by_hand, read_all_ways
+):
+    """The kernels of whole layers read raw weights: they are left, and the scan's own are not."""
+    plain = make_model(n_layer=1, d_model=8, d_state=4, dt_rank=2)
+    model = copy.deepcopy(plain)
+    add_lora(model, *targets)
+    merged = merge_by_hand(model, plain)
+    wanted = read_all_ways(merged, 1)
+    monkeypatch.setenv("MAMBA_SCAN_BACKEND", "cuda")
+    got = read_all_ways(model, 1)
+    for way, value in wanted.items():
+        assert_close(got[way], value.double(), way)
+    assert not kernels.inner and kernels.scan and kernels.step
+    ids = torch.randint(0, 31, (3, 9))
+    loss, gradients = trained_weights(model, ids, "cuda", monkeypatch)
+    want_loss, want_gradients = trained_weights(model, ids, "reference", monkeypatch)
+    assert_close(loss, want_loss.double(), "loss")
+    assert len(gradients) == 2 * len(targets)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        assert_close(gradient, want_gradients[name].double(), name, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["mamba_ssm", "causal_conv1d"])

@@ -38,7 +38,7 @@ def test_norms_of_what_is_read_in_pieces_or_at_once(make_model, layers, max_toke
     assert len(set(got.flatten().tolist())) == got.numel()
     again = prefill(model, [IDS], max_tokens)
     assert norms.by_layer().shape == got.shape, "recorded while it is open alone"
-    for one, other in zip(state.tensors(), again.tensors(), strict=True):
+    for one, other in zip(state.tensors, again.tensors, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert model.is_plain()
 

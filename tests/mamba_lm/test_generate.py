@@ -148,7 +148,7 @@ def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, mo
 def test_what_is_captured(make_model, monkeypatch):
     model = make_model()
     assert not stepper.is_captured(model)  # on the CPU
-    monkeypatch.setattr(stepper, "_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert stepper.is_captured(model)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
@@ -223,5 +223,5 @@ def test_read_and_score_is_both(prompt, continuation, is_fused, model, monkeypat
     got, score = generate.read_and_score(model, prompt, state, continuation, STOPS, VOCABULARY)
     assert score == pytest.approx(log_prob, abs=1e-4)
     assert_near(got.log_probs, wanted.log_probs, 1e-5)
-    for one, other in zip(got.state.tensors(), wanted.state.tensors(), strict=True):
+    for one, other in zip(got.state.tensors, wanted.state.tensors, strict=True):
         assert_near(one, other, 1e-5)

@@ -48,13 +48,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+def halves(state) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The convolution's tails and h of each layer: what a Mamba-1 state consists of."""
+    n_layer = len(state.tensors) // 2
+    return state.tensors[:n_layer], state.tensors[n_layer:]
+
+
 def tensors(state) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{layer}": tensor
-        for part, layers in state._asdict().items()
-        for layer, tensor in enumerate(layers)
-        if tensor.numel()
-    }
+    return {str(place): tensor for place, tensor in enumerate(state.tensors) if tensor.numel()}
 
 
 def one_more(model, token: torch.Tensor, state) -> tuple[torch.Tensor, object]:
@@ -91,8 +92,9 @@ def test_equals_float64(
     assert steps == [True]
     assert_near(logits, wanted, tolerance)
     assert_near(tensors(after), tensors(wanted_after), tolerance)
-    assert {t.dtype for t in after.conv} == {dtype}
-    assert {t.dtype for t in after.ssm} == {torch.float32}
+    tails, hs = halves(after)
+    assert {t.dtype for t in tails} == {dtype}
+    assert {t.dtype for t in hs} == {torch.float32}
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def test_hooks_and_replaced_modules_are_called(make_model, assert_near, steps):
     wanted, _ = one_more(model, token, state)
     seen = []
     mixer = model.backbone.layers[0].mixer
-    handle = mixer.dt_proj.register_forward_hook(lambda m, i, delta: seen.append(delta))
+    handle = mixer.delta.register_forward_hook(lambda m, i, delta: seen.append(delta))
     assert_near(one_more(model, token, state)[0], wanted, 1e-5)
     assert seen[0].shape == (2, 1, 48)
     handle.remove()
@@ -202,7 +204,8 @@ def test_rows_know_nothing_of_each_other(make_model, steps):
     model = make_model()
     _, state = model(prefix)
     wanted, _ = one_more(model, token, state)
-    state.ssm[0][2], state.conv[1][4] = float("nan"), float("inf")
+    tails, hs = halves(state)
+    hs[0][2], tails[1][4] = float("nan"), float("inf")
     got, _ = one_more(model, token, state)
     others = [0, 1, 3, 5]
     assert torch.equal(got[others], wanted[others])
@@ -264,7 +267,7 @@ def test_every_nan_stays_one(bits, dtype, make_model, steps):
     _, state = model(prefix)
     model.backbone.layers[0].norm.weight.copy_(nan)
     logits, after = one_more(model, token, state)
-    assert logits.isnan().all() and after.conv[0][:, -1].isnan().all() and steps == [True]
+    assert logits.isnan().all() and halves(after)[0][0][:, -1].isnan().all() and steps == [True]
 
 
 @torch.no_grad()
@@ -317,7 +320,7 @@ def test_states_after_each_token_equal_float64(
         _, after = exact(ids[:, :n], state.to(torch.float64))
         assert_near(tensors(states.fork(torch.tensor([n - 1]))), tensors(after), tolerance)
     assert_near(tensors(state), given, 0)
-    assert {t.dtype for t in states.conv} == {dtype}
+    assert {t.dtype for t in halves(states)[0]} == {dtype}
 
 
 @torch.no_grad()
@@ -348,7 +351,7 @@ def test_sequences_that_it_does_not_take(make_model, monkeypatch, steps):
     assert model.encode_each(ids[:5], model(prompt(2)[0])[1]) is None, "states of two rows"
     with torch.enable_grad():
         assert model.encode_each(ids[:5], state) is None
-    states = 5 * sum(ssm[0].numel() * 4 for ssm in state.ssm)
+    states = 5 * sum(h[0].numel() * 4 for h in halves(state)[1])
     monkeypatch.setattr(cpu, "SEQUENCE_BYTES", states)
     assert model.encode_each(ids[:5], state) is not None
     monkeypatch.setattr(cpu, "SEQUENCE_BYTES", states - 1)

@@ -68,9 +68,9 @@ def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
 
 def test_the_reading_is_left_as_it_was(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
-    before = [tensor.clone() for tensor in (reading.log_probs, *reading.state.tensors())]
+    before = [tensor.clone() for tensor in (reading.log_probs, *reading.state.tensors)]
     list(Decoder(model, reading, [], 5, VOCABULARY).stream())
-    after = (reading.log_probs, *reading.state.tensors())
+    after = (reading.log_probs, *reading.state.tensors)
     assert all(map(torch.equal, before, after))
 
 

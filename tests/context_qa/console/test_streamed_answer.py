@@ -15,6 +15,7 @@ from context_qa.console.streamed_answer import _Text, stream_answer
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.choosers import Sampler
 from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.models.state import MambaState
 from squad_utils import prompt_parts
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +81,7 @@ def test_draws_differ_by_the_sampler_alone(answerer):
 def test_broken_weights_are_told(answerer):
     [context] = answerer.tokens.encode([CONTEXT])
     state, length = answerer.read_prefixes([context]), len(context)
-    broken = state._replace(ssm=tuple(ssm * torch.nan for ssm in state.ssm))
+    broken = MambaState(tuple(tensor * torch.nan for tensor in state.tensors))
     with pytest.raises(UserError, match="the model computes NaN"):
         stream_answer(answerer, broken, context, length)
 

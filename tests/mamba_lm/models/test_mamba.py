@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_lm.models.mamba import MambaConfig, MambaLM, MambaState, last_inputs, right_pad
+from mamba_lm.models.convolution import last_inputs
+from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.models.state import MambaState
+from mamba_lm.tensors import right_pad
 
 VARIANTS = {
     "mamba": {},
@@ -30,11 +33,12 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def tensors(state: MambaState) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{layer}": tensor
-        for part, layers in state._asdict().items()
-        for layer, tensor in enumerate(layers)
-    }
+    return {str(place): tensor for place, tensor in enumerate(state.tensors)}
+
+
+def hidden_states(state: MambaState) -> tuple[torch.Tensor, ...]:
+    """h of each layer: the second half of what a Mamba-1 state consists of."""
+    return state.tensors[len(state.tensors) // 2 :]
 
 
 # Parity
@@ -80,7 +84,7 @@ def test_bfloat16_stays_close_and_keeps_the_state_in_float32(changes, make_model
     model = make_model(**changes).bfloat16()
     logits, state = model(ids)
     assert logits.dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in state.ssm} == {torch.float32}
+    assert {tensor.dtype for tensor in hidden_states(state)} == {torch.float32}
     assert_near(logits, wanted, 0.1)
     _, middle = model(ids[:, :13])
     assert_near(model(ids[:, 13:], middle)[0], logits[:, 13:], 0.05)
@@ -122,13 +126,9 @@ def test_pieces_across_a_fork_equal_the_whole(dtype, tolerance, sizes, make_mode
 def test_reading_leaves_the_given_state_as_it_was(make_model):
     model = make_model()
     _, state = model(random_ids(2, 5))
-    before = state._map(torch.clone)
+    before = state.map(torch.clone)
     first, _ = model(random_ids(2, 6), state)
-    assert all(
-        torch.equal(a, b)
-        for p, q in zip(state, before, strict=True)
-        for a, b in zip(p, q, strict=True)
-    )
+    assert all(map(torch.equal, state.tensors, before.tensors))
     assert not torch.equal(first, model(random_ids(2, 6), state)[0])
 
 
@@ -171,9 +171,7 @@ def test_state_holds_no_more_memory_than_it_says(length, padded, make_model):
         lengths = torch.full((2,), length) if padded else None
         _, state = model.encode(random_ids(2, length), lengths=lengths)
     assert state.num_bytes == 2 * (2 * 48 * 3 * 4 + 2 * 48 * 7 * 4)  # layers x (conv + ssm)
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in sum(state, ())
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.tensors}
     assert sum(storages.values()) == state.num_bytes
 
 
@@ -235,13 +233,17 @@ def test_padding_neither_gets_nor_spoils_gradients(make_model, assert_near, grad
     ids = random_ids(3, 10) % 30
     mask = padding_mask("scattered", [4, 10, 1], size=10)
     logits, state = model(ids.masked_fill(~mask, 30), mask=mask)
-    loss = logits[mask].square().sum() + sum(h.square().sum() for h in state.ssm)
+    loss = logits[mask].square().sum() + sum(h.square().sum() for h in hidden_states(state))
     got = gradients(model, loss)
     assert not got["backbone.embeddings.weight"][30].any()
     wanted_loss = 0.0
     for row in range(3):
         logits, state = model(ids[row : row + 1, mask[row]])
-        wanted_loss = wanted_loss + logits.square().sum() + sum(h.square().sum() for h in state.ssm)
+        wanted_loss = (
+            wanted_loss
+            + logits.square().sum()
+            + sum(h.square().sum() for h in hidden_states(state))
+        )
     assert_near(got, gradients(model, wanted_loss), 1e-9)
 
 
@@ -317,16 +319,16 @@ def test_rows_know_nothing_of_each_other(padded, value, backend, make_model):
     real = torch.arange(l) < lengths[:, None]
 
     def read(ids, state):
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in state.tensors()]
-        hidden, after = model.encode(ids, MambaState.of(leaves), lengths if padded else None)
-        found = [hidden.where(real.unsqueeze(-1), 0), *after.tensors()]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in state.tensors]
+        hidden, after = model.encode(ids, MambaState(tuple(leaves)), lengths if padded else None)
+        found = [hidden.where(real.unsqueeze(-1), 0), *after.tensors]
         torch.autograd.backward(found, [tensor.detach() for tensor in found])
         return found + [leaf.grad for leaf in leaves]
 
     _, state = model.encode(random_ids(4, 5))
     wanted = read(ids, state)
-    spoilt = state.detach()._map(torch.clone)
-    spoilt.ssm[0][1] = spoilt.conv[0][1] = value
+    spoilt = state.detach().map(torch.clone)
+    hidden_states(spoilt)[0][1] = spoilt.tensors[0][1] = value
     got = read(ids.where(real, random_ids(4, l)), spoilt)
     assert not got[0][1, 0].isfinite().any()
     assert all(torch.equal(a[others], b[others]) for a, b in zip(got, wanted, strict=True))
@@ -340,8 +342,8 @@ def test_rows_of_a_step_know_nothing_of_each_other(d_state, make_model):
     state, step = model.encode(random_ids(6, 5))[1], model.stepper()
     token = random_ids(6)
     wanted, wanted_after = step(token, state)
-    for part in (state.ssm[0], state.conv[1]):
-        part[1] = math.nan
+    for tensor in (hidden_states(state)[0], state.tensors[1]):
+        tensor[1] = math.nan
     got, after = step(token, state)
     assert torch.equal(got[others], wanted[others]) and got[1].isnan().all()
     for name, tensor in tensors(wanted_after).items():
@@ -404,8 +406,8 @@ def test_gradients_of_a_fork_are_reproducible_to_the_bit(four_threads):
     h.requires_grad_()
 
     def run() -> torch.Tensor:
-        forked = MambaState((h,), (h,)).fork(index)
-        return torch.autograd.grad((forked.ssm[0] * weight).sum(), h)[0]
+        forked = MambaState((h,)).fork(index)
+        return torch.autograd.grad((forked.tensors[0] * weight).sum(), h)[0]
 
     first = run()
     assert all(torch.equal(run(), first) for _ in range(20))
@@ -432,7 +434,7 @@ def test_a_hook_reads_delta(changes, make_model, assert_near):
     model = make_model(**changes)
     mixer, seen = model.backbone.layers[1].mixer, {}
     mixer.x_proj.register_forward_hook(lambda m, i, output: seen.update(x_proj=output))
-    mixer.dt_proj.register_forward_hook(lambda m, i, output: seen.update(delta=output))
+    mixer.delta.register_forward_hook(lambda m, i, output: seen.update(delta=output))
     model(random_ids(2, 9))
     dt = seen["x_proj"][..., :5]
     if changes:
@@ -451,10 +453,10 @@ def test_the_delta_that_a_hook_returns_is_the_one_the_scan_uses(make_model):
     def stop(module, inputs, delta):
         return delta * (torch.arange(9) < 4).unsqueeze(-1)
 
-    model.backbone.layers[0].mixer.dt_proj.register_forward_hook(stop)
+    model.delta_modules[0].register_forward_hook(stop)
     _, state = model(ids)
-    assert torch.allclose(state.ssm[0], wanted.ssm[0], atol=1e-6)
-    assert state.ssm[0].abs().max() > 1e-2
+    assert torch.allclose(state.tensors[1], wanted.tensors[1], atol=1e-6)
+    assert state.tensors[1].abs().max() > 1e-2
 
 
 # Start and config
