@@ -245,12 +245,12 @@ def is_at(descriptor: int, path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, replaced: Sequence[str] = MODEL_FILES) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, stale: Sequence[str] = MODEL_FILES) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends without an error.
 
     A new folder appears whole, by one rename. In one that exists (it may hold checkpoints, or be a
     mount of its own) the old config.json goes first and the new one comes last: without it a folder
-    is not a model. What else matches the patterns `replaced` goes too.
+    is not a model. Other files that match the patterns `stale` are removed too.
     """
     folder = Path(folder).absolute()
     name = f".{folder.name}.partial-{os.getpid()}"
@@ -261,9 +261,9 @@ def atomic_folder(folder: str | Path, replaced: Sequence[str] = MODEL_FILES) -> 
         yield partial
         if partial.parent == folder:
             (folder / "config.json").unlink(missing_ok=True)
-            for pattern in replaced:
-                for stale in folder.glob(pattern):
-                    stale.unlink()
+            for pattern in stale:
+                for path in folder.glob(pattern):
+                    path.unlink()
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(folder / path.name)
         else:
