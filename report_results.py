@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.command_line import Parser
 from common.errors import printable
-from common.files import keep_inputs, require_writable, write_output
+from common.files import check_inputs_not_overwritten, require_writable, write_output
 from context_qa.results.rows import read_objects, read_summary, results_rows, summary_path
 
 
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     objects, is_torn = read_objects(args.results)
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
-    keep_inputs([output], [args.results, summary_path(args.results)])
+    check_inputs_not_overwritten([output], [args.results, summary_path(args.results)])
     require_writable(output)
     summary = read_summary(args.results, warns=True)
     with at_once():

@@ -71,7 +71,7 @@ class Kind(NamedTuple):
     is_ours: Callable[[BinaryIO], bool]
 
 
-def keep_inputs(
+def check_inputs_not_overwritten(
     outputs: Iterable[str | Path], inputs: Iterable[str | Path | None], are_folders: bool = False
 ) -> None:
     """Raise a UserError if writing an output would destroy an input of the same command, whatever

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common.errors import UserError, printable, say_loading, warn
-from common.files import check_output, keep_inputs
+from common.files import check_inputs_not_overwritten, check_output
 from common.processes import disconnect, from_first, in_step
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
@@ -64,7 +64,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """UserError, before anything is computed, where a file that is no result would be lost."""
     results = [args.output, *([_tuning(args.output)] if args.tune_on else [])]
     summaries = list(map(summary_path, results))
-    keep_inputs([*results, *summaries], [args.data, args.tune_on, args.model, args.tokenizer])
+    check_inputs_not_overwritten(
+        [*results, *summaries], [args.data, args.tune_on, args.model, args.tokenizer]
+    )
     if args.tune_on:  # or `ResultsFile` would look at OUTPUT once the threshold is tuned
         for path in results:
             check_output(path, RESULTS, overwrite=True)

@@ -16,8 +16,8 @@ from transformers import TrainerState
 from common.errors import UserError, printable, warn
 from common.files import (
     MODEL_FILES,
+    check_inputs_not_overwritten,
     check_output,
-    keep_inputs,
     locked,
     named_errors,
     require_writable,
@@ -150,7 +150,7 @@ class TrainingRun:
         """UserError where something that is read stands in the folder that is written anew."""
         given = [override.partition("resume_from_checkpoint=")[2] for override in self.args.trainer]
         read = (getattr(self.args, name) for name in NAMED)
-        keep_inputs([self.folder], [*read, *given], are_folders=True)
+        check_inputs_not_overwritten([self.folder], [*read, *given], are_folders=True)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Print lines on the data, and keep them for the record."""
