@@ -105,7 +105,7 @@ def check_output(path: str | Path, kind: Kind | None, overwrite: bool = False) -
     _check_is_file(path)
     if not os.path.exists(path):
         return
-    with named_errors(path), open(path, "rb") as stream:
+    with report_write_errors(path), open(path, "rb") as stream:
         if os.fstat(stream.fileno()).st_size == 0:
             return
         is_ours = kind is not None and kind.is_ours(stream)
@@ -132,12 +132,12 @@ def _holds(path: str | Path, text: str) -> bool:
     data = _encoded(text)
     if not os.path.exists(path) or os.path.getsize(path) != len(data):
         return False
-    with named_errors(path):
+    with report_write_errors(path):
         return Path(path).read_bytes() == data
 
 
 @contextlib.contextmanager
-def named_errors(path: str | Path) -> Iterator[None]:
+def report_write_errors(path: str | Path) -> Iterator[None]:
     """An OSError as a UserError that names the file."""
     try:
         yield
@@ -151,7 +151,7 @@ def write_whole(output: str | Path, text: str, check: Callable[[], None] = lambd
     if anything goes wrong, or if `check`, just before that step, raises an error. UserError where
     it cannot be written."""
     _check_is_file(output)
-    with named_errors(output):
+    with report_write_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         os.close(replaced(output, text, check))
 
@@ -160,7 +160,7 @@ def new_folder(output: str | Path) -> Path:
     """An output folder with nothing in it, made now: work must not end in a path that cannot be
     written. UserError where it holds anything."""
     folder = Path(output)
-    with named_errors(folder):
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         first = min((path.name for path in folder.iterdir()), default=None)
     if first is not None:
@@ -171,7 +171,7 @@ def new_folder(output: str | Path) -> Path:
 
 def require_writable(output: str | Path) -> None:
     """UserError unless files can be made in this folder, or in the one that will hold it."""
-    with named_errors(output):
+    with report_write_errors(output):
         place = Path(output).absolute()
         place = place if place.is_dir() else place.parent
         while not place.exists():
@@ -255,7 +255,7 @@ def atomic_folder(folder: str | Path, stale: Sequence[str] = MODEL_FILES) -> Ite
     folder = Path(folder).absolute()
     name = f".{folder.name}.partial-{os.getpid()}"
     partial = folder / name if folder.is_dir() else folder.with_name(name)
-    with named_errors(folder):
+    with report_write_errors(folder):
         partial.mkdir(parents=True)
     try:
         yield partial

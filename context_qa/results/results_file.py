@@ -14,7 +14,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, printable
-from common.files import check_output, is_at, locked, named_errors, replaced, write_at, write_output
+from common.files import (
+    check_output,
+    is_at,
+    locked,
+    replaced,
+    report_write_errors,
+    write_at,
+    write_output,
+)
 from common.json_text import json_text
 from common.provenance import differences
 from context_qa.results.metrics import summarize
@@ -61,7 +69,7 @@ class ResultsFile:
         self.record["made_by"] = []  # the rows of earlier runs
         self.descriptor = self._open()
         try:
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 data = self.path.read_bytes()
             self._note_content(data)
             if overwrite:
@@ -88,7 +96,7 @@ class ResultsFile:
 
     def __exit__(self, *exception) -> None:
         try:
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 if self.rows:
                     self._write_again_if_changed()
                 elif self.is_new and self._is_in_place() and self._status().st_size == 0:
@@ -99,7 +107,7 @@ class ResultsFile:
     def _open(self) -> int:
         # Else told only after all is computed.
         check_output(summary_path(self.path), SUMMARY, overwrite=True)
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +159,7 @@ class ResultsFile:
             seen.add(idx)
         if rows:  # the row of a run that was killed may lack its end
             self.rows = rows
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 os.ftruncate(self.descriptor, size)
             self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
@@ -182,7 +190,7 @@ class ResultsFile:
         if not rows:
             return
         data = _lines(rows).encode()
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             self._write_again_if_changed(compare_content=not self.rows)
             self._write_first_summary()
             try:
@@ -265,7 +273,7 @@ class ResultsFile:
     def finish(self, **measured: object) -> dict:
         """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
         them again. `measured`, the time and the memory go into it where this run was needed."""
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             self._write_again_if_changed(compare_content=True)
             if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
                 self.rows.sort(key=lambda row: row["idx"])

@@ -19,7 +19,7 @@ from common.files import (
     check_inputs_not_overwritten,
     check_output,
     locked,
-    named_errors,
+    report_write_errors,
     require_writable,
     write_whole,
 )
@@ -94,7 +94,7 @@ class TrainingRun:
         record |= {"data_sha256": sha256(args.data_path)}
         self.record = {"settings": settings(self.args, record, self.processes.num_processes)}
         self.record |= record
-        with named_errors(self.folder):
+        with report_write_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             require_writable(self.folder)  # or the run would fail by that later
@@ -163,7 +163,7 @@ class TrainingRun:
         """Write down what is to be done, now that nothing more can be wrong with it. With
         args.overwrite, what a run or a model has left there goes now."""
         if self.processes.is_main_process:
-            with named_errors(self.folder):
+            with report_write_errors(self.folder):
                 if self.args.overwrite:
                     self._remove()
                 self._write(complete=False)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError, warn
-from common.files import named_errors
+from common.files import report_write_errors
 from common.json_text import read_json
 from mamba_lm.training.trainer_state import STATE, read_state
 
@@ -28,7 +28,7 @@ def partial_folder(output: str | Path) -> Path:
 
 def seal(folder: Path, checkpoint: Path) -> None:
     """Make the files of a folder the checkpoint of this name, in one step. Raises UserError."""
-    with named_errors(checkpoint):
+    with report_write_errors(checkpoint):
         files = describe_files(sorted(folder.iterdir()))
         for name in files:
             _to_disk(folder / name)

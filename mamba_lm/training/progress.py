@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from common.files import named_errors, write_whole
+from common.files import report_write_errors, write_whole
 
 LOG = "training_log.jsonl"
 PLOT = "training_log.png"
@@ -195,7 +195,7 @@ class TrainingLog(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            with named_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -242,7 +242,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     axes[-1].set_xlabel("optimiser steps")
     for at in axes:
         at.grid(alpha=0.3)
-    with named_errors(path):
+    with report_write_errors(path):
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png", dpi=120)
         os.replace(partial, path)

@@ -22,7 +22,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 from common.command_line import Parser
-from common.files import named_errors, write_output
+from common.files import report_write_errors, write_output
 from squad_utils import NO_ANSWER
 from studies.demo_model.domains import (
     DOMAINS,
@@ -341,7 +341,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with named_errors(args.output):
+    with report_write_errors(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
     rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))
