@@ -125,7 +125,7 @@ def write_output(
     _check_is_file(output)
     if not _holds(output, text):
         check_output(output, kind, overwrite)
-        write_whole(output, text, lambda: check_output(output, kind, overwrite))
+        write_atomically(output, text, lambda: check_output(output, kind, overwrite))
 
 
 def _holds(path: str | Path, text: str) -> bool:
@@ -146,7 +146,9 @@ def report_write_errors(path: str | Path) -> Iterator[None]:
         raise UserError(complaint) from error
 
 
-def write_whole(output: str | Path, text: str, check: Callable[[], None] = lambda: None) -> None:
+def write_atomically(
+    output: str | Path, text: str, check: Callable[[], None] = lambda: None
+) -> None:
     """Write a text file in UTF-8, with its parent folders, in one step: what was there before stays
     if anything goes wrong, or if `check`, just before that step, raises an error. UserError where
     it cannot be written."""

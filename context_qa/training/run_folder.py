@@ -21,7 +21,7 @@ from common.files import (
     locked,
     report_write_errors,
     require_writable,
-    write_whole,
+    write_atomically,
 )
 from common.json_text import json_text, read_json
 from common.processes import from_first, in_all
@@ -176,7 +176,7 @@ class TrainingRun:
         steps = {"steps": state.global_step, "epochs": state.epoch, "step_of_model": step}
         scores = scores_at(state, step)
         card = model_card(self.args, report, steps, scores)
-        write_whole(self.folder / CARD, card, self._check_card)
+        write_atomically(self.folder / CARD, card, self._check_card)
         found = {"data": dataclasses.asdict(report), "scores": scores}
         files = describe_files(self._model_files())
         self._write(complete=True, **steps, **found, files=files)
@@ -203,7 +203,7 @@ class TrainingRun:
 
     def _write(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
-        write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
+        write_atomically(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def _before(self) -> dict:
         """The record of the run that is there, without settings if it cannot be read; empty in an

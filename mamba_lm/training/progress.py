@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from common.files import report_write_errors, write_whole
+from common.files import report_write_errors, write_atomically
 
 LOG = "training_log.jsonl"
 PLOT = "training_log.png"
@@ -208,7 +208,7 @@ def _is_distributed() -> bool:
 
 
 def write_log(rows: Sequence[Mapping], path: Path) -> None:
-    write_whole(path, "".join(map(_line, rows)))
+    write_atomically(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping) -> str:
