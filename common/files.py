@@ -155,7 +155,7 @@ def write_atomically(
     _check_is_file(output)
     with report_write_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        os.close(replaced(output, text, check))
+        os.close(replace_file(output, text, check))
 
 
 def new_folder(output: str | Path) -> Path:
@@ -191,7 +191,7 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
-def replaced(output: str | Path, text: str, check: Callable[[], None] = lambda: None) -> int:
+def replace_file(output: str | Path, text: str, check: Callable[[], None] = lambda: None) -> int:
     """Write as `write_whole`, in a folder that is there; the new file's descriptor, on which the
     lock is that `locked` takes. Raises OSError."""
     path = Path(os.path.realpath(output))  # a link stays one

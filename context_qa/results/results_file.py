@@ -18,7 +18,7 @@ from common.files import (
     check_output,
     is_at,
     locked,
-    replaced,
+    replace_file,
     report_write_errors,
     write_at,
     write_output,
@@ -265,7 +265,7 @@ class ResultsFile:
 
     def _write_all(self) -> None:
         text = _lines(self.rows)
-        before, self.descriptor = self.descriptor, replaced(self.path, text)
+        before, self.descriptor = self.descriptor, replace_file(self.path, text)
         os.fchmod(self.descriptor, os.fstat(before).st_mode)
         os.close(before)
         self._note_content(text.encode())
