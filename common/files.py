@@ -199,7 +199,7 @@ def replace_file(output: str | Path, text: str, check: Callable[[], None] = lamb
     try:
         if path.exists():
             os.fchmod(descriptor, path.stat().st_mode)
-        locked(descriptor)
+        try_lock(descriptor)
         write_at(descriptor, _encoded(text), 0)
         check()
         os.replace(partial, path)
@@ -226,7 +226,7 @@ def write_at(descriptor: int, data: bytes, place: int) -> None:
     os.fsync(descriptor)
 
 
-def locked(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Whether this process is now the one that has the file's lock, until it closes it; True too
     where a file system has no locks."""
     try:

@@ -17,9 +17,9 @@ from common.errors import UserError, printable
 from common.files import (
     check_output,
     is_at,
-    locked,
     replace_file,
     report_write_errors,
+    try_lock,
     write_at,
     write_output,
 )
@@ -114,7 +114,7 @@ class ResultsFile:
             self.is_new = not self.path.exists()
             for _ in range(100):  # a run that ends can put another file there
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-                is_ours = locked(descriptor)
+                is_ours = try_lock(descriptor)
                 if is_ours and is_at(descriptor, self.path):
                     return descriptor
                 os.close(descriptor)
@@ -257,7 +257,7 @@ class ResultsFile:
             return path.rename(aside)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe does not block it
         try:
-            if not locked(descriptor):
+            if not try_lock(descriptor):
                 raise self._is_of_another_run()
             return path.rename(aside)
         finally:

@@ -18,9 +18,9 @@ from common.files import (
     MODEL_FILES,
     check_inputs_not_overwritten,
     check_output,
-    locked,
     report_write_errors,
     require_writable,
+    try_lock,
     write_atomically,
 )
 from common.json_text import json_text, read_json
@@ -99,7 +99,7 @@ class TrainingRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             require_writable(self.folder)  # or the run would fail by that later
             self._lock = os.open(self.folder, os.O_RDONLY)
-            if not locked(self._lock):
+            if not try_lock(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._before()
             self._check_card()
