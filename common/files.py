@@ -238,7 +238,7 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def is_at(descriptor: int, path: str | Path) -> bool:
+def is_current_file(descriptor: int, path: str | Path) -> bool:
     """Whether an open file is still the one that stands at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.errors import UserError, printable
 from common.files import (
     check_output,
-    is_at,
+    is_current_file,
     replace_file,
     report_write_errors,
     try_lock,
@@ -115,7 +115,7 @@ class ResultsFile:
             for _ in range(100):  # a run that ends can put another file there
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
                 is_ours = try_lock(descriptor)
-                if is_ours and is_at(descriptor, self.path):
+                if is_ours and is_current_file(descriptor, self.path):
                     return descriptor
                 os.close(descriptor)
                 if not is_ours:
@@ -234,7 +234,7 @@ class ResultsFile:
         return _lines(self.rows).encode().startswith(self.path.read_bytes())
 
     def _is_in_place(self) -> bool:
-        return is_at(self.descriptor, self.path)
+        return is_current_file(self.descriptor, self.path)
 
     def _status(self) -> os.stat_result:
         return os.fstat(self.descriptor)
