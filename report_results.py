@@ -8,7 +8,7 @@ of all questions can be searched, sorted and filtered; a click on a row shows th
 guess marked. The same results give the same page, byte for byte.
 """
 
-from common.script import at_once, run_script
+from common.script import exit_on_signal, run_script
 
 import argparse
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     check_inputs_not_overwritten([output], [args.results, summary_path(args.results)])
     require_writable(output)
     summary = read_summary(args.results, warns=True)
-    with at_once():
+    with exit_on_signal():
         from context_qa.results.report import PAGE, report_page
 
         page = report_page(rows, summary, Path(args.results).name, is_torn)

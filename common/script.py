@@ -57,7 +57,7 @@ def run_script(main: Callable, parse_args: Callable) -> None:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """Nothing is at stake in this block: signals end the script without an exception."""
     with _handled_by(guard.end):
         yield
@@ -67,7 +67,7 @@ def at_once() -> Iterator[None]:
 def loading(what: str) -> Iterator[None]:
     """`say_loading` what this block loads, `at_once`."""
     say_loading(what)
-    with at_once():
+    with exit_on_signal():
         yield
 
 
