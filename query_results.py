@@ -10,7 +10,7 @@ JSONL of objects is read, results or not. A query sees these tables alone: it re
 and no network.
 """
 
-from common.script import at_once_in_c, run_script
+from common.script import exit_on_signal_in_c, run_script
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with at_once_in_c():  # some queries, recursive ones among them, cannot be interrupted
+    with exit_on_signal_in_c():  # some queries, recursive ones among them, cannot be interrupted
         import duckdb
 
         database = duckdb.connect(config=LIMITS)

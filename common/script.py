@@ -72,7 +72,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def at_once_in_c() -> Iterator[None]:
+def exit_on_signal_in_c() -> Iterator[None]:
     """As `at_once`, also while a C library computes that releases Python's lock: by a thread."""
 
     def watch() -> None:

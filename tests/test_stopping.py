@@ -150,7 +150,7 @@ def is_computing(tasks: Path) -> bool:
 # Where an exception would go nowhere
 
 BEGIN = """
-from common.script import at_once, at_once_in_c, loading, run_script
+from common.script import exit_on_signal, exit_on_signal_in_c, loading, run_script
 import ctypes, os, signal, sys, time
 def main(args):
     try:
@@ -230,7 +230,7 @@ def test_a_signal_that_is_swallowed_comes_again(work, sent, tmp_path):
     assert process.stdout.endswith("cleaned\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
 @pytest.mark.parametrize("sent", SAID)
 def test_a_block_where_nothing_is_at_stake_ends_at_once(block, sent, tmp_path):
     work = f"""
@@ -244,7 +244,7 @@ def work():
     assert (process.returncode, process.stdout, process.stderr) == (code, "", f"{word}\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
 def test_it_is_said_while_a_library_is_kept_silent(block, tmp_path):
     work = f"""
 def work():
@@ -257,7 +257,7 @@ def work():
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
 def test_after_such_a_block_work_is_left_in_order(block, tmp_path):
     work = f"def work():\n    with {block}:\n        pass\n    signal.raise_signal(15)\n"
     process = run_work(tmp_path, work, env=ENVIRONMENT)
