@@ -29,7 +29,7 @@ def warn(text: str) -> None:
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
-def say_loading(what: str) -> None:
+def report_loading(what: str) -> None:
     """A line for who waits at a terminal, from the first of several processes."""
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"loading {printable(what)} ...", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from common import guard
-from common.errors import UserError, printable, say_loading
+from common.errors import UserError, printable, report_loading
 
 _AGAIN_SECONDS = 0.05
 _FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO, errno.EFBIG)
@@ -66,7 +66,7 @@ def exit_on_signal() -> Iterator[None]:
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """`say_loading` what this block loads, `at_once`."""
-    say_loading(what)
+    report_loading(what)
     with exit_on_signal():
         yield
 

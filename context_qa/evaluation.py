@@ -11,7 +11,7 @@ import torch._dynamo  # else in the midst of a run, which cannot be stopped for 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common.errors import UserError, printable, say_loading, warn
+from common.errors import UserError, printable, report_loading, warn
 from common.files import check_inputs_not_overwritten, check_output
 from common.processes import disconnect, from_first, in_step
 from common.provenance import describe_run, sha256
@@ -233,7 +233,7 @@ class _Run:
 
     @functools.cached_property
     def _model_and_tokenizer(self):
-        say_loading(self.args.model)
+        report_loading(self.args.model)
         torch.manual_seed(0)  # for the weights, should MODEL be a config file
         return load_model_and_tokenizer(
             self.args.model, self.args.tokenizer, self.device, self.dtype

@@ -7,7 +7,7 @@ import multiprocessing
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from common.errors import UserError, say_loading
+from common.errors import UserError, report_loading
 from common.processes import disconnect
 from context_qa.arguments import Data
 from context_qa.batches import GroupedBatches, continuation
@@ -41,7 +41,7 @@ def complete(
     examples, asked = data[args.data_path], data[args.eval_data] if args.eval_data else []
     scored = examples_to_score(asked, negatives)
     set_seed(args.seed)  # before weights are drawn, should MODEL be a config file
-    say_loading(args.model)
+    report_loading(args.model)
     model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer)
     run.warn(data_warnings(args.data_path, examples, tokenizer, is_training=True))
     run.warn([*doubts(scored, examples), *data_warnings(args.eval_data, asked, tokenizer)])
