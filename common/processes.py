@@ -21,7 +21,7 @@ def _others_may_stop() -> Iterator[None]:
         raise UserError("another process has stopped; look for what it says") from error
 
 
-def from_first(value: T) -> T:
+def broadcast(value: T) -> T:
     """The value that the first process has."""
     with _others_may_stop():
         return broadcast_object_list([value])[0]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable, report_loading, warn
 from common.files import check_inputs_not_overwritten, check_output
-from common.processes import disconnect, from_first, in_step
+from common.processes import broadcast, disconnect, in_step
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
 from context_qa.arguments import SLIDING_WINDOW, Data
@@ -130,7 +130,7 @@ class _Run:
             )
         output = _tuning(self.args.output)
         _, rows = self.answer(questions, output, threshold=1.0)  # none is to abstain
-        threshold = from_first(tuned_threshold(rows) if rows else None)
+        threshold = broadcast(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
             print(f"no-answer threshold {threshold:.6g}, tuned on {printable(source)}")
         return threshold
@@ -148,7 +148,7 @@ class _Run:
                 record = self._record(questions, threshold)
                 file = ResultsFile(output, examples, record, self.args.overwrite)
                 results = stack.enter_context(file)
-            done = from_first(results.done if results else None)
+            done = broadcast(results.done if results else None)
             if len(done) < len(examples):
                 answerer = self._answerer(threshold)
                 if results is not None:
