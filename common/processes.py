@@ -27,7 +27,7 @@ def broadcast(value: T) -> T:
         return broadcast_object_list([value])[0]
 
 
-def in_all(value: bool) -> bool:
+def is_true_on_all_ranks(value: bool) -> bool:
     """Whether it is true in every process."""
     with _others_may_stop():
         return all(gather_object([value]))

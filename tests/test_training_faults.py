@@ -333,7 +333,7 @@ def test_other_code_that_began_a_run_is_told_and_written_down(train, capsys):
 
 def test_a_folder_that_not_all_processes_see_is_refused(train, tmp_path, monkeypatch):
     """As if another one's disk were its own."""
-    monkeypatch.setattr(training_run, "in_all", lambda value: value and False)
+    monkeypatch.setattr(training_run, "is_true_on_all_ranks", lambda value: value and False)
     with pytest.raises(UserError, match="not all processes see it; give a folder they share"):
         train()
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from common.files import (
     write_atomically,
 )
 from common.json_text import json_text, read_json
-from common.processes import broadcast, in_all
+from common.processes import broadcast, is_true_on_all_ranks
 from common.provenance import describe_run, differences, hash_or_name, sha256
 from context_qa.training.data_report import DataReport
 from context_qa.training.model_card import MODEL_CARD, model_card
@@ -142,7 +142,7 @@ class TrainingRun:
                     tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".partial")
                 )
                 name = Path(probe.name).name
-            is_seen = in_all((self.folder / broadcast(name)).exists())
+            is_seen = is_true_on_all_ranks((self.folder / broadcast(name)).exists())
         if not is_seen:
             raise UserError(f"{self.folder}: not all processes see it; give a folder they share")
 
