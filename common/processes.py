@@ -33,7 +33,7 @@ def is_true_on_all_ranks(value: bool) -> bool:
         return all(gather_object([value]))
 
 
-def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
+def gather_batches(batches: Iterator[T]) -> Iterator[list[T]]:
     """The next batch of every process, until none has one more."""
     while True:
         batch = next(batches, None)

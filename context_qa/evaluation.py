@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable, report_loading, warn
 from common.files import check_inputs_not_overwritten, check_output
-from common.processes import broadcast, disconnect, in_step
+from common.processes import broadcast, disconnect, gather_batches
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
 from context_qa.arguments import SLIDING_WINDOW, Data
@@ -158,7 +158,7 @@ class _Run:
                     total=len(examples), initial=len(done), unit="question", disable=not is_main
                 )
                 stack.enter_context(progress)
-                for step in in_step(batches):
+                for step in gather_batches(batches):
                     if results is not None:
                         rows = [
                             result_row(idx, examples[idx], answer)
