@@ -12,8 +12,9 @@ from common.script import exit_on_signal, run_script
 import argparse
 
 from common.command_line import Parser
-from common.errors import printable, write_utf_8
+from common.errors import printable
 from common.json_text import json_line
+from common.streams import write_utf_8
 
 
 def parse_args() -> argparse.Namespace:

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from common.command_line import Parser
-from common.errors import UserError, printable, write_utf_8
+from common.errors import UserError, printable
 from common.json_text import plain_json
+from common.streams import write_utf_8
 from context_qa.results.rows import FIELDS, is_kind, read_objects, warn_if_incomplete
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.command_line import Parser
 from common.errors import printable
-from common.files import check_inputs_not_overwritten, require_writable, write_output
+from common.output_files import check_inputs_not_overwritten, require_writable, write_output
 from context_qa.results.rows import read_objects, read_summary, results_rows, summary_path
 
 

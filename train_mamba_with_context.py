@@ -13,7 +13,7 @@ from common.script import loading, run_script
 import argparse
 
 from common.command_line import Parser, positive_float, positive_int, seed
-from common.files import check_inputs_not_overwritten
+from common.output_files import check_inputs_not_overwritten
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
 from squad_utils import PROMPT_ORDERS

@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
 from common.command_line import positive_int
 from common.errors import UserError
-from common.files import check_inputs_not_overwritten, check_output
+from common.output_files import check_inputs_not_overwritten, check_output
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 

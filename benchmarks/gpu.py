@@ -34,9 +34,9 @@ from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report
+from common.atomic_files import write_atomically
 from common.command_line import positive_float, positive_int
 from common.errors import UserError
-from common.files import write_atomically
 from common.json_text import json_text
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer

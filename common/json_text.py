@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from common.errors import CONTROLS, UserError
-from common.files import read_text
+from common.input_files import read_text
 
 MAX_NESTING = 64  # of JSON: what is deeper makes other code run out of stack later
 

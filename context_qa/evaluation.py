@@ -12,7 +12,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common.errors import UserError, printable, report_loading, warn
-from common.files import check_inputs_not_overwritten, check_output
+from common.output_files import check_inputs_not_overwritten, check_output
 from common.processes import broadcast, disconnect, gather_batches
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer

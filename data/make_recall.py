@@ -17,7 +17,8 @@ import re
 
 from common.command_line import Parser, seed
 from common.errors import UserError, printable
-from common.files import check_inputs_not_overwritten, read_text
+from common.input_files import read_text
+from common.output_files import check_inputs_not_overwritten
 from data.prepare_squad import write_oxen_layout
 from squad_utils import Example
 

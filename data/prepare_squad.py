@@ -15,7 +15,8 @@ import json
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError, printable
-from common.files import check_inputs_not_overwritten, read_text, write_output
+from common.input_files import read_text
+from common.output_files import check_inputs_not_overwritten, write_output
 from squad_utils import Example, read_examples
 
 

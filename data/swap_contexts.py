@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from common.command_line import Parser, seed
 from common.errors import UserError, printable
-from common.files import check_inputs_not_overwritten
+from common.output_files import check_inputs_not_overwritten
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
 from squad_utils import read_examples

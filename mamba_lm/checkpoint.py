@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.atomic_files import MODEL_FILES, atomic_folder
 from common.errors import UserError, warn
-from common.files import MODEL_FILES, atomic_folder
 from common.provenance import sha256_of
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import read_foreign_object

@@ -159,7 +159,7 @@ OTHER_FORMATS = {
     "parquet": (b"PAR1\x15\x04\x15", "is a Parquet file; convert it to JSONL"),
     "UTF-16": (TEXT.encode("utf-16"), "is UTF-16 text; convert the file to UTF-8"),
     "big-endian UTF-16": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "is UTF-16 text"),
-    "safetensors": (b"\xf8\0\0\0\0\0\0\0{}", "is no text but binary data; give a JSONL"),
+    "safetensors": (b"\xf8\0\0\0\0\0\0\0{}", "is a binary file, not text; give a JSONL"),
 }
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import train_mamba_with_context
+from common.atomic_files import try_lock
 from common.errors import UserError
-from common.files import try_lock
 from context_qa.training import train as training
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.training.checkpoints import checkpoints, fault

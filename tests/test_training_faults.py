@@ -12,8 +12,8 @@ import matplotlib.image
 import pytest
 
 import train_mamba_with_context
+from common.atomic_files import atomic_folder
 from common.errors import UserError
-from common.files import atomic_folder
 from context_qa.negatives import NegativeSampler
 from context_qa.training import run_folder as training_run
 from context_qa.training import train as training
@@ -372,7 +372,7 @@ def test_a_readme_of_the_users_own_is_never_overwritten(train):
     output = train(steps=2)
     (output / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+        with pytest.raises(UserError, match=r"README\.md: contains something other than the card"):
             train(*more, steps=2)
     assert (output / "README.md").read_text() == "mine"
 
@@ -385,7 +385,7 @@ def test_a_readme_that_comes_during_training_is_kept(train, tmp_path, monkeypatc
         (tmp_path / "run/README.md").write_text("mine")
 
     monkeypatch.setattr(PrefixSuffixTrainer, "train", meanwhile)
-    with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+    with pytest.raises(UserError, match=r"README\.md: contains something other than the card of a"):
         train(steps=2)
     assert (tmp_path / "run/README.md").read_text() == "mine"
 

@@ -13,17 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import UserError, printable
-from common.files import (
-    check_output,
+from common.atomic_files import (
     is_current_file,
     replace_file,
     report_write_errors,
     try_lock,
     write_at,
-    write_output,
 )
+from common.errors import UserError, printable
 from common.json_text import json_text
+from common.output_files import check_output, write_output
 from common.provenance import differences
 from context_qa.results.metrics import summarize
 from context_qa.results.rows import (

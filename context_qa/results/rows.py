@@ -14,8 +14,9 @@ from types import UnionType
 from typing import BinaryIO
 
 from common.errors import UserError, warn
-from common.files import Kind, read_bytes
+from common.input_files import read_bytes
 from common.json_text import is_nested_too_deep, parse_json, read_json
+from common.output_files import Kind
 from squad_utils import Example, abstains, exact_match, f1_score, is_correct, made_id
 
 # A row's fields in the order that readers rely on, as what JSON gives; None only in `NULLABLE`.

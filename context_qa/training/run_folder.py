@@ -13,17 +13,10 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerState
 
+from common.atomic_files import MODEL_FILES, report_write_errors, try_lock, write_atomically
 from common.errors import UserError, printable, warn
-from common.files import (
-    MODEL_FILES,
-    check_inputs_not_overwritten,
-    check_output,
-    report_write_errors,
-    require_writable,
-    try_lock,
-    write_atomically,
-)
 from common.json_text import json_text, read_json
+from common.output_files import check_inputs_not_overwritten, check_output, require_writable
 from common.processes import broadcast, is_true_on_all_ranks
 from common.provenance import describe_run, differences, hash_or_name, sha256
 from context_qa.training.data_report import DataReport

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.atomic_files import report_write_errors
 from common.errors import UserError, warn
-from common.files import report_write_errors
 from common.json_text import read_json
 from mamba_lm.training.trainer_state import STATE, read_state
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from common.files import report_write_errors, write_atomically
+from common.atomic_files import report_write_errors, write_atomically
 
 LOG = "training_log.jsonl"
 PLOT = "training_log.png"

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from common.command_line import Parser, positive_int, seed
 from common.errors import UserError
-from common.files import check_inputs_not_overwritten, write_output
+from common.output_files import check_inputs_not_overwritten, write_output
 from mamba_lm.tokenizer import load_tokenizer_at
 from studies.base_model.pack import read_packed, read_texts
 from studies.base_model.processes import process_pool

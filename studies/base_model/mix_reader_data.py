@@ -18,8 +18,8 @@ from pathlib import Path
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError
-from common.files import check_inputs_not_overwritten, write_output
 from common.json_text import parse_json
+from common.output_files import check_inputs_not_overwritten, write_output
 
 
 def parse_args() -> argparse.Namespace:

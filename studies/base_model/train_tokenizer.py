@@ -15,8 +15,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.atomic_files import atomic_folder
 from common.command_line import Parser, positive_float, positive_int
-from common.files import atomic_folder, check_inputs_not_overwritten, new_folder
+from common.output_files import check_inputs_not_overwritten, new_folder
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents
 

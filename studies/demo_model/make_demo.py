@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+from common.atomic_files import report_write_errors
 from common.command_line import Parser
-from common.files import report_write_errors, write_output
+from common.output_files import write_output
 from squad_utils import NO_ANSWER
 from studies.demo_model.domains import (
     DOMAINS,

@@ -31,8 +31,8 @@ from transformers import TrainerCallback, set_seed
 
 from common.command_line import Parser, positive_float, positive_int
 from common.errors import UserError
-from common.files import Kind, check_inputs_not_overwritten, check_output
 from common.json_text import parse_json
+from common.output_files import Kind, check_inputs_not_overwritten, check_output
 from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.training.arguments import training_arguments
