@@ -173,7 +173,7 @@ OTHER_FORMATS = {
         (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "not JSON"),
         (as_lines([OXEN_ROW]), " line 1", "no JSON object"),
         (b"[" * 100_000, " line 1", "nested too deep"),
-        (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 deep"),
+        (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 levels"),
         (as_lines(HUB_ROW | {"answers": {"text": nested(60)}}), " line 1", "'answers' is [["),
         (as_lines(HUB_ROW | {"answers": {"text": {"0": "a"}}}), " line 1", "'answers' is missing"),
         (as_lines(HUB_ROW | {"answers": [None]}), " line 1", "'answers' is missing"),
