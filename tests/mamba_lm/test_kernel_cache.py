@@ -20,7 +20,7 @@ def compiles_wrongly(self, *args):
 
 @pytest.fixture(autouse=True)
 def said_anew():
-    threads._say_not_kept.cache_clear()
+    threads._warn_not_cached.cache_clear()
 
 
 def kernel(packed):
@@ -33,8 +33,8 @@ def kernel(packed):
 )
 def test_a_kernel_runs_that_cannot_be_kept(where, fails, reason, monkeypatch, capsys):
     monkeypatch.setattr(caching.Cache, where, fails)
-    assert threads._cached(kernel).address
-    assert threads._cached(kernel).address
+    assert threads._compile_cached(kernel).address
+    assert threads._compile_cached(kernel).address
     err = capsys.readouterr().err
     assert err.startswith("warning: ") and err.count("\n") == 1 and reason in err
 
@@ -42,4 +42,4 @@ def test_a_kernel_runs_that_cannot_be_kept(where, fails, reason, monkeypatch, ca
 def test_other_errors_of_numba_stay_errors(monkeypatch):
     monkeypatch.setattr(caching.Cache, "__init__", compiles_wrongly)
     with pytest.raises(RuntimeError, match="some other thing"):
-        threads._cached(kernel)
+        threads._compile_cached(kernel)

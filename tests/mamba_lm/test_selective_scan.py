@@ -601,8 +601,8 @@ def test_extreme_inputs_stay_finite(kernels, d, extremes):
 def test_same_bits_on_any_number_of_threads(openmp, threads, monkeypatch):
     """On torch's threads and, where its OpenMP cannot be had, on a pool of our own."""
     if not openmp:
-        monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
-    elif cpu_threads._openmp() is None:
+        monkeypatch.setattr(cpu_threads, "_load_openmp", lambda: None)
+    elif cpu_threads._load_openmp() is None:
         pytest.skip("torch has no GNU OpenMP here")
     lengths = torch.tensor([40] * 15 + [3])
     scan, conv = scan_inputs(16, 40, 130, 16), conv_inputs(16, 40, 130, 4)
@@ -732,8 +732,8 @@ def test_the_kernels_trust_no_types():
         finally:
             torch.set_default_dtype(torch.float32)
         assert got[1].dtype == torch.float32 and torch.equal(got[0], want[0])
-    with pytest.raises(TypeError, match=r"take no torch\.float64"):
-        cpu_threads.run(cpu.scan_step, torch.ones(2, dtype=torch.float64), jobs=1, work=1)
+    with pytest.raises(TypeError, match=r"do not take torch\.float64"):
+        cpu_threads.run_kernel(cpu.scan_step, torch.ones(2, dtype=torch.float64), jobs=1, work=1)
 
 
 def test_few_rows_that_do_not_fit_are_torchs_errors():
