@@ -163,7 +163,7 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
 # Going on
 
 
-@pytest.mark.parametrize("cut_in", ["plot", "write_whole", "model_card"])
+@pytest.mark.parametrize("cut_in", ["plot", "write_atomically", "model_card"])
 def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, tmp_path, monkeypatch):
     """Between the last checkpoint and the record: the plot, the log, the card."""
     module = training_progress if cut_in == "plot" else training_run
@@ -186,7 +186,7 @@ def stopped_at_the_end(function):
     """Raises a KeyboardInterrupt where a function would write what belongs to a finished run."""
 
     def stopped(*args, **kwargs):
-        if function.__name__ == "write_whole" and not str(args[0]).endswith("README.md"):
+        if function.__name__ == "write_atomically" and not str(args[0]).endswith("README.md"):
             return function(*args, **kwargs)
         raise KeyboardInterrupt
 
