@@ -12,7 +12,12 @@ from common.script import loading, run_script
 import argparse
 
 from common.command_line import probability
-from context_qa.arguments import evaluation_parser, read_inputs, trained_prompt_order
+from context_qa.arguments import (
+    evaluation_parser,
+    evaluation_values,
+    read_inputs,
+    trained_prompt_order,
+)
 from context_qa.negatives import NEGATIVE_KINDS
 from squad_utils import PROMPT_ORDERS, prompt_parts
 
@@ -50,12 +55,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.prompt_order = args.prompt_order or trained_prompt_order(args.model)
+    prompt_order = args.prompt_order or trained_prompt_order(args.model)
     sources = (args.data, args.tune_on)
     data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):
-        from context_qa.evaluation import evaluate
-    evaluate(args, data, lambda e: prompt_parts(e.context, e.question, args.prompt_order))
+        from context_qa.evaluation import EvaluationSettings, evaluate
+    settings = EvaluationSettings(
+        **evaluation_values(args),
+        prompt_order=prompt_order,
+        negatives=args.negatives,
+        constrain_to_context=args.constrain_to_context,
+        no_answer_threshold=args.no_answer_threshold,
+        tune_on=args.tune_on,
+    )
+    evaluate(settings, data, lambda e: prompt_parts(e.context, e.question, prompt_order))
 
 
 if __name__ == "__main__":

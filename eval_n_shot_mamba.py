@@ -4,31 +4,29 @@
         results/n_shot.jsonl
 
 Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end. The same
-command again goes on where it was cut off.
+command resumes a run that was interrupted.
 """
 
 from common.script import loading, run_script
 
 import argparse
 
-from context_qa.arguments import evaluation_parser, read_inputs
+from context_qa.arguments import evaluation_parser, evaluation_values, read_inputs
 from context_qa.shots import n_shot_prompt
 from squad_utils import prompt_parts
 
 
 def parse_args() -> argparse.Namespace:
-    parser = evaluation_parser(__doc__)
-    parser.set_defaults(prompt_order="n_shot", negatives=None, constrain_to_context=False)
-    parser.set_defaults(no_answer_threshold=None, tune_on=None)
-    return parser.parse_args()
+    return evaluation_parser(__doc__).parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     data = read_inputs(args.model, args.tokenizer, [args.data], args.output)
     with loading("PyTorch"):
-        from context_qa.evaluation import evaluate
+        from context_qa.evaluation import EvaluationSettings, evaluate
+    settings = EvaluationSettings(**evaluation_values(args), prompt_order="n_shot")
     prefix = n_shot_prompt()
-    evaluate(args, data, lambda example: prompt_parts(prefix, example.question))
+    evaluate(settings, data, lambda example: prompt_parts(prefix, example.question))
 
 
 if __name__ == "__main__":

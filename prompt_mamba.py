@@ -13,7 +13,7 @@ from common.script import loading, run_script
 import argparse
 
 from common.command_line import Parser
-from context_qa.arguments import add_console_flags
+from context_qa.arguments import add_console_flags, console_values
 from context_qa.shots import SHOTS, n_shot_prompt, read_shots
 from mamba_lm.folders import require_model
 
@@ -33,10 +33,12 @@ def main(args: argparse.Namespace) -> None:
     shots = SHOTS if args.shots is None else read_shots(args.shots)
     require_model(args.model, args.tokenizer)
     with loading(f"PyTorch and {args.model}"):
-        from context_qa.console.console import load_console
+        from context_qa.console.console import ConsoleSettings, load_console
         from context_qa.console.conversation import Conversation
 
-        console = load_console(args, show_prompt=args.show_prompt)
+        console = load_console(
+            ConsoleSettings(**console_values(args), show_prompt=args.show_prompt)
+        )
     conversation = Conversation(console, "prompt_mamba", loads_contexts=False)
     conversation.run(n_shot_prompt(shots), args.question)
 

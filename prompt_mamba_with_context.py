@@ -14,7 +14,7 @@ import argparse
 
 from common.command_line import Parser
 from common.errors import UserError, warn
-from context_qa.arguments import add_console_flags, trained_prompt_order
+from context_qa.arguments import add_console_flags, console_values, trained_prompt_order
 from context_qa.console.terminal import read_context
 from mamba_lm.folders import require_model
 
@@ -46,10 +46,11 @@ def main(args: argparse.Namespace) -> None:
             " and once"
         )
     with loading(f"PyTorch and {args.model}"):
-        from context_qa.console.console import load_console
+        from context_qa.console.console import ConsoleSettings, load_console
         from context_qa.console.conversation import Conversation
 
-        console = load_console(args, explain=args.explain)
+        settings = ConsoleSettings(**console_values(args), explain=args.explain)
+        console = load_console(settings)
     Conversation(console, "prompt_mamba_with_context").run(context, args.question)
 
 

@@ -170,7 +170,7 @@ def prompt_parts(
     context: str, question: str, prompt_order: str = "context_first"
 ) -> tuple[str, str]:
     """The prompt as (prefix, suffix), to be tokenised apart; read_twice: Arora et al. 2024."""
-    asked = f"\n\nQ: {question}\nA:"
+    asked = f"\n\n{question_text(question)}"
     if prompt_order == "context_first":
         return context, asked
     if prompt_order == "question_first":
@@ -180,6 +180,11 @@ def prompt_parts(
     if prompt_order == "question_only":  # a baseline: what can be guessed without the context
         return "", asked
     raise UserError(f"prompt order {prompt_order!r}: choose from {', '.join(PROMPT_ORDERS)}")
+
+
+def question_text(question: str) -> str:
+    """A question as it stands in a prompt, before its answer."""
+    return f"Q: {question}\nA:"
 
 
 def answer_text(answer: str) -> str:

@@ -32,9 +32,8 @@ from context_qa.answering import Answerer
 from context_qa.console.console import READ_AT_ONCE
 from context_qa.console.streamed_answer import stream_answer
 from mamba_lm.checkpoint import load_tokenizer, save_model
-from mamba_lm.generate import read
-from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.streaming import Stream
+from mamba_lm.generate import decode, read
+from mamba_lm.models.mamba import MambaConfig, MambaLM, MambaState
 from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
@@ -123,19 +122,25 @@ def answerer_of(model: MambaLM, tokenizer, new: int) -> Answerer:
 def ours(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int) -> Contender:
     answerer = answerer_of(model, tokenizer, new)
     suffixes = suffixes_of(questions)
-    kept = answerer.read_prefixes([passage])
 
-    def ask(suffix: str, reading, **show) -> None:
-        state, [length] = reading
+    def read_passage() -> tuple[MambaState, int]:
+        ids = answerer.tokens.encode([passage])
+        return answerer.read_prefixes(ids), len(ids[0])
+
+    kept = read_passage()
+
+    def ask(suffix: str, reading: tuple[MambaState, int], **show) -> None:
+        state, length = reading
+        [ids] = answerer.tokens.encode([suffix])
         with contextlib.suppress(_Told):
-            stream_answer(answerer, state, suffix, length, **show)
+            stream_answer(answerer, state, ids, length, **show)
 
     def call() -> None:
         show = {"show": until_told} if task in (FIRST, LATER) else {}
-        reading = kept if task == LATER else answerer.read_prefixes([passage])
+        reading = kept if task == LATER else read_passage()
         for place, suffix in enumerate(suffixes):
             if place > 0 and task == ANEW:
-                reading = answerer.read_prefixes([passage])
+                reading = read_passage()
             ask(suffix, reading, **show)
 
     return Contender(call, len(suffixes) if task == LATER else 1)
@@ -189,13 +194,13 @@ def transformers(
 def compare(passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int) -> None:
     """Tell how many answers from the kept state are those of whole prompts read alone."""
     tokenizer, model = made(tokenizer, n_layer)
-    state, _ = answerer_of(model, tokenizer, new).read_prefixes([passage])
     prefix, equal, distance = token_ids(tokenizer, passage), 0, 0.0
+    state = answerer_of(model, tokenizer, new).read_prefixes([prefix])
     for suffix in suffixes_of(questions):
         ids = token_ids(tokenizer, suffix)
-        kept = Stream(model, read(model, [ids], state), (), new)
-        fresh = Stream(model, read(model, [prefix + ids]), (), new)
-        equal += list(kept) == list(fresh)
+        [kept] = decode(model, read(model, [ids], state), (), new)
+        [fresh] = decode(model, read(model, [prefix + ids]), (), new)
+        equal += kept.token_ids == fresh.token_ids
         distance = max(distance, abs(kept.log_prob - fresh.log_prob))
     print(
         f"\n{equal} of {len(questions)} answers from the kept state equal those of whole prompts "

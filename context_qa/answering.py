@@ -1,6 +1,5 @@
 """Contexts -> states -> questions -> answers with confidence: the one answering loop."""
 
-import functools
 import itertools
 import math
 import time
@@ -11,13 +10,13 @@ import torch
 
 from common.errors import UserError
 from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS
+from context_qa.prompts import PromptTokens
 from context_qa.results.rows import Answer
 from context_qa.spans import SPAN_BORDERS, Spans, require_pieces
-from mamba_lm.choices import Choice, decode_choices
+from mamba_lm.choosers import Constrained, TokenSequence
 from mamba_lm.generate import Reading, continuation_log_prob, decode, prefill, read
 from mamba_lm.models.mamba import MambaLM, MambaState
-from mamba_lm.tokenizer import encode, token_ids, vocabulary_bound
-from squad_utils import NO_ANSWER, answer_text, is_scored_as_empty
+from squad_utils import NO_ANSWER, is_scored_as_empty
 
 WINDOW = 512  # prompts: what is answered out of order
 
@@ -58,13 +57,9 @@ class Answerer:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.max_batch_tokens = max_new_tokens, max_batch_tokens
         self.no_answer_threshold = no_answer_threshold
-        self.vocab_size = vocabulary_bound(tokenizer)
-        self.stop_ids = stop_tokens(tokenizer)
-        self.no_answer_ids = token_ids(tokenizer, answer_text(NO_ANSWER))
-        if not self.no_answer_ids:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} has no tokens for {NO_ANSWER!r}"
-            )
+        self.tokens = PromptTokens(tokenizer)
+        self.vocab_size = self.tokens.vocab_size
+        self.stop_ids, self.no_answer_ids = self.tokens.stop_ids, self.tokens.no_answer_ids
 
     def answer(
         self,
@@ -86,78 +81,74 @@ class Answerer:
         if contexts is not None:
             require_pieces(self.tokenizer)
         done = frozenset(done)
-        kept: tuple[list[str], tuple[MambaState, list[int]]] | None = None
+        kept: tuple[list[list[int]], MambaState] | None = None
         for unit, (prefixes, rows) in enumerate(self._units(prompts)):
             if unit % parts != part:
                 continue
-            batches = [b for b in self._question_batches(rows, prompts) if not done.issuperset(b)]
+            suffixes = dict(
+                zip(rows, self.tokens.encode([prompts[p][1] for p in rows]), strict=True)
+            )
+            costs = {place: len(ids) + self.max_new_tokens for place, ids in suffixes.items()}
+            batches = _batches(costs, self.max_batch_tokens)
+            batches = [batch for batch in batches if not done.issuperset(batch)]
             if not batches:
                 continue
             started = time.perf_counter()
             # What all prompts begin with is a unit of every window, and read once in all.
-            read = kept[1] if kept and kept[0] == prefixes else self.read_prefixes(prefixes)
-            kept = (prefixes, read) if len(prefixes) == 1 else None
+            state = kept[1] if kept and kept[0] == prefixes else self.read_prefixes(prefixes)
+            kept = (prefixes, state) if len(prefixes) == 1 else None
             seconds = (time.perf_counter() - started) / len(rows)
             for batch in batches:
-                state, lengths = self._rows(*read, [rows[place] for place in batch])
-                on_state(batch, state)
-                suffixes = [prompts[place][1] for place in batch]
-                spans_of = contexts and [contexts[place] for place in batch]
-                answers = self.ask(state, suffixes, lengths, seconds, spans_of)
+                index = [rows[place] for place in batch]
+                forked = state.fork(torch.tensor(index, device=state.device))
+                on_state(batch, forked)
+                answers = self.ask(
+                    forked,
+                    [suffixes[place] for place in batch],
+                    [len(prefixes[row]) for row in index],
+                    seconds,
+                    contexts and [contexts[place] for place in batch],
+                )
                 yield dict(zip(batch, answers, strict=True))
 
     def _units(
         self, prompts: Sequence[tuple[str, str]]
-    ) -> Iterator[tuple[list[str], dict[int, int]]]:
-        """Prefixes that are read together, and by place the row of each prompt that has one."""
+    ) -> Iterator[tuple[list[list[int]], dict[int, int]]]:
+        """Token ids of prefixes that are read together, and the row of each prompt that has one, by
+        its place."""
         for window in _windows(prompts):
-            ids = encode(self.tokenizer, list(window))
-            lengths = dict(zip(window, map(len, ids), strict=True))
+            ids = dict(zip(window, self.tokens.encode(list(window)), strict=True))
+            lengths = {prefix: len(tokens) for prefix, tokens in ids.items()}
             for prefixes in _batches(lengths, self.max_batch_tokens):
                 rows = {p: row for row, prefix in enumerate(prefixes) for p in window[prefix]}
-                yield prefixes, rows
-
-    def _question_batches(
-        self, places: Collection[int], prompts: Sequence[tuple[str, str]]
-    ) -> Iterator[list[int]]:
-        ids = encode(self.tokenizer, [prompts[place][1] for place in places])
-        costs = {p: len(i) + self.max_new_tokens for p, i in zip(places, ids, strict=True)}
-        return _batches(costs, self.max_batch_tokens)
-
-    @staticmethod
-    def _rows(
-        state: MambaState, lengths: list[int], rows: list[int]
-    ) -> tuple[MambaState, list[int]]:
-        index = torch.tensor(rows, device=state.device)
-        return state.fork(index), [lengths[row] for row in rows]
+                yield [ids[prefix] for prefix in prefixes], rows
 
     @torch.inference_mode()
     def read_prefixes(
-        self, prefixes: Sequence[str], on_read: Callable[[int], object] = lambda length: None
-    ) -> tuple[MambaState, list[int]]:
-        """The state after each prefix, a row each, and the prefixes' lengths in tokens; on_read is
-        told how many tokens of the longest have been read, piece by piece."""
-        ids = encode(self.tokenizer, prefixes)
-        state = prefill(self.model, ids, self.max_batch_tokens, on_read)
-        return state, [len(row) for row in ids]
+        self,
+        prefixes: Sequence[Sequence[int]],
+        on_read: Callable[[int], object] = lambda length: None,
+    ) -> MambaState:
+        """The state after each prefix, token ids as `tokens.encode` gives them, a row each. on_read
+        is called with the number of tokens of the longest that have been read, piece by piece."""
+        return prefill(self.model, prefixes, self.max_batch_tokens, on_read)
 
     @torch.inference_mode()
     def ask(
         self,
         state: MambaState,
-        suffixes: Sequence[str],
+        suffixes: Sequence[Sequence[int]],
         prefix_lengths: Sequence[int],
         reading_seconds: float = 0.0,
         contexts: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Answers to suffixes, each asked from its own row of the state; with `contexts`, each a
-        span of its own one, or NO_ANSWER.
+        """Answers to suffixes, token ids as `tokens.encode` gives them, each asked from its own row
+        of the state; with `contexts`, each a span of its own one, or NO_ANSWER.
 
         reading_seconds, a prefix's share of the time that it took to read it, is added to theirs.
         """
         started = time.perf_counter()
-        ids = encode(self.tokenizer, suffixes)
-        reading = read(self.model, ids, state, self.vocab_size)
+        reading = read(self.model, suffixes, state, self.vocab_size)
         no_answer = continuation_log_prob(
             self.model, reading, self.no_answer_ids, self.stop_ids, self.vocab_size
         ).tolist()
@@ -171,7 +162,7 @@ class Answerer:
                 confidence=as_probability(guess.log_prob),
                 no_answer_probability=as_probability(no_answer[row]),
                 seconds=seconds,
-                num_tokens=prefix_lengths[row] + len(ids[row]),
+                num_tokens=prefix_lengths[row] + len(suffixes[row]),
                 num_new_tokens=guess.num_tokens,
             )
             for row, guess in enumerate(guesses)
@@ -227,7 +218,8 @@ class Answerer:
     def _guess_spans(
         self, reading: Reading, contexts: Sequence[str], may_abstain: bool
     ) -> list[_Guess]:
-        abstention = Choice(self.no_answer_ids, [False] * (len(self.no_answer_ids) - 1) + [True])
+        ends_after = [False] * (len(self.no_answer_ids) - 1) + [True]
+        abstention = TokenSequence(self.no_answer_ids, ends_after)
         by_context = {
             context: Spans(
                 self.tokenizer, context, self.max_new_tokens, self.stop_ids, self.span_borders
@@ -239,19 +231,14 @@ class Answerer:
             [*one.choices, abstention] if may_abstain or not one.choices else one.choices
             for one in spans
         ]
-        generations = decode_choices(self.model, reading, choices, self.stop_ids, self.vocab_size)
+        chooser = Constrained(choices)
+        generations = decode(
+            self.model, reading, self.stop_ids, chooser.max_new_tokens, self.vocab_size, chooser
+        )
         return [
             _Guess(one.text(token_ids) or NO_ANSWER, log_prob, len(token_ids))
             for one, (token_ids, log_prob) in zip(spans, generations, strict=True)
         ]
-
-
-@functools.lru_cache(maxsize=4)  # each token is decoded: a third of a second for 50,000
-def stop_tokens(tokenizer) -> frozenset[int]:
-    """The tokens before which an answer ends: end-of-text, and those that contain a newline."""
-    texts = tokenizer.batch_decode([[i] for i in range(vocabulary_bound(tokenizer))])
-    newlines = (number for number, text in enumerate(texts) if "\n" in text)
-    return frozenset((tokenizer.eos_token_id, *newlines))
 
 
 def as_probability(log_prob: float) -> float:

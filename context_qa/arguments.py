@@ -41,6 +41,13 @@ def evaluation_parser(description: str) -> Parser:
     return parser
 
 
+def evaluation_values(args: argparse.Namespace) -> dict:
+    """The fields of `EvaluationSettings` that both scripts have flags for."""
+    names = ("model", "data", "output", "tokenizer", "device", "dtype", "max_new_tokens")
+    names += ("max_batch_tokens", "limit", "overwrite")
+    return {name: getattr(args, name) for name in names}
+
+
 def add_console_flags(parser: Parser) -> None:
     """The flags of both scripts."""
     parser.add_argument(
@@ -65,6 +72,13 @@ def add_console_flags(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of draws (default: 0)")
     add_model_flags(parser)
+
+
+def console_values(args: argparse.Namespace) -> dict:
+    """The fields of `ConsoleSettings` that both scripts have flags for."""
+    names = ("model", "tokenizer", "device", "dtype", "max_new_tokens")
+    names += ("temperature", "top_k", "top_p", "seed")
+    return {name: getattr(args, name) for name in names} | {"as_json": args.json}
 
 
 def add_model_flags(parser: Parser) -> None:

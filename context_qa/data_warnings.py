@@ -3,11 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from context_qa.answering import stop_tokens
 from context_qa.arguments import MAX_NEW_TOKENS
+from context_qa.prompts import PromptTokens
 from mamba_lm.checkpoint import find_model
-from mamba_lm.tokenizer import encode
-from squad_utils import Example, answer_text, exact_match, folded_answer, normalize_answer
+from squad_utils import Example, exact_match, folded_answer, normalize_answer
 
 
 def data_warnings(
@@ -69,8 +68,8 @@ def _as_decoded(
     """Of each answer the guess that says it, and whether that has all of its tokens."""
     if not answers:
         return {}
-    stop_ids = stop_tokens(tokenizer)
-    ids = encode(tokenizer, [answer_text(answer) for answer in answers])
+    tokens = PromptTokens(tokenizer)
+    stop_ids, ids = tokens.stop_ids, tokens.encode_answers(answers)
     ends = [next((n for n, token in enumerate(row) if token in stop_ids), len(row)) for row in ids]
     said = [row[: min(end, max_new_tokens)] for row, end in zip(ids, ends, strict=True)]
     texts = map(str.strip, tokenizer.batch_decode(said))

@@ -1,9 +1,9 @@
-"""Score a model on a file: what the two evaluation scripts share."""
+"""Score a model on a file of questions: what the two evaluation scripts share."""
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from common.output_files import check_inputs_not_overwritten, check_output
 from common.processes import broadcast, disconnect, gather_batches
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
-from context_qa.arguments import SLIDING_WINDOW, Data
+from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.negatives import unanswerable_copies
 from context_qa.results.metrics import PARTS, SCORES, tuned_threshold
@@ -31,43 +31,73 @@ from squad_utils import Example, same_question
 Prompt = Callable[[Example], tuple[str, str]]
 
 
-def evaluate(args: argparse.Namespace, data: Data, prompt: Prompt) -> None:
-    """Answer every example of args.data by its prompt (prefix, suffix); write, score, print. data:
-    the examples of each file that args name.
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation is asked to do.
+
+    model: a local folder, a Hub name or `SLIDING_WINDOW`, a baseline. data: a file or Hub data set;
+    limit: its first questions only. output: the results file, which overwrite allows to replace.
+    tokenizer: a folder, file or Hub name, the model's own by default. max_batch_tokens: see
+    `Answerer`. prompt_order: recorded with the results. negatives: the kind of unanswerable
+    examples that are added. constrain_to_context: guesses are spans of the context.
+    no_answer_threshold: see `Answerer`; tune_on: other data whose best threshold is used.
+    """
+
+    model: str
+    data: str
+    output: str
+    prompt_order: str
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    max_batch_tokens: int = MAX_BATCH_TOKENS
+    limit: int | None = None
+    overwrite: bool = False
+    negatives: str | None = None
+    constrain_to_context: bool = False
+    no_answer_threshold: float | None = None
+    tune_on: str | None = None
+
+
+def evaluate(settings: EvaluationSettings, data: Data, prompt: Prompt) -> None:
+    """Answer every example of the data by its prompt (prefix, suffix); write, score and print. data
+    has the examples of each file that the settings name. Raises UserError.
 
     Under torchrun the processes share the work, and the first one writes.
     """
-    _check_outputs(args)
-    has_threshold = args.no_answer_threshold is not None or args.tune_on is not None
-    is_baseline = args.model == SLIDING_WINDOW
-    if is_baseline and (has_threshold or args.constrain_to_context):
+    _check_outputs(settings)
+    has_threshold = settings.no_answer_threshold is not None or settings.tune_on is not None
+    is_baseline = settings.model == SLIDING_WINDOW
+    if is_baseline and (has_threshold or settings.constrain_to_context):
         raise UserError(
-            f"{SLIDING_WINDOW}: has no probabilities and says spans alone; leave out "
-            "--no_answer_threshold, --tune_on and --constrain_to_context"
+            f"{SLIDING_WINDOW}: this baseline has no probabilities and always answers with a span; "
+            "leave out no_answer_threshold, tune_on and constrain_to_context"
         )
-    device = choose_device(args.device)
+    device = choose_device(settings.device)
     processes = PartialState(cpu=device.type == "cpu")
     if processes.num_processes > 1:
         device = processes.device
-    run = _Run(args, data, prompt, processes, device)
-    questions = run.read(args.data, args.limit)
-    threshold = args.no_answer_threshold
-    if args.tune_on:
-        threshold = run.tune(args.tune_on, questions)
-    summary, _ = run.answer(questions, args.output, threshold)
+    run = _Run(settings, data, prompt, processes, device)
+    questions = run.read(settings.data, settings.limit)
+    threshold = settings.no_answer_threshold
+    if settings.tune_on:
+        threshold = run.tune(settings.tune_on, questions)
+    summary, _ = run.answer(questions, settings.output, threshold)
     if processes.is_main_process:
         print_summary(summary)
     disconnect()
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _check_outputs(settings: EvaluationSettings) -> None:
     """UserError, before anything is computed, where a file that is no result would be lost."""
-    results = [args.output, *([_tuning(args.output)] if args.tune_on else [])]
+    results = [settings.output, *([_tuning(settings.output)] if settings.tune_on else [])]
     summaries = list(map(summary_path, results))
     check_inputs_not_overwritten(
-        [*results, *summaries], [args.data, args.tune_on, args.model, args.tokenizer]
+        [*results, *summaries],
+        [settings.data, settings.tune_on, settings.model, settings.tokenizer],
     )
-    if args.tune_on:  # or `ResultsFile` would look at OUTPUT once the threshold is tuned
+    if settings.tune_on:  # or `ResultsFile` would look at OUTPUT once the threshold is tuned
         for path in results:
             check_output(path, RESULTS, overwrite=True)
     for summary in summaries:
@@ -97,21 +127,21 @@ class _Run:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: EvaluationSettings,
         data: Data,
         prompt: Prompt,
         processes: PartialState,
         device: torch.device,
     ):
-        self.args, self.data, self.prompt = args, data, prompt
+        self.settings, self.data, self.prompt = settings, data, prompt
         self.processes, self.device = processes, device
-        self.dtype = choose_dtype(args.dtype, device)
+        self.dtype = choose_dtype(settings.dtype, device)
 
     def read(self, source: str, limit: int | None = None) -> _Questions:
         examples = self.data[source][:limit]
-        if self.args.negatives is None:
+        if self.settings.negatives is None:
             return _Questions(source, examples, None)
-        copies = unanswerable_copies(examples, self.args.negatives)
+        copies = unanswerable_copies(examples, self.settings.negatives)
         return _Questions(source, examples + copies, len(examples))
 
     def tune(self, source: str, scored: _Questions) -> float:
@@ -120,15 +150,15 @@ class _Run:
         common = questions.keys() & scored.keys()
         if common:
             raise UserError(
-                f"--tune_on {source}: {len(common)} of its questions are scored too; a threshold "
-                "is tuned on other questions"
+                f"tune_on {source}: {len(common)} of its questions are scored too; tune the "
+                "threshold on other questions"
             )
         if len({example.is_answerable for example in questions.examples}) < 2:
             raise UserError(
-                f"--tune_on {source}: needs answerable and unanswerable questions; --negatives "
-                "adds unanswerable copies"
+                f"tune_on {source}: needs answerable and unanswerable questions; negatives adds "
+                "unanswerable ones"
             )
-        output = _tuning(self.args.output)
+        output = _tuning(self.settings.output)
         _, rows = self.answer(questions, output, threshold=1.0)  # none is to abstain
         threshold = broadcast(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
@@ -146,7 +176,7 @@ class _Run:
             results = None
             if is_main:
                 record = self._record(questions, threshold)
-                file = ResultsFile(output, examples, record, self.args.overwrite)
+                file = ResultsFile(output, examples, record, self.settings.overwrite)
                 results = stack.enter_context(file)
             done = broadcast(results.done if results else None)
             if len(done) < len(examples):
@@ -174,47 +204,50 @@ class _Run:
         source = questions.source
         record = self._made_with | {"data_sha256": sha256(source)}
         chosen = ("max_new_tokens", "prompt_order", "negatives", "constrain_to_context")
-        settings = {
-            "model": record["model_sha256"] or self.args.model,
+        decisive = {
+            "model": record["model_sha256"] or self.settings.model,
             "tokenizer": record["tokenizer_sha256"],
             "data": record["data_sha256"] or source,
-            "limit": self.args.limit if source == self.args.data else None,
+            "limit": self.settings.limit if source == self.settings.data else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "no_answer_threshold": threshold,
         }
-        settings |= {name: getattr(self.args, name) for name in chosen}
-        if self.args.constrain_to_context:
-            settings["span_borders"] = SPAN_BORDERS[0]  # earlier versions ended spans anywhere
-        return {"settings": settings, "first_negative": questions.first_negative} | record
+        decisive |= {name: getattr(self.settings, name) for name in chosen}
+        if self.settings.constrain_to_context:
+            decisive["span_borders"] = SPAN_BORDERS[0]  # earlier versions ended spans anywhere
+        return {"settings": decisive, "first_negative": questions.first_negative} | record
 
     @functools.cached_property
     def _made_with(self) -> dict:
         """What is the same for both files: weights are many bytes to hash."""
-        args = self.args
-        if args.model == SLIDING_WINDOW:
+        settings = self.settings
+        if settings.model == SLIDING_WINDOW:
             hashes = {"model_sha256": None, "tokenizer_sha256": None}
         else:
-            hashes = model_hashes(args.model, args.tokenizer)
-        return describe_run(vars(args)) | hashes
+            hashes = model_hashes(settings.model, settings.tokenizer)
+        return describe_run(asdict(settings)) | hashes
 
     def _answerer(self, threshold: float | None) -> Answerer | None:
         """None for a baseline."""
-        args = self.args
-        if args.model == SLIDING_WINDOW:
+        settings = self.settings
+        if settings.model == SLIDING_WINDOW:
             return None
         return Answerer(
-            *self._model_and_tokenizer, args.max_new_tokens, args.max_batch_tokens, threshold
+            *self._model_and_tokenizer,
+            settings.max_new_tokens,
+            settings.max_batch_tokens,
+            threshold,
         )
 
     def _warn(self, questions: _Questions, answerer: Answerer | None) -> list[str]:
         """What makes the scores mean less than they seem to, printed, and kept with them."""
-        warnings = [] if answerer is None else [*model_warnings(self.args.model)]
+        warnings = [] if answerer is None else [*model_warnings(self.settings.model)]
         warnings += data_warnings(
             questions.source,
             questions.own(),
             answerer and answerer.tokenizer,
-            self.args.max_new_tokens,
-            self.args.constrain_to_context,
+            self.settings.max_new_tokens,
+            self.settings.constrain_to_context,
         )
         for warning in warnings:
             warn(warning)
@@ -228,15 +261,15 @@ class _Run:
         if answerer is None:
             return sliding_window_answers(examples, done) if part == 0 else iter(())
         prompts = [self.prompt(example) for example in examples]
-        contexts = [e.context for e in examples] if self.args.constrain_to_context else None
+        contexts = [e.context for e in examples] if self.settings.constrain_to_context else None
         return answerer.answer(prompts, contexts, done, part, parts)
 
     @functools.cached_property
     def _model_and_tokenizer(self):
-        report_loading(self.args.model)
+        report_loading(self.settings.model)
         torch.manual_seed(0)  # for the weights, should MODEL be a config file
         return load_model_and_tokenizer(
-            self.args.model, self.args.tokenizer, self.device, self.dtype
+            self.settings.model, self.settings.tokenizer, self.device, self.dtype
         )
 
     def _finished(self, results: ResultsFile) -> dict:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from common.errors import UserError
 from common.input_files import read_text
-from squad_utils import NO_ANSWER, answer_text, checked_text, json_lines
+from squad_utils import NO_ANSWER, answer_text, checked_text, json_lines, question_text
 
 KEYS = "question, answer"
 
@@ -22,7 +22,7 @@ SHOTS = (
 
 def n_shot_prompt(shots: Iterable[tuple[str, str]] = SHOTS) -> str:
     """What `prompt_parts` takes as the context."""
-    return "\n\n".join(f"Q: {question}\nA:{answer_text(answer)}" for question, answer in shots)
+    return "\n\n".join(question_text(question) + answer_text(answer) for question, answer in shots)
 
 
 def read_shots(path: str) -> list[tuple[str, str]]:

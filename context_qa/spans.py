@@ -9,7 +9,7 @@ import regex
 
 from common.errors import UserError
 from common.text import UNSPACED
-from mamba_lm.choices import Choice
+from mamba_lm.choosers import TokenSequence
 from mamba_lm.tokenizer import encode, encode_with_offsets, require_offsets
 from squad_utils import NORMALIZED_NO_ANSWER, answer_text, folded_answer, is_scored_as_empty
 
@@ -48,7 +48,7 @@ class Spans:
         borders: str = "words",
     ):
         self.context = context
-        self.choices: list[Choice] = []
+        self.choices: list[TokenSequence] = []
         self._bounds: list[tuple[int, list[int | None]]] = []  # the start and the ends of each
         said = NORMALIZED_NO_ANSWER.replace(" ", "")
         self._holds_no_answer = said in "".join(folded_answer(context).split())
@@ -113,13 +113,13 @@ class Spans:
         while length and not may_end[length - 1]:
             length -= 1
         if length:
-            self.choices.append(Choice(ids[:length], may_end[:length]))
+            self.choices.append(TokenSequence(ids[:length], may_end[:length]))
             self._bounds.append((start, ends))
 
     def text(self, token_ids: Sequence[int]) -> str | None:
         """The span that was said, blanks stripped; None if it was none."""
         for choice, (start, ends) in zip(self.choices, self._bounds, strict=True):
-            if choice.says(token_ids):
+            if choice.contains(token_ids):
                 return self.context[start : ends[len(token_ids) - 1]].strip()
         return None
 
@@ -147,7 +147,7 @@ def require_pieces(tokenizer) -> None:
         total += len(spans)
     if wrong or not total:
         raise UserError(
-            f"--constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
+            f"constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
             f"otherwise within a longer one ({wrong} of {total} spans tried); it needs one that "
             "does not, such as byte-level BPE"
         )

@@ -1,21 +1,23 @@
-"""Prefill, fork, decode: everything that reads or writes tokens with a trained model."""
+"""Prefill, fork, decode: all that reads or writes tokens with a trained model."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from mamba_lm.choosers import Chooser, Greedy
 from mamba_lm.cuda_graphs import StepGraph, graph_size, graphs_of
 from mamba_lm.models.mamba import MambaLM, MambaState, at_least_float32, right_pad
+from mamba_lm.stepper import is_captured, make_captured_step, make_step, token_log_probs
 
 GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
 NO_TOKEN = -1
 
 
 class Reading(NamedTuple):
-    """Where rows of a batch stand: the log-probabilities (b, v) of what comes next, and a state."""
+    """Rows that have been read: the log-probabilities (b, v) of the next token, and a state."""
 
     log_probs: Tensor
     state: MambaState
@@ -25,7 +27,7 @@ class Reading(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """New tokens of one row, the stop left out, and the log-probability of them and the stop."""
+    """New tokens of one row, without the stop, and the log-probability of them and the stop."""
 
     token_ids: list[int]
     log_prob: float
@@ -74,11 +76,11 @@ def read(
 
 
 class _Rows(NamedTuple):
-    """Rows that are being continued, between the choice of a token and reading it."""
+    """Rows that are being continued, after a token is chosen and before it is read."""
 
     token_ids: Tensor  # (b,) int64, chosen
-    going: Tensor  # (b,) bool: that is a new token; False from a stop or the last token on
-    log_probs: Tensor  # (b,) float64, of all that was chosen and counts
+    is_active: Tensor  # (b,) bool: that is a new token; False from a stop or the last token on
+    log_probs: Tensor  # (b,) float64, of all that was chosen
     left: Tensor  # (), the tokens that may still be chosen, this one included
     stops: Tensor  # (s,) int64, the tokens that end a row
     state: MambaState
@@ -87,126 +89,169 @@ class _Rows(NamedTuple):
         rows = (v.index_select(0, index) for v in self[:3])
         return _Rows(*rows, self.left, self.stops, self.state.fork(index))
 
-    def tensors(self) -> list[Tensor]:
+    def to_tensors(self) -> list[Tensor]:
         return [*self[:5], *self.state.tensors()]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> "_Rows":
-        """From what `tensors` gives."""
+    def from_tensors(tensors: Sequence[Tensor]) -> "_Rows":
         return _Rows(*tensors[:5], MambaState.of(tensors[5:]))
 
 
-@torch.no_grad()
+class Decoder:
+    """The decoding loop: continues the rows of a reading by a chooser, greedily by default.
+
+    A row ends before the first token of `stop_ids`, whose probabilities count as one, that of
+    ending; or after max_new_tokens, where only a stop still counts. Rows that have ended leave the
+    batch. `log_probs` (b,) float64 are, once the loop has ended, those of each row's tokens and of
+    its stop; NaN if the model computes that. vocab_size, the tokenizer's length, excludes the
+    padded rows of the embedding.
+
+    On a GPU, steps are CUDA graphs where the chooser can be captured; one decoder of a model at a
+    time, for they share memory.
+    """
+
+    def __init__(
+        self,
+        model: MambaLM,
+        reading: Reading,
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        vocab_size: int | None = None,
+        chooser: Chooser | None = None,
+    ):
+        self.model, self.reading, self.vocab_size = model, reading, vocab_size
+        self.chooser, self.max_new_tokens = chooser or Greedy(), max_new_tokens
+        device = reading.log_probs.device
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(len(reading.log_probs), dtype=torch.float64, device=device)
+
+    def stream(self) -> Iterator[int]:
+        """The new tokens of a batch of one, each before the next one is computed."""
+        for _, token_ids in self.steps(streams=True):
+            yield token_ids.item()
+
+    @torch.no_grad()
+    def steps(self, streams: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (places (r,), token_ids (steps, r)): the rows that have not ended, by their numbers
+        in the reading, and their new tokens; NO_TOKEN where a row has ended within these steps.
+        streams: each token comes before the next one is computed; else the host waits for a GPU
+        once in GRAPH_STEPS tokens."""
+        model, chooser = self.model, self.chooser
+        is_on_graphs = is_captured(model)
+        has_loop_graph = is_on_graphs and chooser.is_capturable and not streams
+        has_step_graph = is_on_graphs and not has_loop_graph and len(self.log_probs) == 1
+        step = (make_captured_step if has_step_graph else make_step)(model, self.vocab_size)
+
+        def choose(log_probs, is_active, total, left, stops, state, places) -> _Rows:
+            token_ids, gained, ends = chooser.choose(log_probs, stops, places)
+            is_token = ~ends & (left > 0)
+            total = total + torch.where(is_active & (ends | is_token), gained, 0).double()
+            return _Rows(token_ids, is_active & is_token, total, left, stops, state)
+
+        def advance(rows: _Rows, places: Tensor | None) -> _Rows:
+            log_probs, state = step(rows.token_ids, rows.state)
+            _, is_active, total, left, stops, _ = rows
+            return choose(log_probs, is_active, total, left - 1, stops, state, places)
+
+        batch = _Batch(advance)
+        if has_loop_graph:
+            batch = _GraphBatch(advance, graphs_of(model, (self.vocab_size, len(self.stops))))
+        device = self.log_probs.device
+        places = torch.arange(len(self.log_probs), device=device)  # what follows these is padding
+        everywhere = torch.ones_like(places, dtype=torch.bool)
+        left = torch.tensor(self.max_new_tokens, device=device)
+        log_probs, state = self.reading
+        rows = choose(log_probs, everywhere, self.log_probs, left, self.stops, state, places)
+        while len(active := rows.is_active.nonzero().squeeze(1)) > 0:  # here the host waits
+            kept = batch.shrink(rows, active)
+            if kept is not None:
+                self.log_probs[places] = rows.log_probs[: len(places)]
+                rows, places = kept, places[active]
+            token_ids, read_next = batch.run(rows, places)
+            yield places, token_ids[:, : len(places)]
+            rows = read_next()
+        self.log_probs[places] = rows.log_probs[: len(places)]
+
+
+class _Batch:
+    """Advances a token at a time; a row leaves as soon as it ends."""
+
+    def __init__(self, advance: Callable[[_Rows, Tensor | None], _Rows]):
+        self.advance = advance
+
+    def shrink(self, rows: _Rows, active: Tensor) -> _Rows | None:
+        """The rows `active`, perhaps with padding behind them, if the batch gets smaller by it."""
+        return rows.fork(active) if len(active) < len(rows.is_active) else None
+
+    def run(self, rows: _Rows, places: Tensor) -> tuple[Tensor, Callable[[], _Rows]]:
+        """The new token of each row at each step (steps, b), or NO_TOKEN, and a function that gives
+        the rows after them."""
+        return rows.token_ids[None], lambda: self.advance(rows, places)
+
+
+class _GraphBatch(_Batch):
+    """Advances GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own.
+    Advances one token at a time while rows are so many that launches do not count and graphs would
+    fill the memory.
+    """
+
+    def __init__(
+        self, advance: Callable[[_Rows, Tensor | None], _Rows], graphs: dict[int, StepGraph]
+    ):
+        super().__init__(advance)
+        self.graphs = graphs
+        self.graph: StepGraph | None = None
+
+    def shrink(self, rows: _Rows, active: Tensor) -> _Rows | None:
+        size = graph_size(len(active))
+        if size > GRAPH_ROWS:
+            return super().shrink(rows, active)
+        if self.graph is not None and size >= len(rows.is_active):
+            return None
+        padding = active[:1].expand(size - len(active))
+        rows = rows.fork(torch.cat([active, padding]))
+        is_row = torch.arange(size, device=active.device) < len(active)
+        rows = rows._replace(is_active=is_row)
+        if size not in self.graphs:
+            beside = next(iter(self.graphs.values()), None)
+            start = rows.to_tensors()
+            self.graphs[size] = StepGraph(self._step, start, GRAPH_STEPS, beside)
+        self.graph = self.graphs[size]
+        self.graph.load(rows.to_tensors())
+        return rows
+
+    def _step(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        rows = _Rows.from_tensors(tensors)
+        new = torch.where(rows.is_active, rows.token_ids, NO_TOKEN)
+        return self.advance(rows, None).to_tensors(), (new,)
+
+    def run(self, rows: _Rows, places: Tensor) -> tuple[Tensor, Callable[[], _Rows]]:
+        if self.graph is None:
+            return super().run(rows, places)
+        (token_ids,) = self.graph()
+        return token_ids, lambda: _Rows.from_tensors(self.graph.tensors)
+
+
 def decode(
     model: MambaLM,
     reading: Reading,
     stop_ids: Collection[int],
     max_new_tokens: int,
     vocab_size: int | None = None,
+    chooser: Chooser | None = None,
 ) -> list[Generation]:
-    """Greedy continuations, one a row; finished rows leave the batch.
-
-    A row stops before the first token of `stop_ids`, whose probabilities count as one: that of
-    stopping. On a GPU the steps are CUDA graphs, kept for as long as the model's weights stay where
-    they are, and the host looks every GRAPH_STEPS tokens only.
-    """
-    device = _device(model)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    b = len(reading.log_probs)
-    tokens = torch.full((b, max_new_tokens), NO_TOKEN, device=device)
-    log_probs = torch.zeros(b, dtype=torch.float64, device=device)
-    step = model.stepper()
-
-    def choose(next_log_probs: Tensor, going, total, left, stops, state) -> _Rows:
-        best, choice = next_log_probs.max(dim=1)  # (b,)
-        stopping = (choice[:, None] == stops).any(dim=1)  # (b,)
-        gained = torch.where(stopping, next_log_probs[:, stops].logsumexp(dim=1), best)
-        is_token = ~stopping & (left > 0)
-        # After the last token only a stop still counts.
-        total = total + torch.where(going & (stopping | is_token), gained, 0).double()
-        return _Rows(choice, going & is_token, total, left, stops, state)
-
-    def advance(rows: _Rows) -> _Rows:
-        hidden, state = step(rows.token_ids, rows.state)
-        next_log_probs = token_log_probs(model, hidden, vocab_size)
-        _, going, total, left, stops, _ = rows
-        return choose(next_log_probs, going, total, left - 1, stops, state)
-
-    if is_captured(model):
-        batch = _Graphed(advance, graphs_of(model, (vocab_size, len(stops))))
-    else:
-        batch = _Eager(advance)
-    everywhere = torch.ones(b, dtype=torch.bool, device=device)
-    left = torch.tensor(max_new_tokens, device=device)
-    rows = choose(reading.log_probs, everywhere, log_probs, left, stops, reading.state)
-    places = torch.arange(b, device=device)  # of rows in the answer; what follows them is padding
+    """Continuations of all rows, see `Decoder`."""
+    decoder = Decoder(model, reading, stop_ids, max_new_tokens, vocab_size, chooser)
+    device = decoder.log_probs.device
+    tokens = torch.full((len(decoder.log_probs), max_new_tokens), NO_TOKEN, device=device)
     count = 0
-    while len(going := rows.going.nonzero().squeeze(1)) > 0:  # here the host waits for a GPU
-        kept = batch.shrink(rows, going)
-        if kept is not None:
-            log_probs[places] = rows.log_probs[: len(places)]
-            rows, places = kept, places[going]
-        chosen, rows = batch.run(rows)
-        chosen = chosen[: max_new_tokens - count, : len(places)]
-        tokens[places, count : count + len(chosen)] = chosen.T
-        count += len(chosen)
-    log_probs[places] = rows.log_probs[: len(places)]
+    for places, token_ids in decoder.steps():
+        token_ids = token_ids[: max_new_tokens - count]
+        tokens[places, count : count + len(token_ids)] = token_ids.T
+        count += len(token_ids)
     counts = (tokens != NO_TOKEN).sum(dim=1)
-    rows_of_tokens = zip(tokens.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
-    return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows_of_tokens]
-
-
-class _Eager:
-    """A token at a time; a row leaves as soon as it ends."""
-
-    def __init__(self, advance: Callable[[_Rows], _Rows]):
-        self.advance = advance
-
-    def shrink(self, rows: _Rows, going: Tensor) -> _Rows | None:
-        """The rows `going`, perhaps with padding behind them, if the batch gets smaller by it."""
-        return rows.fork(going) if len(going) < len(rows.going) else None
-
-    def run(self, rows: _Rows) -> tuple[Tensor, _Rows]:
-        """The new token of each row at each step (steps, b), or NO_TOKEN, and what follows."""
-        return rows.token_ids[None], self.advance(rows)
-
-
-class _Graphed(_Eager):
-    """GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own. But a token
-    at a time while rows are so many that launches do not count and graphs would fill the memory.
-    """
-
-    def __init__(self, advance: Callable[[_Rows], _Rows], graphs: dict[int, StepGraph]):
-        super().__init__(advance)
-        self.graphs, self.graph = graphs, None
-
-    def shrink(self, rows: _Rows, going: Tensor) -> _Rows | None:
-        size = graph_size(len(going))
-        if size > GRAPH_ROWS:
-            return super().shrink(rows, going)
-        if self.graph is not None and size >= len(rows.going):
-            return None
-        padding = going[:1].expand(size - len(going))
-        rows = rows.fork(torch.cat([going, padding]))
-        is_row = torch.arange(size, device=going.device) < len(going)
-        rows = rows._replace(going=is_row)
-        if size not in self.graphs:
-            beside = next(iter(self.graphs.values()), None)
-            self.graphs[size] = StepGraph(self._step, rows.tensors(), GRAPH_STEPS, beside)
-        self.graph = self.graphs[size]
-        self.graph.load(rows.tensors())
-        return rows
-
-    def _step(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        rows = _Rows.of(tensors)
-        new = torch.where(rows.going, rows.token_ids, NO_TOKEN)
-        return self.advance(rows).tensors(), (new,)
-
-    def run(self, rows: _Rows) -> tuple[Tensor, _Rows]:
-        if self.graph is None:
-            return super().run(rows)
-        (chosen,) = self.graph()
-        return chosen, _Rows.of(self.graph.tensors)
+    rows = zip(tokens.tolist(), counts.tolist(), decoder.log_probs.tolist(), strict=True)
+    return [Generation(ids[:count], log_prob) for ids, count, log_prob in rows]
 
 
 def continuation_log_prob(
@@ -257,17 +302,5 @@ def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
         raise UserError("the tokenizer has no token for any part of a text that is to be continued")
 
 
-def token_log_probs(model: MambaLM, hidden: Tensor, vocab_size: int | None) -> Tensor:
-    """Log-probabilities (b, v) of what follows each row of hidden (b, m), without padded rows."""
-    return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
-
-
 def _device(model: MambaLM) -> torch.device:
     return model.lm_head.weight.device
-
-
-def is_captured(model: MambaLM) -> bool:
-    """Whether steps are CUDA graphs, in which no hook would be called and no cast be kept."""
-    return (
-        _device(model).type == "cuda" and model.is_plain() and not torch.is_autocast_enabled("cuda")
-    )

@@ -23,11 +23,11 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 # A model so slow that there is time to interrupt it.
 SLOWLY = """
 import runpy, sys, time
-from mamba_lm import streaming
+from mamba_lm import generate
 def slow(step):
     return lambda *args: time.sleep(0.4) or step(*args)
-make = streaming._stepper
-streaming._stepper = lambda *args: slow(make(*args))
+make = generate.make_step
+generate.make_step = lambda *args: slow(make(*args))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

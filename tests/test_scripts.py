@@ -306,7 +306,7 @@ def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
     assert "shots: is empty" in fail(PROMPT_N_SHOT, trained.model, "--shots", "")
     assert "context_file: is empty" in fail(PROMPT, trained.model, "--context_file", "")
     assert "ask by --question" in fail(PROMPT, trained.model, "--context_file", "-")
-    assert "give a --temperature" in fail(PROMPT, trained.model, "--top_k", 3)
+    assert "give a temperature above 0" in fail(PROMPT, trained.model, "--top_k", 3)
     context = tmp_path / "context.txt"
     context.write_text("Bo is a cat.")
     assert "--question: is empty" in fail(

@@ -1,11 +1,11 @@
 """Asking questions at a prompt: what the two prompt scripts share."""
 
-import argparse
 import contextlib
 import copy
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +14,18 @@ from tqdm import tqdm
 from common.errors import warn
 from common.json_text import json_line
 from context_qa.answering import Answerer
+from context_qa.arguments import MAX_NEW_TOKENS
 from context_qa.console.explanation import Explanation, answer_spans, shown, token_strengths
 from context_qa.console.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.console.terminal import Screen
 from context_qa.data_warnings import model_warnings
 from mamba_lm.checkpoint import NOTE, load_model_and_tokenizer
+from mamba_lm.choosers import Chooser, make_chooser
 from mamba_lm.delta import DeltaNorms, delta_layers
 from mamba_lm.device import choose_device, choose_dtype
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.streaming import Sampler
-from mamba_lm.tokenizer import require_offsets, token_ids
-from squad_utils import NO_ANSWER, abstains, answer_text, prompt_parts
+from mamba_lm.tokenizer import require_offsets
+from squad_utils import abstains, prompt_parts
 
 READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
 
@@ -49,12 +50,12 @@ class Console:
     def __init__(
         self,
         answerer: Answerer,
-        sampler: Sampler | None = None,
+        chooser: Chooser | None = None,
         as_json: bool = False,
         layers: Sequence[int] = (),
         show_prompt: bool = False,
     ):
-        self.answerer, self.sampler, self.as_json = answerer, sampler, as_json
+        self.answerer, self.chooser, self.as_json = answerer, chooser, as_json
         self.layers, self.show_prompt = layers, show_prompt
         self.screen = Screen(as_json)
         self.passage: Passage | None = None
@@ -66,18 +67,18 @@ class Console:
         tokenizer, model = self.answerer.tokenizer, self.answerer.model
         if self.show_prompt:
             self.screen.say(text)
-        total = len(token_ids(tokenizer, text))
         started = time.perf_counter()
+        [ids] = self.answerer.tokens.encode([text])
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=total, unit="token", delay=5, leave=False))
+            bar = stack.enter_context(tqdm(total=len(ids), unit="token", delay=5, leave=False))
             deltas = stack.enter_context(DeltaNorms(model, self.layers)) if self.layers else None
-            state, [num_tokens] = self.answerer.read_prefixes([text], bar.update)
+            state = self.answerer.read_prefixes([ids], bar.update)
         seconds = time.perf_counter() - started
         strengths = token_strengths(tokenizer, text, deltas.by_layer()) if deltas else None
-        self.passage = Passage(text, state, num_tokens, seconds, strengths)
+        self.passage = Passage(text, state, len(ids), seconds, strengths)
         self.first = self.last = None
         self.screen.say(
-            f"read {num_tokens:,} tokens in {seconds:.2f} s into a state of "
+            f"read {len(ids):,} tokens in {seconds:.2f} s into a state of "
             f"{state.num_bytes / 1e3:,.0f} kB"
         )
 
@@ -85,17 +86,18 @@ class Console:
         """Answer a question on the passage that has been read; as text after a label, token by
         token. UserError if the model computes NaN."""
         text, state, num_tokens, *_ = self.passage
-        suffix = prompt_parts(text, question)[1]
+        asked = prompt_parts(text, question)[1]
         if self.show_prompt:
-            self.screen.say(suffix)
+            self.screen.say(asked)
+        [suffix] = self.answerer.tokens.encode([asked])
         if self.as_json:
-            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.sampler)
+            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.chooser)
             print(json_line(self._record(question, answer)), flush=True)
         else:
             self.screen.write(label)
             try:
                 answer = stream_answer(
-                    self.answerer, state, suffix, num_tokens, self.sampler, self.screen.write
+                    self.answerer, state, suffix, num_tokens, self.chooser, self.screen.write
                 )
             except KeyboardInterrupt:
                 self.screen.write(" ...\n")
@@ -140,33 +142,54 @@ def _doubts(answer: StreamedAnswer) -> str:
     return f"confidence {confidence:.2f}, no answer {no_answer:.2f}"
 
 
-def load_console(
-    args: argparse.Namespace, explain: bool = False, show_prompt: bool = False
-) -> Console:
-    """A console with the model that the command line names; the model's note goes to stderr.
-    UserError where the model, its tokenizer or a flag is unfit."""
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = load_model_and_tokenizer(args.model, args.tokenizer, device, dtype)
-    for warning in model_warnings(args.model):
+@dataclass(frozen=True)
+class ConsoleSettings:
+    """What a console is asked to use and to show.
+
+    model: a local folder or a Hub name; tokenizer: a folder, file or Hub name, the model's own by
+    default. temperature, top_k, top_p and seed: see `choosers.make_chooser`. explain: with each
+    answer, what the model let into its state of the context, by Δ. show_prompt: print all that the
+    model reads.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    as_json: bool = False
+    explain: bool = False
+    show_prompt: bool = False
+
+
+def load_console(settings: ConsoleSettings) -> Console:
+    """A console with the model of the settings; the model's note is printed on stderr. Raises
+    UserError where the model, its tokenizer or a setting cannot be used."""
+    chooser = make_chooser(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.tokenizer, device, dtype)
+    for warning in model_warnings(settings.model):
         warn(warning)
-    if explain:
+    if settings.explain:
         require_offsets(tokenizer)
-    layers = delta_layers(args.model, model.config.n_layer) if explain else ()
-    note = Path(args.model) / NOTE
+    layers = delta_layers(settings.model, model.config.n_layer) if settings.explain else ()
+    note = Path(settings.model) / NOTE
     if note.is_file():
         text = note.read_text(encoding="utf-8", errors="replace").strip()
         print(shown(text), file=sys.stderr)
-    answerer = Answerer(model, tokenizer, args.max_new_tokens, READ_AT_ONCE)
+    answerer = Answerer(model, tokenizer, settings.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
-    return Console(answerer, sampler, args.json, layers, show_prompt)
+    return Console(answerer, chooser, settings.as_json, layers, settings.show_prompt)
 
 
 def _load_kernels(answerer: Answerer) -> None:
     """They are loaded, or compiled, at their first use: now, not amid the first answer."""
     brief = copy.copy(answerer)
     brief.max_new_tokens, brief.stop_ids = 1, set()
-    text = answer_text(NO_ANSWER)  # which has tokens; a newline may have none
-    state, [length] = brief.read_prefixes([text])
-    stream_answer(brief, state, text, length)
+    ids = brief.no_answer_ids  # any tokens
+    stream_answer(brief, brief.read_prefixes([ids]), ids, len(ids))

@@ -3,17 +3,16 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from context_qa.answering import Answerer, as_probability
 from context_qa.results.rows import Answer
-from mamba_lm.generate import read_and_score
+from mamba_lm.choosers import Chooser
+from mamba_lm.generate import Decoder, read_and_score
 from mamba_lm.models.mamba import MambaState
-from mamba_lm.streaming import Sampler, Stream
-from mamba_lm.tokenizer import token_ids
 
 
 @dataclass(frozen=True)
@@ -28,34 +27,34 @@ class StreamedAnswer(Answer):
 def stream_answer(
     answerer: Answerer,
     state: MambaState,
-    suffix: str,
+    suffix: Sequence[int],
     prefix_length: int,
-    sampler: Sampler | None = None,
+    chooser: Chooser | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> StreamedAnswer:
-    """The answer to a suffix from a state of one row, as `Answerer.ask` gives it without a
-    threshold, or drawn by the sampler; `show` gets its text in pieces, each as soon as it is known.
+    """The answer to a suffix, given as token ids, from a state of one row: as `Answerer.ask` gives
+    it without a threshold, or as the chooser chooses it. `show` is called with its text in pieces,
+    each as soon as it is known.
     """
     started = time.perf_counter()
     tokenizer = answerer.tokenizer
-    ids = token_ids(tokenizer, suffix)
     model, stop_ids, vocab_size = answerer.model, answerer.stop_ids, answerer.vocab_size
     reading, no_answer = read_and_score(
-        model, ids, state, answerer.no_answer_ids, stop_ids, vocab_size
+        model, suffix, state, answerer.no_answer_ids, stop_ids, vocab_size
     )
-    stream = Stream(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, sampler)
+    decoder = Decoder(model, reading, stop_ids, answerer.max_new_tokens, vocab_size, chooser)
     text, said, first_at = _Text(tokenizer), [], None
-    for token in stream:
+    for token in decoder.stream():
         first_at = first_at or time.perf_counter()
         said.append(token)
         show(text.add(token))
     ended = time.perf_counter()
     answer = StreamedAnswer(
         text=tokenizer.decode(said).strip(),
-        confidence=as_probability(stream.log_prob),
+        confidence=as_probability(decoder.log_probs.item()),
         no_answer_probability=as_probability(no_answer),
         seconds=ended - started,
-        num_tokens=prefix_length + len(ids),
+        num_tokens=prefix_length + len(suffix),
         num_new_tokens=len(said),
         seconds_to_first_token=(first_at or ended) - started,
     )

@@ -18,7 +18,6 @@ from common.command_line import Parser, positive_int
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.generate import decode, read
-from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
 
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 def alone(answerer: Answerer, prompt: tuple[str, str], other: str) -> tuple[str, float]:
     """The guess of a prompt that is read from its first token on, and the smallest gap between the
     probabilities of its best two tokens on the way."""
-    ids = [token for part in prompt for token in token_ids(answerer.tokenizer, part)]
+    ids = [token for part in answerer.tokens.encode(prompt) for token in part]
     reading = read(answerer.model, [ids], vocab_size=answerer.vocab_size)
     [generation] = decode(
         answerer.model, reading, answerer.stop_ids, answerer.max_new_tokens, answerer.vocab_size

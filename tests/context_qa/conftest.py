@@ -9,6 +9,7 @@ import torch
 
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.choosers import Choice
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from squad_utils import prompt_parts
 
@@ -21,7 +22,7 @@ def answerer() -> Answerer:
     tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4)
     answerer = Answerer(MambaLM(config).eval(), tokenizer, max_new_tokens=4)
-    answerer.read_prefixes(["which backend runs is said once"])
+    answerer.read_prefixes([[1, 2]])  # which backend runs is reported once
     return answerer
 
 
@@ -34,6 +35,23 @@ def spoken(answerer):
         return answers[0]
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    """A chooser of tokens that a function gives."""
+
+    class Scripted:
+        is_capturable = False
+
+        def __init__(self, next_token):
+            self.next_token = next_token
+
+        def choose(self, log_probs, stops, places) -> Choice:
+            token_ids = torch.tensor([self.next_token()])
+            return Choice(token_ids, log_probs[:, token_ids[0]], torch.isin(token_ids, stops))
+
+    return Scripted
 
 
 @pytest.fixture

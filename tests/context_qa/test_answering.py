@@ -89,8 +89,9 @@ def answers_to(answerer: Answerer, prompts=PROMPTS) -> list[Answer]:
 def one_by_one(answerer: Answerer, prompts=PROMPTS) -> list[Answer]:
     answers = []
     for prefix, suffix in prompts:
-        state, lengths = answerer.read_prefixes([prefix])
-        answers += answerer.ask(state, [suffix], lengths)
+        prefixes, suffixes = ([ids] for ids in answerer.tokens.encode([prefix, suffix]))
+        state = answerer.read_prefixes(prefixes)
+        answers += answerer.ask(state, suffixes, [len(prefixes[0])])
     return answers
 
 
@@ -159,10 +160,13 @@ def reads(monkeypatch) -> list[tuple[int, int]]:
 
 
 def prefixes_read(answerer: Answerer, prompts, monkeypatch) -> list[str]:
+    """Texts, which the prompts' prefixes are found by."""
     read, really_read = [], answerer.read_prefixes
     monkeypatch.setattr(answerer, "read_prefixes", lambda p: read.extend(p) or really_read(p))
     answers_to(answerer, prompts)
-    return read
+    texts = list({prefix for prefix, _ in prompts})
+    by_ids = dict(zip(map(tuple, answerer.tokens.encode(texts)), texts, strict=True))
+    return [by_ids[tuple(ids)] for ids in read]
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 8192])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_lm import cuda_graphs, generate
+from mamba_lm import cuda_graphs, generate, stepper
 from mamba_lm.generate import Generation, continuation_log_prob, decode, read
 
 VOCABULARY = 31  # of 32 rows: the last is padding
@@ -147,17 +147,17 @@ def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, mo
 
 def test_what_is_captured(make_model, monkeypatch):
     model = make_model()
-    assert not generate.is_captured(model)  # on the CPU
-    monkeypatch.setattr(generate, "_device", lambda model: torch.device("cuda"))
-    assert generate.is_captured(model)
+    assert not stepper.is_captured(model)  # on the CPU
+    monkeypatch.setattr(stepper, "_device", lambda model: torch.device("cuda"))
+    assert stepper.is_captured(model)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-        assert not generate.is_captured(model)
+        assert not stepper.is_captured(model)
     for module in (model, model.lm_head, model.backbone.norm_f, model.backbone.layers[0].mixer):
         hook = module.register_forward_hook(lambda *args: None)
-        assert not generate.is_captured(model)
+        assert not stepper.is_captured(model)
         hook.remove()
-    assert generate.is_captured(model)
+    assert stepper.is_captured(model)
 
 
 def test_sizes_of_graphs():

@@ -1,21 +1,21 @@
 """The console: contexts from files, answers as text and JSON, what the command line makes of it."""
 
-import argparse
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.command_line import Parser
 from common.errors import UserError
-from context_qa.arguments import add_console_flags
-from context_qa.console.console import Console, load_console
+from context_qa.arguments import add_console_flags, console_values
+from context_qa.console.console import Console, ConsoleSettings, load_console
 from context_qa.console.terminal import read_context
 from mamba_lm.checkpoint import NOTE, save_model
+from mamba_lm.choosers import Greedy, Sampler
 from mamba_lm.delta import LAYERS
-from mamba_lm.streaming import Sampler
 
 ROOT = Path(__file__).parents[3]
 CONTEXT = "Bo is a “cat”. Ann too."
@@ -131,8 +131,8 @@ def test_answers_as_text_are_a_line_each(answerer, spoken, capsys):
         assert line == f"{expected}   (confidence 0.00, no answer 0.00)"
 
 
-def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypatch):
-    console = Console(answerer, lambda log_probs: next(tokens))
+def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypatch, scripted):
+    console = Console(answerer, scripted(lambda: next(tokens)))
     console.read(CONTEXT)
     said = [*answerer.no_answer_ids, answerer.tokenizer.eos_token_id]
     monkeypatch.setattr(answerer, "max_new_tokens", len(said))
@@ -141,8 +141,8 @@ def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypa
     assert capsys.readouterr().out == "I don't know.   (confidence 0.00, an answer 1.00)\n"
 
 
-def test_an_answer_without_words_is_none(answerer, capsys):
-    console = Console(answerer, lambda log_probs: answerer.tokenizer.eos_token_id)
+def test_an_answer_without_words_is_none(answerer, capsys, scripted):
+    console = Console(answerer, scripted(lambda: answerer.tokenizer.eos_token_id))
     console.read(CONTEXT)
     console.ask("Why?")
     assert capsys.readouterr().out == "(nothing)   (confidence 0.00, no answer 0.00)\n"
@@ -168,7 +168,7 @@ def test_what_is_sent_is_shown_on_standard_error(answerer, capsys):
     assert "\n".join(shown) == f"{CONTEXT}\n\n\nQ: Why?\nA:\n"
 
 
-def test_explanations(answerer, spoken, capsys):
+def test_explanations(answerer, spoken, capsys, scripted):
     norms = {}
     for layers in ([0], [1], [0, 1]):
         console = Console(answerer, as_json=True, layers=layers)
@@ -183,7 +183,7 @@ def test_explanations(answerer, spoken, capsys):
     assert norms[0, 1] == pytest.approx(means) and norms[0,] != pytest.approx(norms[1,])
 
     tokens = iter([*answerer.tokenizer(" Ann")["input_ids"], answerer.tokenizer.eos_token_id])
-    console = Console(answerer, lambda log_probs: next(tokens), layers=[0])
+    console = Console(answerer, scripted(lambda: next(tokens)), layers=[0])
     console.read(CONTEXT)
     console.ask("Who?")
     answer, text, shades, legend = capsys.readouterr().out.splitlines()
@@ -196,15 +196,16 @@ def test_explanations(answerer, spoken, capsys):
 
 @pytest.fixture
 def arguments(answerer, tmp_path):
-    """Arguments with a saved model, as the command line gives them."""
+    """Settings with a saved model, as the command line gives them."""
     folder = tmp_path / "model"
     save_model(answerer.model, folder, answerer.tokenizer)
 
-    def parse(*flags: str) -> argparse.Namespace:
+    def parse(*flags: str, **more) -> ConsoleSettings:
         parser = Parser(__doc__)
         parser.add_argument("model")
         add_console_flags(parser)
-        return parser.parse_args([str(folder), "--device", "cpu", *flags])
+        args = parser.parse_args([str(folder), "--device", "cpu", *flags])
+        return ConsoleSettings(**console_values(args), **more)
 
     return parse
 
@@ -213,8 +214,8 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
     console = load_console(arguments("--max_new_tokens", "3"))
     assert console.answerer.max_new_tokens == 3
     assert (console.as_json, console.layers, console.show_prompt) == (False, (), False)
-    args = arguments("--json", "--temperature", "0.5", "--top_k", "7", "--top_p", "0.5")
-    console = load_console(args, explain=True, show_prompt=True)
+    flags = ("--json", "--temperature", "0.5", "--top_k", "7", "--top_p", "0.5")
+    console = load_console(arguments(*flags, explain=True, show_prompt=True))
     assert console.as_json and console.show_prompt and console.layers == [0, 1]
     assert capsys.readouterr().out == ""
 
@@ -222,7 +223,8 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
 def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
     """Its first use loads the kernels; an answer may be of a million tokens."""
     drawn = []
-    monkeypatch.setattr(Sampler, "__call__", lambda self, log_probs: drawn.append(1) or 5)
+    choose = Greedy.choose
+    monkeypatch.setattr(Greedy, "choose", lambda *args: drawn.append(1) or choose(*args))
     console = load_console(arguments("--max_new_tokens", "1000000"))
     assert len(drawn) == 2 and console.answerer.max_new_tokens == 1000000
 
@@ -230,7 +232,7 @@ def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
 def test_the_layers_that_explain_are_those_that_the_folder_names(arguments):
     args = arguments()
     (Path(args.model) / LAYERS).write_text("[1]")
-    assert load_console(args, explain=True).layers == [1]
+    assert load_console(replace(args, explain=True)).layers == [1]
     assert load_console(args).layers == ()
 
 
@@ -247,15 +249,13 @@ def test_a_models_note_goes_to_stderr(arguments, capsys):
         (["--question", " "], "--question: is empty"),
         (["--question", "Who?", "--question", ""], "--question: is empty"),
         (["--question", "M\udce9xico?"], "--question: .*UTF-8"),
-        (["--top_k", "3"], "give a --temperature"),
-        (["--top_p", "0.5"], "give a --temperature"),
+        (["--top_k", "3"], "give a temperature above 0"),
+        (["--top_p", "0.5"], "give a temperature above 0"),
     ],
 )
 def test_bad_flags_are_told_before_a_model_is_loaded(arguments, flags, complaint):
     with pytest.raises(UserError, match=complaint):
-        args = arguments(*flags)
-        args.model = "no such model"
-        load_console(args)
+        load_console(replace(arguments(*flags), model="no such model"))
 
 
 @pytest.mark.parametrize(

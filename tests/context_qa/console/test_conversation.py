@@ -129,11 +129,13 @@ def test_a_terminals_end_of_input_ends_the_console(answerer, converse, capsys, t
     assert capsys.readouterr().out == ""
 
 
-def test_ctrl_c_stops_an_answer_at_a_terminal_and_else_the_script(answerer, converse, capsys):
-    def interrupting(log_probs):
+def test_ctrl_c_stops_an_answer_at_a_terminal_and_else_the_script(
+    answerer, converse, capsys, scripted
+):
+    def interrupt():
         raise KeyboardInterrupt
 
-    console = Console(answerer, interrupting)
+    console = Console(answerer, scripted(interrupt))
     converse(console, "Who?\nWhy?\n")
     out, err = capsys.readouterr()
     assert out == 2 * "A:  ...\n" and err.count("stopped; Ctrl-D ends\n") == 2
@@ -145,7 +147,7 @@ def test_ctrl_c_while_another_context_is_read_leaves_the_one_before(
     answerer, converse, capsys, monkeypatch
 ):
     def interrupting(prefixes, on_read):
-        if prefixes != [CONTEXT]:
+        if prefixes != answerer.tokens.encode([CONTEXT]):
             raise KeyboardInterrupt
         return read_prefixes(prefixes, on_read)
 

@@ -13,8 +13,8 @@ from common.errors import UserError
 from context_qa.answering import Answerer
 from context_qa.console.streamed_answer import _Text, stream_answer
 from mamba_lm.checkpoint import load_tokenizer
+from mamba_lm.choosers import Sampler
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.streaming import Sampler
 from squad_utils import prompt_parts
 
 ROOT = Path(__file__).parents[3]
@@ -45,10 +45,11 @@ def answerer(tokenizer) -> Answerer:
 
 
 def test_answers_are_the_answering_loops_and_come_in_pieces(answerer):
-    state, [length] = answerer.read_prefixes([CONTEXT])
+    [context] = answerer.tokens.encode([CONTEXT])
+    state, length = answerer.read_prefixes([context]), len(context)
     lengths = set()
     for question in QUESTIONS:
-        suffix = prompt_parts(CONTEXT, question)[1]
+        [suffix] = answerer.tokens.encode([prompt_parts(CONTEXT, question)[1]])
         pieces: list[str] = []
         got = stream_answer(answerer, state, suffix, length, show=pieces.append)
         [wanted] = answerer.ask(state, [suffix], [length])
@@ -66,8 +67,9 @@ def test_answers_are_the_answering_loops_and_come_in_pieces(answerer):
 
 
 def test_draws_differ_by_the_sampler_alone(answerer):
-    state, [length] = answerer.read_prefixes([CONTEXT])
-    suffix = prompt_parts(CONTEXT, QUESTIONS[0])[1]
+    [context] = answerer.tokens.encode([CONTEXT])
+    state, length = answerer.read_prefixes([context]), len(context)
+    [suffix] = answerer.tokens.encode([prompt_parts(CONTEXT, QUESTIONS[0])[1]])
 
     def draw(seed: int) -> str:
         return stream_answer(answerer, state, suffix, length, Sampler(5.0, seed=seed)).text
@@ -76,10 +78,11 @@ def test_draws_differ_by_the_sampler_alone(answerer):
 
 
 def test_broken_weights_are_told(answerer):
-    state, [length] = answerer.read_prefixes([CONTEXT])
+    [context] = answerer.tokens.encode([CONTEXT])
+    state, length = answerer.read_prefixes([context]), len(context)
     broken = state._replace(ssm=tuple(ssm * torch.nan for ssm in state.ssm))
     with pytest.raises(UserError, match="the model computes NaN"):
-        stream_answer(answerer, broken, "\n\nQ: Why?\nA:", length)
+        stream_answer(answerer, broken, context, length)
 
 
 def pieces_of(tokenizer, said: list[int]) -> list[str]:
@@ -190,28 +193,31 @@ def test_whatever_the_tokens_pieces_are_the_decoded_text(tokenizer, kind):
     assert (num_early > 500) == is_early and (is_early or not num_early)
 
 
-def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer):
+def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer, scripted):
     half = tokenizer("日", add_special_tokens=False)["input_ids"][:1]
     said = [*tokenizer(" Bo", add_special_tokens=False)["input_ids"], *half]
-    state, [length] = answerer.read_prefixes([CONTEXT])
+    [context] = answerer.tokens.encode([CONTEXT])
+    state, length = answerer.read_prefixes([context]), len(context)
     tokens = iter([*said, tokenizer.eos_token_id])
     pieces: list[str] = []
     answer = stream_answer(
-        answerer, state, "\n\nQ: Why?\nA:", length, lambda log_probs: next(tokens), pieces.append
+        answerer, state, context, length, scripted(lambda: next(tokens)), pieces.append
     )
     assert answer.text == "Bo\ufffd" == "".join(pieces)
 
 
 def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_holds(
-    answerer, tokenizer
+    answerer, tokenizer, scripted
 ):
     """What a model card says: text of `transformers`, cut at the first newline, would be "Bo?"."""
     ids = tokenizer(" Bo?\nA:", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids[-1:]) == "?\nA:"
-    state, [length] = answerer.read_prefixes([CONTEXT])
+    [context] = answerer.tokens.encode([CONTEXT])
+    state, length = answerer.read_prefixes([context]), len(context)
     tokens = iter(ids)
-    suffix = "\n\nQ: Why?\nA:"
-    assert stream_answer(answerer, state, suffix, length, lambda _: next(tokens)).text == "Bo"
+    assert (
+        stream_answer(answerer, state, context, length, scripted(lambda: next(tokens))).text == "Bo"
+    )
 
 
 def test_a_slow_tokenizer_is_shown_at_the_end():

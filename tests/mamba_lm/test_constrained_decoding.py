@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mamba_lm.choices import Choice, decode_choices
+from mamba_lm.choosers import Constrained, TokenSequence
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 
@@ -30,8 +30,13 @@ def model() -> MambaLM:
     return model
 
 
-def choices_of(sequences: list[list[int]]) -> list[Choice]:
-    return [Choice(s, [False] * (len(s) - 1) + [True]) for s in sequences]
+def decode_constrained(model, reading, sequences):
+    chooser = Constrained(sequences)
+    return decode(model, reading, STOPS, chooser.max_new_tokens, VOCABULARY, chooser)
+
+
+def whole_sequences(sequences: list[list[int]]) -> list[TokenSequence]:
+    return [TokenSequence(s, [False] * (len(s) - 1) + [True]) for s in sequences]
 
 
 @torch.no_grad()
@@ -62,8 +67,8 @@ def test_choices_are_those_of_a_search_without_states(model, seed):
     choices = [[sequence(4) for _ in range(rng.randint(1, 30))] for _ in prompts]
     with torch.inference_mode():
         reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
-        rows = [choices_of(sequences) for sequences in choices]
-        found = decode_choices(model, reading, rows, STOPS, VOCABULARY)
+        rows = [whole_sequences(sequences) for sequences in choices]
+        found = decode_constrained(model, reading, rows)
     for prompt, sequences, (ids, log_prob) in zip(prompts, choices, found, strict=True):
         expected, total = brute_force(model, prompt, sequences)
         assert ids == expected
@@ -78,8 +83,8 @@ def test_what_free_greedy_decoding_says_is_chosen_where_it_is_a_choice(model):
     free = decode(model, reading, STOPS, 30, VOCABULARY)
     ended = [row for row, (ids, _) in enumerate(free) if 0 < len(ids) < 30]
     assert ended
-    choices = [choices_of([[3], [4, 5], free[row].token_ids]) for row in ended]
-    found = decode_choices(model, reading.fork(torch.tensor(ended)), choices, STOPS, VOCABULARY)
+    choices = [whole_sequences([[3], [4, 5], free[row].token_ids]) for row in ended]
+    found = decode_constrained(model, reading.fork(torch.tensor(ended)), choices)
     for row, generation in zip(ended, found, strict=True):
         assert generation.token_ids == free[row].token_ids
         assert generation.log_prob == pytest.approx(free[row].log_prob, abs=1e-4)
@@ -92,18 +97,20 @@ def test_a_choice_may_end_on_the_way(model):
     lengths = set()
     for seed in range(8):
         long = random.Random(seed).sample(range(2, VOCABULARY), 5)
-        one = [[Choice(long, [True, False, True, True, True])]] * len(prompts)
-        many = [choices_of([long[:n] for n in (1, 3, 4, 5)])] * len(prompts)
-        found, same = (decode_choices(model, reading, r, STOPS, VOCABULARY) for r in (one, many))
+        one = [[TokenSequence(long, [True, False, True, True, True])]] * len(prompts)
+        many = [whole_sequences([long[:n] for n in (1, 3, 4, 5)])] * len(prompts)
+        found, same = (decode_constrained(model, reading, r) for r in (one, many))
         assert found == same
         lengths |= {len(ids) for ids, _ in found}
-        assert one[0][0].says(long[:3])
-        assert not one[0][0].says(long[:2]) and not one[0][0].says(long[1:2])
+        assert one[0][0].contains(long[:3])
+        assert not one[0][0].contains(long[:2]) and not one[0][0].contains(long[1:2])
     assert len(lengths) > 2
 
 
-@pytest.mark.parametrize("choices", [[], [Choice([3, 4], [True, False])], [Choice([], [])]])
-def test_a_row_that_could_not_end_is_an_error(model, choices):
+@pytest.mark.parametrize(
+    "sequences", [[], [TokenSequence([3, 4], [True, False])], [TokenSequence([], [])]]
+)
+def test_a_row_that_could_not_end_is_an_error(model, sequences):
     reading = read(model, [[5]], prefill(model, [[]]), VOCABULARY)
-    with pytest.raises(ValueError, match="each row needs a choice"):
-        decode_choices(model, reading, [choices], STOPS, VOCABULARY)
+    with pytest.raises(ValueError, match="each row needs sequences"):
+        decode_constrained(model, reading, [sequences])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from mamba_lm import cuda_graphs, streaming
-from mamba_lm.generate import Reading, decode, read
-from mamba_lm.streaming import Sampler, Stream
+from mamba_lm import cuda_graphs, generate
+from mamba_lm.choosers import Greedy, Sampler, make_chooser
+from mamba_lm.generate import Decoder, Reading, decode, read
 
 VOCABULARY = 31  # of 32 rows: the last is padding
 PROMPTS = [[3, 1, 4], [15], [9, 2, 6, 5, 3, 5], [7, 9, 3, 2], [28, 4, 6], [0, 0, 1]]
@@ -39,7 +39,7 @@ def reading(request, model) -> Reading:
 @pytest.fixture(params=[False, True], ids=["step by step", "graphs"])
 def graphs(request, monkeypatch):
     """Steps by CUDA graphs, but for the capture: a replay is the steps themselves, run again."""
-    monkeypatch.setattr(streaming, "is_captured", lambda model: request.param)
+    monkeypatch.setattr(generate, "is_captured", lambda model: request.param)
     monkeypatch.setattr(cuda_graphs, "capture", lambda run, pool: (run() or run, (0, 7)))
     cuda_graphs._graphs.clear()
     yield
@@ -52,9 +52,9 @@ def graphs(request, monkeypatch):
 def test_a_stream_is_what_decode_gives(max_new_tokens, stops, model, reading, graphs):
     [wanted] = decode(model, reading, stops, max_new_tokens, VOCABULARY)
     for _ in range(2):  # the second time graphs are there
-        stream = Stream(model, reading, stops, max_new_tokens, VOCABULARY)
-        assert list(stream) == wanted.token_ids
-        assert stream.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
+        decoder = Decoder(model, reading, stops, max_new_tokens, VOCABULARY)
+        assert list(decoder.stream()) == wanted.token_ids
+        assert decoder.log_probs.item() == pytest.approx(wanted.log_prob, abs=1e-4)
 
 
 def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
@@ -62,14 +62,14 @@ def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
     step = model.stepper()
     monkeypatch.setattr(model, "stepper", lambda: lambda *args: steps.append(args) or step(*args))
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
-    for told, _ in enumerate(Stream(model, reading, [], 5, VOCABULARY)):
+    for told, _ in enumerate(Decoder(model, reading, [], 5, VOCABULARY).stream()):
         assert len(steps) == told
 
 
 def test_the_reading_is_left_as_it_was(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     before = [tensor.clone() for tensor in (reading.log_probs, *reading.state.tensors())]
-    list(Stream(model, reading, [], 5, VOCABULARY))
+    list(Decoder(model, reading, [], 5, VOCABULARY).stream())
     after = (reading.log_probs, *reading.state.tensors())
     assert all(map(torch.equal, before, after))
 
@@ -77,21 +77,21 @@ def test_the_reading_is_left_as_it_was(model):
 def test_nan_ends_a_stream_and_is_told(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     broken = reading._replace(log_probs=torch.full_like(reading.log_probs, math.nan))
-    for sampler in (Sampler(), Sampler(temperature=1.0)):
-        stream = Stream(model, broken, STOPS, 5, VOCABULARY, sampler)
-        assert list(stream) == [] and math.isnan(stream.log_prob)
+    for chooser in (Greedy(), Sampler(temperature=1.0)):
+        decoder = Decoder(model, broken, STOPS, 5, VOCABULARY, chooser)
+        assert list(decoder.stream()) == [] and math.isnan(decoder.log_probs.item())
 
 
 def test_the_probability_of_what_was_drawn_is_the_models_own(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
-    stream = Stream(model, reading, [30], 6, VOCABULARY, Sampler(temperature=3.0, seed=5))
-    drawn = list(stream)
+    decoder = Decoder(model, reading, [30], 6, VOCABULARY, Sampler(temperature=3.0, seed=5))
+    drawn = list(decoder.stream())
     assert drawn != decode(model, reading, [30], 6, VOCABULARY)[0].token_ids
     ids = [3, 1, 4, *drawn]
     after = model(torch.tensor([ids]))[0][0, :, :VOCABULARY].log_softmax(dim=-1)
     log_probs = [after[2 + n, token].item() for n, token in enumerate(drawn)]
     stopped = [after[-1, 30].item()] if len(drawn) < 6 else []
-    assert stream.log_prob == pytest.approx(sum(log_probs + stopped), abs=1e-4)
+    assert decoder.log_probs.item() == pytest.approx(sum(log_probs + stopped), abs=1e-4)
 
 
 # Sampling
@@ -99,8 +99,13 @@ def test_the_probability_of_what_was_drawn_is_the_models_own(model):
 LOG_PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
-def shares(sampler: Sampler, draws: int = 4000) -> list[float]:
-    counts = Counter(sampler(LOG_PROBS) for _ in range(draws))
+def draw(chooser: Greedy | Sampler, times: int) -> list[int]:
+    rows, places = LOG_PROBS.expand(times, -1), torch.arange(times)
+    return chooser.choose(rows, torch.tensor([], dtype=torch.long), places).token_ids.tolist()
+
+
+def shares(chooser: Greedy | Sampler, draws: int = 4000) -> list[float]:
+    counts = Counter(draw(chooser, draws))
     return [counts[token] / draws for token in range(len(LOG_PROBS))]
 
 
@@ -122,20 +127,17 @@ def shares(sampler: Sampler, draws: int = 4000) -> list[float]:
     ids=str,
 )
 def test_what_is_drawn(settings, expected):
-    assert shares(Sampler(**settings)) == pytest.approx(expected, abs=0.03)
+    assert shares(make_chooser(**settings)) == pytest.approx(expected, abs=0.03)
     barred = [token for token, share in enumerate(expected) if share == 0]
-    assert all(shares(Sampler(**settings))[token] == 0 for token in barred)
+    assert all(shares(make_chooser(**settings))[token] == 0 for token in barred)
 
 
 def test_equal_seeds_draw_equally():
-    def draw(seed: int) -> list[int]:
-        sampler = Sampler(temperature=1.0, seed=seed)
-        return [sampler(LOG_PROBS) for _ in range(50)]
-
-    assert draw(1) == draw(1) != draw(2)
+    drawn = [draw(Sampler(temperature=1.0, seed=seed), 50) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.5}])
 def test_a_choice_of_what_is_drawn_needs_a_temperature(settings):
-    with pytest.raises(UserError, match="give a --temperature"):
-        Sampler(**settings)
+    with pytest.raises(UserError, match="give a temperature above 0"):
+        make_chooser(**settings)
