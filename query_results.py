@@ -26,14 +26,16 @@ from common.command_line import Parser
 from common.errors import UserError, printable
 from common.json_text import plain_json
 from common.streams import write_utf_8
-from context_qa.results.rows import FIELDS, is_kind, read_objects, warn_if_incomplete
+from context_qa.results.reading import read_objects, warn_if_incomplete
+from context_qa.results.rows import COLUMNS as RESULT_COLUMNS
+from context_qa.results.rows import is_kind
 
 if TYPE_CHECKING:  # imported where it is used: `--help` needs none of it
     from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
 SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR", list: "VARCHAR[]"}
 LIMITS = {"memory_limit": "25%", "temp_directory": ""}  # of the machine's; nothing goes to disk
-COLUMNS = {name: SQL_TYPES[kind] for name, kind in FIELDS.items()}
+COLUMNS = {name: SQL_TYPES[column.kind] for name, column in RESULT_COLUMNS.items()}
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,10 +85,10 @@ def load_results(database: "DuckDBPyConnection", path: str, table: str) -> None:
 
 
 def sql_type(name: str, values: Iterable) -> str:
-    """The type that all values of a column fit: that of FIELDS, else the first of SQL_TYPES, else
-    JSON. None, a missing value, fits all; a column of these alone is JSON."""
+    """The type that all values of a column fit: that of a result column, else the first of
+    SQL_TYPES, else JSON. None, a missing value, fits all; a column of these alone is JSON."""
     present = [value for value in values if value is not None]
-    kinds = [FIELDS[name]] if name in FIELDS else []
+    kinds = [RESULT_COLUMNS[name].kind] if name in RESULT_COLUMNS else []
     kinds += SQL_TYPES if present else []
     fitting = (kind for kind in kinds if all(is_kind(value, kind) for value in present))
     return SQL_TYPES.get(next(fitting, None), "JSON")

@@ -16,7 +16,8 @@ from pathlib import Path
 from common.command_line import Parser
 from common.errors import printable
 from common.output_files import check_inputs_not_overwritten, require_writable, write_output
-from context_qa.results.rows import read_objects, read_summary, results_rows, summary_path
+from context_qa.results.reading import read_objects, results_rows
+from context_qa.results.summary import read_summary, summary_path
 
 
 def parse_args() -> argparse.Namespace:

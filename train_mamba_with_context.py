@@ -5,7 +5,7 @@
     python train_mamba_with_context.py --model state-spaces/mamba-130m \\
         --data_path data/Mamba-Fine-Tune/squad_train.jsonl --output models/130m --num_epochs 10
 
-The same command goes on where it was cut off. Several processes: torchrun --nproc_per_node N.
+The same command resumes a run that was interrupted. Several processes: torchrun --nproc_per_node N.
 """
 
 from common.script import loading, run_script
@@ -16,6 +16,7 @@ from common.command_line import Parser, positive_float, positive_int, seed
 from common.output_files import check_inputs_not_overwritten
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
+from context_qa.training import TrainingSettings
 from squad_utils import PROMPT_ORDERS
 
 
@@ -27,13 +28,13 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="local folder, Hub name or config file")
     add("--data_path", required=True, metavar="DATA", help="JSONL or SQuAD JSON, or Hub name:split")
     add("--output", required=True, metavar="DIR", help="folder of the new model")
-    add("--overwrite", action="store_true", help="remove the run that is at DIR")
+    add("--overwrite", action="store_true", help="restart: remove the run in DIR")
     add("--tokenizer", metavar="NAME", help="folder, file or Hub name (default: the model's)")
     add("--seed", type=seed, default=0, metavar="N", help="default: 0")
 
     add = parser.add_argument_group("data").add_argument
     add("--negatives", choices=(*NEGATIVE_KINDS, "none"), default="random", metavar="KIND",
-        help="other contexts: random, same_article, hard, none (default: random)")
+        help="random, same_article, hard, none (default: random)")
     add("--negative_ratio", type=positive_float, default=1.0, metavar="R",
         help="unanswerable examples for an answerable one, the data's own first (default: 1)")
     add("--prompt_order", choices=PROMPT_ORDERS[:3], default=PROMPT_ORDERS[0], metavar="ORDER",
@@ -41,23 +42,23 @@ def parse_args() -> argparse.Namespace:
     add("--max_length", type=positive_int, metavar="N",
         help="tokens; longer examples are cut around the answer (default: no limit)")
 
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--num_epochs", type=positive_float, default=10.0, metavar="N", help="default: 10")
-    add("--max_steps", type=positive_int, metavar="N", help="of the optimiser (default: all)")
+    add("--max_steps", type=positive_int, metavar="N", help="of the optimizer (default: all)")
     add("--learning_rate", type=positive_float, default=1e-4, metavar="RATE", help="default: 1e-4")
     add("--batch_size", type=positive_int, default=32, metavar="N", help="questions (default: 32)")
     add("--gradient_accumulation_steps", type=positive_int, default=1, metavar="N",
         help="default: 1")
     add("--optim", default="adamw_torch", metavar="NAME", help="default: adamw_torch")
-    add("--fully_shard", action="store_true", help="weights in parts, over all processes")
+    add("--fully_shard", action="store_true", help="shard the weights over all processes")
     add("--trainer", metavar="KEY=VALUE", action="append", default=[],
         help="any field of TrainingArguments, repeatable: --trainer save_steps=100")
 
     add = parser.add_argument_group("scores").add_argument
-    add("--eval_data", metavar="DATA", help="answered each epoch; the best model is kept")
+    add("--eval_data", metavar="DATA", help="scored each epoch; the best model is kept")
     add("--patience", type=positive_int, default=5, metavar="N",
-        help="end after so many evaluations without a better score, or an equal one with a lower "
-        "loss (default: 5)")
+        help="stop after N evaluations without a better score, or an equal one with a lower loss "
+        "(default: 5)")
     # fmt: on
     return parser.parse_args()
 
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):
         from context_qa.training.train import train
-    train(args, data)
+    train(TrainingSettings(**vars(args)), data)
 
 
 if __name__ == "__main__":

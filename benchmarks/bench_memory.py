@@ -26,7 +26,7 @@ import torch
 from benchmarks.timing import parse_benchmark_args, report
 from mamba_lm.checkpoint import read_config
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import Item, PrefixSuffixLM, collate
 
 CONFIGS = Path("models/configs")
 CONTEXTS, CONTEXT, QUESTIONS, QUESTION, ANSWER = 8, 160, 5, 20, 5
@@ -124,7 +124,7 @@ def saved_bytes(config: MambaConfig, n_layer: int, recomputed: bool) -> int:
 
 def batch() -> dict[str, torch.Tensor]:
     examples = [
-        Continuation([1 + context % 9, *[3] * (CONTEXT - 1)], [4] * QUESTION, [5] * ANSWER)
+        Item.with_target([1 + context % 9, *[3] * (CONTEXT - 1)], [4] * QUESTION, [5] * ANSWER)
         for context in range(CONTEXTS)
         for _ in range(QUESTIONS)
     ]

@@ -32,7 +32,7 @@ from common.command_line import positive_int
 from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
 from squad_utils import PROMPT_ORDERS, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"
@@ -64,7 +64,7 @@ def main(args) -> None:
     )
 
 
-def batch(data: str, tokenizer: str, batch_size: int) -> tuple[list[Continuation], int]:
+def batch(data: str, tokenizer: str, batch_size: int) -> tuple[list[Item], int]:
     """Of the first fifty batches of an epoch the one whose gain in tokens by sharing is nearest to
     that of all, and how many contexts are in it."""
     tokenizer = load_tokenizer("", tokenizer)
@@ -81,12 +81,12 @@ def batch(data: str, tokenizer: str, batch_size: int) -> tuple[list[Continuation
     return examples, len({tuple(example.prefix) for example in examples})
 
 
-def num_tokens(examples: Iterable[Continuation]) -> int:
+def num_tokens(examples: Iterable[Item]) -> int:
     batch = collate(examples)
     return int(batch["prefix_lengths"].sum() + batch["suffix_lengths"].sum())
 
 
-def prepare(name: str, examples: list[Continuation], n_layer: int) -> Contender:
+def prepare(name: str, examples: list[Item], n_layer: int) -> Contender:
     if name == SHARED:
         return ours(examples, n_layer)
     if name == UNSHARED:
@@ -94,12 +94,13 @@ def prepare(name: str, examples: list[Continuation], n_layer: int) -> Contender:
     return mambapy([whole(example) for example in examples], n_layer, int(name.split()[-1]))
 
 
-def whole(example: Continuation) -> Continuation:
-    """The same example with nothing to share: its context is part of its prompt."""
-    return Continuation((), [*example.prefix, *example.prompt], example.target)
+def whole(example: Item) -> Item:
+    """The same example with nothing to share: its context is part of its suffix."""
+    labels = [*[IGNORED] * len(example.prefix), *example.labels]
+    return Item((), [*example.prefix, *example.suffix], labels)
 
 
-def ours(examples: list[Continuation], n_layer: int) -> Contender:
+def ours(examples: list[Item], n_layer: int) -> Contender:
     torch.manual_seed(0)
     model = PrefixSuffixLM(MambaLM(MambaConfig(VOCABULARY, WIDTH, n_layer)))
     model(**collate(examples[:1]))["loss"].backward()  # loads the kernels
@@ -107,20 +108,21 @@ def ours(examples: list[Continuation], n_layer: int) -> Contender:
     return Contender(step, len(examples), num_tokens(examples))
 
 
-def mambapy(examples: list[Continuation], n_layer: int, batch_size: int) -> Contender:
+def mambapy(examples: list[Item], n_layer: int, batch_size: int) -> Contender:
     """Whole sequences, padded; the head only where there is loss, as in ours."""
     from mambapy.mamba import Mamba, MambaConfig
 
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
     model = torch.nn.Sequential(embedding, Mamba(MambaConfig(WIDTH, n_layer)))
-    examples = sorted(examples, key=lambda example: len(example.prompt))
-    labels = sum(len(example.target) for example in examples)
+    examples = sorted(examples, key=lambda example: len(example.suffix))
+    num_labels = sum(example.num_labels for example in examples)
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden, at = model(batch["suffixes"]), batch["labels"] != IGNORED
+        hidden, labels = model(batch["suffixes"]), batch["labels"][:, 1:]
+        at = labels != IGNORED
         logits = hidden[at] @ embedding.weight.T
-        return F.cross_entropy(logits, batch["labels"][at], reduction="sum") / labels
+        return F.cross_entropy(logits, labels[at], reduction="sum") / num_labels
 
     batches = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
     return Contender(stepper(model, loss, batches), len(examples), num_tokens(examples))

@@ -41,7 +41,7 @@ from common.json_text import json_text
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.selective_scan import load_backend
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from squad_utils import Example, prompt_parts, read_examples
 
 EMBEDDED = "data/demo/train.jsonl"
@@ -324,7 +324,7 @@ def generations(gpu: GPU) -> Iterator[dict]:
             yield from gpu.rows(f"decode {name}, {rows} rows", contenders(gpu, work))
 
 
-def training(gpu: GPU, batches: dict[str, tuple[list[Continuation], int]]) -> Iterator[dict]:
+def training(gpu: GPU, batches: dict[str, tuple[list[Item], int]]) -> Iterator[dict]:
     """Optimiser steps on questions with contexts; items are examples."""
     for name, (d_model, n_layer, _) in gpu.sizes.models.items():
         examples, contexts = batches[name]

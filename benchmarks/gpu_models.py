@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.bench_train import VOCABULARY, whole
 from mamba_lm import generate
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.training.prefix_suffix import IGNORED, Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
 
 MAMBA_SSM, TRANSFORMERS = "mamba-ssm", "transformers"
 PARTS = 4  # of a batch of examples that are read whole
@@ -32,7 +32,7 @@ class Model:
             return self.module.backbone(input_ids, use_cache=False).last_hidden_state
         return self.module.encode(input_ids, keep_state=False)[0]
 
-    def training_step(self, examples: list[Continuation], forked: bool) -> Callable[[], None]:
+    def training_step(self, examples: list[Item], forked: bool) -> Callable[[], None]:
         """bfloat16 autocast, forward, backward and AdamW; the head only where there is loss.
 
         Forked, each context is read once. Else every example is read whole, as by the peers, in
@@ -41,7 +41,7 @@ class Model:
         if forked:
             parts = [examples]
         else:
-            examples = sorted(map(whole, examples), key=lambda e: len(e.prompt) + len(e.target))
+            examples = sorted(map(whole, examples), key=lambda e: len(e.suffix))
             size = -(-len(examples) // PARTS)
             parts = [examples[at : at + size] for at in range(0, len(examples), size)]
         batches = [
@@ -51,7 +51,7 @@ class Model:
             }
             for part in parts
         ]
-        labels = sum(len(example.target) for example in examples)
+        labels = sum(example.num_labels for example in examples)
         loss = PrefixSuffixLM(self.module) if forked else self._loss
         is_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
@@ -67,9 +67,10 @@ class Model:
         return step
 
     def _loss(self, suffixes, labels, num_items_in_batch, **_) -> dict[str, Tensor]:
-        at = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        following = labels[:, 1:].flatten()
+        at = (following != IGNORED).nonzero().squeeze(1)
         logits = self.module.lm_head(self.hidden(suffixes).flatten(0, 1)[at]).float()
-        losses = F.cross_entropy(logits, labels.flatten()[at], reduction="sum")
+        losses = F.cross_entropy(logits, following[at], reduction="sum")
         return {"loss": losses / num_items_in_batch}
 
     def for_inference(self) -> nn.Module:

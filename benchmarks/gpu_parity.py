@@ -14,7 +14,7 @@ from benchmarks.bench_train import whole
 from mamba_lm.generate import decode, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
-from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import Item, PrefixSuffixLM, collate
 
 ROWS = 3
 # Of the largest entry. In bfloat16 the inputs are exact, rounded before; outputs are rounded again.
@@ -148,7 +148,7 @@ def model_parity(
 def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
     device = model.lm_head.weight.device
     examples = [
-        Continuation(range(prefix), range(10, 10 + prompt), range(30, 30 + target))
+        Item.with_target(range(prefix), range(10, 10 + prompt), range(30, 30 + target))
         for prefix, prompt, target in ((40, 9, 3), (40, 1, 1), (3, 20, 7), (0, 5, 2))
     ]
     found = {}

@@ -68,7 +68,7 @@ class Answerer:
         done: Collection[int] = (),
         part: int = 0,
         parts: int = 1,
-        on_state: Callable[[list[int], MambaState], object] = lambda places, state: None,
+        on_state: Callable[[dict[int, list[int]], MambaState], object] | None = None,
     ) -> Iterator[dict[int, Answer]]:
         """Answers to prompts, (prefix, suffix) texts, by their place, a batch at a time.
 
@@ -76,7 +76,8 @@ class Answerer:
         others of its length. With `contexts`, one a prompt, guesses are spans of these, or
         NO_ANSWER. Batches depend on the prompts alone, and so, to the last bit, do answers: batches
         whose places are all `done` are left out, and of the others this part of `parts` gets its
-        share. on_state gets the places of a batch and the state after each one's prefix.
+        share. on_state is called with the suffixes of a batch, token ids by place, and the state
+        after their prefixes, a row each.
         """
         if contexts is not None:
             require_pieces(self.tokenizer)
@@ -101,10 +102,12 @@ class Answerer:
             for batch in batches:
                 index = [rows[place] for place in batch]
                 forked = state.fork(torch.tensor(index, device=state.device))
-                on_state(batch, forked)
+                asked = {place: suffixes[place] for place in batch}
+                if on_state is not None:
+                    on_state(asked, forked)
                 answers = self.ask(
                     forked,
-                    [suffixes[place] for place in batch],
+                    list(asked.values()),
                     [len(prefixes[row]) for row in index],
                     seconds,
                     contexts and [contexts[place] for place in batch],

@@ -1,4 +1,4 @@
-"""Training examples grouped by context: questions on their own and on other contexts."""
+"""Training examples grouped by context: questions on their own contexts, and negatives."""
 
 import math
 import random
@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 
 from common.errors import UserError
 from context_qa.negatives import NegativeSampler
-from mamba_lm.tokenizer import token_ids
-from mamba_lm.training.prefix_suffix import Continuation
-from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
+from context_qa.prompts import PromptTokens
+from mamba_lm.training.prefix_suffix import Item
+from squad_utils import NO_ANSWER, Example, prompt_parts
 
 
 class Pairing(NamedTuple):
@@ -27,32 +27,33 @@ class Pairing(NamedTuple):
 
 def continuation(
     pairing: Pairing, tokenizer, prompt_order: str, max_length: int | None = None
-) -> Continuation:
-    """Token ids of a pairing's prompt in its two parts and of its target with end-of-text.
+) -> Item:
+    """A training item of a pairing: labels on its target and end-of-text.
 
-    Where NO_ANSWER is right, a prefix that is too long for max_length loses its end; that of an
-    answer may hold it, and stays (see `training_data.within_length`).
+    Where NO_ANSWER is right, the end of a prefix that is too long for max_length is cut off. Where
+    an answer is, it may be in there, so the prefix is not cut (see `data_report.cut_to_length`).
     """
     prefix, suffix = prompt_parts(pairing.context, pairing.example.question, prompt_order)
-    prefix_ids, prompt = token_ids(tokenizer, prefix), token_ids(tokenizer, suffix)
-    target = [*token_ids(tokenizer, answer_text(pairing.target)), tokenizer.eos_token_id]
+    tokens = PromptTokens(tokenizer)
+    prefix_ids, start = tokens.encode([prefix, suffix])
+    [target] = tokens.encode_targets([pairing.target])
     if max_length is not None and pairing.target == NO_ANSWER:
-        prefix_ids = prefix_ids[: max(max_length - len(prompt) - len(target), 0)]
-    return Continuation(prefix_ids, prompt, target, pairing.example.id)
+        prefix_ids = prefix_ids[: max(max_length - len(start) - len(target), 0)]
+    return Item.with_target(prefix_ids, start, target, pairing.example.id)
 
 
 class GroupedBatches(Sampler[list[Pairing]]):
-    """Batches of one epoch in which a context's pairings stand together: it is read once for all.
+    """Batches of one epoch; a context's pairings are in the same batch, so that it is read once.
 
-    Contexts come in a new order each epoch, a function of (seed, epoch). With negatives, answerable
-    questions are also asked on contexts that do not answer them, others each epoch, until there are
-    `negative_ratio` unanswerable pairings for an answerable one, the examples' own unanswerable
+    The order of the contexts is a function of (seed, epoch). With negatives, answerable questions
+    are also paired with contexts that do not answer them, new ones each epoch, until there are
+    `negative_ratio` unanswerable pairings for each answerable one, the examples' own unanswerable
     ones included.
 
-    What an optimiser step reads depends on the product of batch_size, world_size and accumulation
-    alone: first pairings are packed into steps, then a step's into its batches, as many for each
-    process. Batches differ by one pairing at most; they hold batch_size at most, or one more where
-    one would have to be empty. Without `grouped`, pairings are drawn one by one.
+    What an optimizer step reads depends only on the product of batch_size, world_size and
+    accumulation: pairings are packed into steps, then a step's pairings into its batches, as many
+    for each process. Sizes of batches differ by one at most; they are batch_size at most, or one
+    more where a batch would have to be empty. Without `grouped`, pairings are drawn one by one.
     """
 
     def __init__(
@@ -95,20 +96,20 @@ class GroupedBatches(Sampler[list[Pairing]]):
         return self.steps * self.batches_a_step // self.world_size
 
     def __iter__(self) -> Iterator[list[Pairing]]:
-        yield from self.of_all_processes()[self.rank :: self.world_size]
+        yield from self.for_all_processes()[self.rank :: self.world_size]
 
-    def of_all_processes(self) -> list[list[Pairing]]:
-        """The epoch's batches, in the order in which processes take turns."""
+    def for_all_processes(self) -> list[list[Pairing]]:
+        """The epoch's batches, of each process in turn."""
         rng = random.Random(f"{self.seed}/{self.epoch}")
         groups = self._groups(self._pairings())
         shuffled = [rng.sample(groups[key], len(groups[key])) for key in
                     rng.sample(list(groups), len(groups))]  # fmt: skip
-        steps = pack(shuffled, even_sizes(self.num_pairings, self.steps))
+        steps = pack(shuffled, split_evenly(self.num_pairings, self.steps))
         return [
             batch
             for step in rng.sample(steps, len(steps))
             for batch in pack(
-                list(self._groups(step).values()), even_sizes(len(step), self.batches_a_step)
+                list(self._groups(step).values()), split_evenly(len(step), self.batches_a_step)
             )
         ]
 
@@ -121,15 +122,15 @@ class GroupedBatches(Sampler[list[Pairing]]):
     def _pairings(self) -> Iterator[Pairing]:
         yield from (Pairing(example, example.context) for example in self.examples)
         if self.num_negatives:
-            whole, part = divmod(self.num_negatives, self.num_askable)
-            rounds = whole + (part > 0)
+            num_full, rest = divmod(self.num_negatives, self.num_askable)
+            rounds = num_full + (rest > 0)
             for place in range(rounds):
                 yield from self._negatives(
-                    self.epoch * rounds + place, self.num_askable if place < whole else part
+                    self.epoch * rounds + place, self.num_askable if place < num_full else rest
                 )
 
     def _negatives(self, epoch: int, count: int) -> list[Pairing]:
-        """Each question that can be on one other context, or as many of them as `count` says."""
+        """A negative for each question that has one, or for `count` of them drawn at random."""
         pairs = zip(self.answerable, self.sampler.contexts(epoch), strict=True)
         drawn = [Pairing(example, context) for example, context in pairs if context is not None]
         if count < len(drawn):
@@ -137,15 +138,15 @@ class GroupedBatches(Sampler[list[Pairing]]):
         return drawn
 
 
-def even_sizes(total: int, number: int) -> list[int]:
-    """So many whole numbers that differ by one at most and sum to the total."""
+def split_evenly(total: int, number: int) -> list[int]:
+    """`number` integers that differ by one at most and sum to the total."""
     smaller, larger = divmod(total, number)
     return [smaller + (place < larger) for place in range(number)]
 
 
 def pack(groups: Sequence[list], sizes: Sequence[int]) -> list[list]:
-    """Batches of exactly these sizes, whose sum is that of the groups', with whole groups where
-    possible: each goes to the fullest batch with room for it; one that fits nowhere is split."""
+    """Batches of exactly these sizes, which sum to the size of all groups. Groups are kept together
+    where possible: each goes to the fullest batch with room for it, or is split if none has."""
     batches: list[list] = [[] for _ in sizes]
     with_room: list[list[int]] = [[] for _ in range(max(sizes) + 1)]
     for place, size in enumerate(sizes):

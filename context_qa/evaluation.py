@@ -20,8 +20,10 @@ from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, SLIDING_WINDO
 from context_qa.data_warnings import data_warnings, model_warnings
 from context_qa.negatives import unanswerable_copies
 from context_qa.results.metrics import PARTS, SCORES, tuned_threshold
+from context_qa.results.reading import RESULTS
 from context_qa.results.results_file import ResultsFile
-from context_qa.results.rows import RESULTS, SUMMARY, Answer, result_row, summary_path
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import SUMMARY, summary_path
 from context_qa.sliding_window import sliding_window_answers
 from context_qa.spans import SPAN_BORDERS
 from mamba_lm.checkpoint import load_model_and_tokenizer, model_hashes

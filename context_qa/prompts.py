@@ -15,7 +15,11 @@ class PromptTokens:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.vocab_size = vocabulary_bound(tokenizer)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest token id plus one: larger ids are padded rows of an embedding."""
+        return vocabulary_bound(self.tokenizer)
 
     def encode(self, parts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, a prefix or a suffix of a prompt."""

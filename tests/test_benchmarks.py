@@ -34,7 +34,7 @@ from mamba_lm.models import mamba as model
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import reference
 from mamba_lm.training import trainer as training
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from squad_utils import read_examples
 from studies.shared_contexts import learning, same_answers
 
@@ -219,7 +219,7 @@ def test_mamba_ssms_own_model_is_run_as_its_interface_says(monkeypatch):
     assert model.product_flop() == 2 * (16 * 64 + 32 * (1 + 32) + 1 * 32 + 32 * 16)
     model.generation(2, 3, 2)()
     model.prefill(2, 3)()
-    examples = [Continuation([1, 2], [3], [4, 5]), Continuation([1, 2], [6, 7], [8])]
+    examples = [Item.with_target([1, 2], [3], [4, 5]), Item.with_target([1, 2], [6, 7], [8])]
     before = model.module.lm_head.weight.detach().clone()
     model.training_step(examples, forked=False)()
     assert not torch.equal(model.module.lm_head.weight, before)

@@ -14,7 +14,8 @@ from unittest import mock
 import pytest
 
 import eval_mamba_with_context
-from context_qa.results.rows import read_results, read_summary, summary_path
+from context_qa.results.reading import read_results
+from context_qa.results.summary import read_summary, summary_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

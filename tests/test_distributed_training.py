@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import train_mamba_with_context
 from context_qa.training import train as training
 from mamba_lm.checkpoint import load_model
-from mamba_lm.training.checkpoints import fault
+from mamba_lm.training.checkpoints import find_damage
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def load_weights_at_start(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_each_process_holds_its_part_alone(name, folder):
+def test_each_process_has_its_shard_alone(name, folder):
     shares = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
     whole = shares[0][1]
     assert shares[1][1] == whole > 10_000
@@ -125,9 +125,9 @@ def test_each_process_holds_its_part_alone(name, folder):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_of_two_processes_is_that_of_one(name, folder):
-    """So one goes on from it, and its model loads."""
+    """So a single process resumes from it, and its model loads."""
     one, two = (folder / each / "checkpoint-20" for each in ("alone", name))
-    assert fault(two) is None
+    assert find_damage(two) is None
     load_model(str(two))
     states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two)]
     groups = [state["param_groups"] for state in states]
@@ -146,7 +146,7 @@ def test_a_sharded_run_is_scored(folder):
     assert "abstention f1" in (folder / "scored/README.md").read_text()
 
 
-def test_runs_go_on_sharded_or_not(folder):
+def test_runs_resume_sharded_or_not(folder):
     """From step 10 of a run of one kind to step 20 of the other."""
     alone = weights(folder / "alone")
     for name in ("resumed sharded", "resumed in copies"):
@@ -155,7 +155,7 @@ def test_runs_go_on_sharded_or_not(folder):
 
 
 def resume(folder: Path, name: str, of: str, *more: str) -> None:
-    """A run of its own that goes on from another one's checkpoint."""
+    """A run of its own that resumes from another one's checkpoint."""
     train(folder, name, *more, "--trainer", f"resume_from_checkpoint={folder / of}/checkpoint-10")
 
 

@@ -11,7 +11,8 @@ import query_results
 import report_results
 from common.errors import UserError
 from context_qa.results.results_file import ResultsFile
-from context_qa.results.rows import Answer, read_summary, result_row
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import read_summary
 from squad_utils import Example
 
 EXAMPLES = [

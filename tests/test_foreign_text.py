@@ -20,7 +20,8 @@ import report_results
 from common.json_text import json_line, plain_json
 from context_qa.console.terminal import Screen
 from context_qa.evaluation import print_summary
-from context_qa.results.rows import Answer, result_row, summary_path
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import summary_path
 from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]

@@ -29,15 +29,16 @@ from common.errors import UserError, printable
 from context_qa.arguments import trained_prompt_order
 from context_qa.console.terminal import read_context
 from context_qa.results.comparison import compare
+from context_qa.results.reading import read_objects, results_rows
 from context_qa.results.report import report_page
-from context_qa.results.rows import read_objects, read_summary, results_rows
+from context_qa.results.summary import read_summary
 from context_qa.shots import n_shot_prompt, read_shots
 from mamba_lm import checkpoint
 from mamba_lm.checkpoint import files_read, load_model, load_model_and_tokenizer, save_model
 from mamba_lm.delta import delta_layers
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import encode, encode_with_offsets, load_tokenizer_at
-from mamba_lm.training.checkpoints import fault, seal
+from mamba_lm.training.checkpoints import find_damage, publish_checkpoint
 from squad_utils import prompt_parts, read_examples
 from tests.test_report_results import ROWS, SUMMARY, write
 
@@ -102,7 +103,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {  # the damaged file, and what r
     "gpt2/vocab.json": lambda folder: write_text(load_tokenizer_at(folder)),
     "gpt2/merges.txt": lambda folder: write_text(load_tokenizer_at(folder)),
     "gpt2/tokenizer_config.json": lambda folder: write_text(load_tokenizer_at(folder)),
-    "checkpoint-7/manifest.json": fault,
+    "checkpoint-7/manifest.json": find_damage,
     "data/data.jsonl": lambda folder: read_data(folder / "data.jsonl"),
     "data/squad.json": lambda folder: read_data(folder / "squad.json"),
     "data/shots.jsonl": lambda folder: n_shot_prompt(read_shots(str(folder / "shots.jsonl"))),
@@ -142,7 +143,7 @@ def undamaged(tmp_path_factory) -> Path:
     state.mkdir()
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
         (state / name).write_text(name)
-    seal(state, root / "checkpoint-7")
+    publish_checkpoint(state, root / "checkpoint-7")
     for name in ("results", "data", "query"):
         (root / name).mkdir()
     write(root / "results/results.jsonl", ROWS, SUMMARY)

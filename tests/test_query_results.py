@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import query_results
-from context_qa.results.rows import Answer, result_row, summary_path
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import summary_path
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from context_qa.results.rows import find_first_negative, read_results, read_summary, summary_path
+from context_qa.results.reading import read_results
+from context_qa.results.summary import find_first_negative, read_summary, summary_path
 from mamba_lm.checkpoint import NOTE, load_tokenizer, save_model
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from squad_utils import NO_ANSWER

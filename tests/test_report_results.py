@@ -16,7 +16,8 @@ import pytest
 import report_results
 from common.text import fold
 from context_qa.results.report import report_page
-from context_qa.results.rows import Answer, result_row, summary_path
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import summary_path
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from context_qa.answering import Answerer
-from context_qa.results.rows import Answer, read_summary, result_row
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import read_summary
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[1]
@@ -386,7 +387,7 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
         complaint = fail(TRAIN, *arguments, *more)
         assert f"{trained.model}: is also an input and would be overwritten" in complaint
     arguments = reading(TRAIN, ROOT / "models/demo", trained.data, trained.model)
-    assert f"{trained.model}: holds another run (model: " in fail(TRAIN, *arguments)
+    assert f"{trained.model}: contains another run (model: " in fail(TRAIN, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,8 @@ def test_an_unusable_number_of_workers_is_refused(workers, tmp_path):
 def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
     import multiprocessing
 
-    from context_qa.training.train import trainer_arguments
+    from context_qa.training import TrainingSettings
+    from context_qa.training.train import make_arguments
     from train_mamba_with_context import parse_args
 
     def no_semaphore():
@@ -292,6 +293,6 @@ def test_workers_without_shared_memory_are_refused(tmp_path, monkeypatch):
     arguments += ["--trainer", "use_cpu=true", "--trainer"]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=2"])
     with pytest.raises(UserError, match=r"dataloader_num_workers: .*No such file"):
-        trainer_arguments(parse_args())
+        make_arguments(TrainingSettings(**vars(parse_args())))
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "dataloader_num_workers=0"])
-    assert trainer_arguments(parse_args()).dataloader_num_workers == 0
+    assert make_arguments(TrainingSettings(**vars(parse_args()))).dataloader_num_workers == 0

@@ -1,5 +1,5 @@
-"""Whatever cuts a training run off, the same command goes on, and ends in the weights of a run that
-nothing disturbed."""
+"""Whatever interrupts a training run, the same command resumes it, to the weights of a run that
+nothing interrupted."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from common.atomic_files import try_lock
 from common.errors import UserError
 from context_qa.training import train as training
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training.checkpoints import checkpoints, fault
+from mamba_lm.training.checkpoints import find_damage, list_checkpoints
 from mamba_lm.training.prefix_suffix import PrefixSuffixLM
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
@@ -128,19 +128,19 @@ def undisturbed_apart(inputs) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize("seed", KILLS)
-def test_a_killed_run_goes_on(inputs, undisturbed_apart, tmp_path, seed):
+def test_a_killed_run_resumes(inputs, undisturbed_apart, tmp_path, seed):
     """Wherever it is: between steps, in a checkpoint that is half written, at the model's card."""
     rng = random.Random(seed)
     output = tmp_path / "run"
     undisturbed, touched = undisturbed_apart
     kills = rng.choice([1, 1, 2])
     for _ in range(kills):
-        number = rng.randint(1, touched // kills**2)  # what a run that goes on still has to do
+        number = rng.randint(1, touched // kills**2)  # what a resumed run still has to do
         run = signalled(signal.SIGKILL, number, str(output), command(inputs, output))
         assert run.returncode == -signal.SIGKILL, run.stderr
         if (output / "training_args.json").exists():
             assert json.loads((output / "training_args.json").read_text())["complete"] is False
-        assert all(fault(checkpoint) is None for checkpoint in checkpoints(output))
+        assert all(find_damage(checkpoint) is None for checkpoint in list_checkpoints(output))
     finish_apart(inputs, output)
     assert outcome(output) == outcome(undisturbed)
     assert not list(output.glob(".*"))
@@ -160,10 +160,10 @@ def test_a_signal_saves_a_checkpoint(inputs, undisturbed_apart, tmp_path, sent, 
     run = signalled(sent, 8, "training_log.jsonl", command(inputs, output))
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
-    newest = checkpoints(output)[0]
+    newest = list_checkpoints(output)[0]
     last = json.loads((output / "training_log.jsonl").read_text().splitlines()[-1])
     assert newest.name == f"checkpoint-{last['step']}" and last["step"] % 4 and last["step"] < STEPS
-    assert fault(newest) is None
+    assert find_damage(newest) is None
     finish_apart(inputs, output)
     assert outcome(output) == outcome(undisturbed_apart[0])
 
@@ -197,19 +197,19 @@ def test_a_run_killed_before_its_model_was_written_needs_no_further_step(
 
 
 def test_a_damaged_checkpoint_is_skipped(inputs, undisturbed, tmp_path, capsys):
-    """Truncated weights in the newest: the run goes on from the one before."""
+    """Truncated weights in the newest: the run resumes from the one before."""
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     record = json.loads((output / "training_args.json").read_text())
     (output / "training_args.json").write_text(json.dumps(record | {"complete": False}))
-    newest, before = checkpoints(output)
+    newest, before = list_checkpoints(output)
     weights = newest / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
     finish(inputs, output)
     said = capsys.readouterr()
     assert f"warning: {newest} is skipped: model.safetensors has" in said.err
-    assert f"going on from {before}" in said.out
-    assert fault(newest) is None, "written again"
+    assert f"resuming from {before}" in said.out
+    assert find_damage(newest) is None, "written again"
     assert outcome(output) == outcome(undisturbed)
 
 
@@ -223,12 +223,12 @@ def test_a_damaged_checkpoint_is_skipped(inputs, undisturbed, tmp_path, capsys):
     ],
 )
 def test_another_run_is_refused(flag, value, said, inputs, undisturbed):
-    with pytest.raises(UserError, match=f"holds another run .*{said}.*--overwrite") as caught:
+    with pytest.raises(UserError, match=f"contains another run .*{said}.*--overwrite") as caught:
         finish(inputs, undisturbed, flag, value)
     assert "\n" not in str(caught.value)
 
 
-def test_overwrite_begins_anew_and_leaves_what_is_not_a_runs(inputs, undisturbed, tmp_path):
+def test_overwrite_restarts_and_keeps_other_files(inputs, undisturbed, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     (output / "notes.txt").write_text("mine")
@@ -243,7 +243,7 @@ def test_overwrite_begins_anew_and_leaves_what_is_not_a_runs(inputs, undisturbed
 def test_a_folder_of_other_things_is_refused(inputs, tmp_path):
     (tmp_path / "README.md").write_text("a project")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"holds other things \(README.md\)"):
+        with pytest.raises(UserError, match=r"contains other things \(README.md\)"):
             finish(inputs, tmp_path, *more)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
@@ -277,9 +277,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(inputs, undisturbed, tmp_path, 
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"checkpoint-12: cannot be written \(") as caught:
             finish(inputs, output)
-    [newest, _] = checkpoints(output)
+    [newest, _] = list_checkpoints(output)
     assert f"the last good checkpoint is {newest}" in str(caught.value)
-    assert fault(newest) is None and not list(output.glob(".*"))
+    assert find_damage(newest) is None and not list(output.glob(".*"))
     finish(inputs, output)
     assert outcome(output) == outcome(undisturbed)
 
@@ -305,7 +305,7 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch, capsys)
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
     named = re.search(r"on the examples (.*?);", str(caught.value))[1].split(", ")
     assert "row-77" in named and len(named) <= 8, "of that batch alone"
-    newest = checkpoints(output)[0]
+    newest = list_checkpoints(output)[0]
     assert step - 4 <= int(newest.name.split("-")[1]) < step
     assert str(caught.value).endswith(f"the last good checkpoint is {newest}")
     assert not (output / "model.safetensors").exists()
@@ -315,9 +315,9 @@ def test_a_poisoned_example_stops_the_run(inputs, tmp_path, monkeypatch, capsys)
 def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
     at, inputs, undisturbed, tmp_path, monkeypatch
 ):
-    """What is scored then, the run scores when it goes on; also if that was its end."""
+    """What was to be scored then is scored when the run resumes; also at its end."""
     output = tmp_path / "run"
-    score = training.scorer
+    score = training.make_scorer
     steps = iter(range(4, 99, 4))
 
     def stopping_scorer(*args, **kwargs):
@@ -329,10 +329,10 @@ def test_a_signal_while_answers_are_scored_saves_a_checkpoint(
         return stopping
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "scorer", stopping_scorer)
+        patch.setattr(training, "make_scorer", stopping_scorer)
         with pytest.raises(KeyboardInterrupt):
             finish(inputs, output)
-    assert checkpoints(output)[0].name == f"checkpoint-{at}"
+    assert list_checkpoints(output)[0].name == f"checkpoint-{at}"
     assert not (output / "model.safetensors").exists()
     finish(inputs, output)
     assert outcome(output) == outcome(undisturbed)

@@ -15,12 +15,11 @@ import train_mamba_with_context
 from common.atomic_files import atomic_folder
 from common.errors import UserError
 from context_qa.negatives import NegativeSampler
-from context_qa.training import run_folder as training_run
 from context_qa.training import train as training
-from context_qa.training.data_report import within_length
+from context_qa.training.data_report import cut_to_length
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training import progress as training_progress
-from mamba_lm.training.checkpoints import checkpoints, fault
+from mamba_lm.training import progress, run_folder
+from mamba_lm.training.checkpoints import find_damage, list_checkpoints
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 from squad_utils import Example
 
@@ -59,7 +58,7 @@ def cut_off(output: Path, step: int) -> None:
     record = json.loads((output / "training_args.json").read_text())
     (output / "training_args.json").write_text(json.dumps(record | {"complete": False}))
     (output / "model.safetensors").unlink()
-    for checkpoint in checkpoints(output):
+    for checkpoint in list_checkpoints(output):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
 
@@ -68,7 +67,7 @@ def scored_as(monkeypatch, *scores: float) -> None:
     """Evaluations that give these figures, one after the other."""
     found = iter(scores)
     monkeypatch.setattr(
-        training, "scorer",
+        training, "make_scorer",
         lambda *args, **kwargs: lambda model, poll: {"exact_match": next(found), "f1": 1.0},
     )  # fmt: skip
 
@@ -92,7 +91,7 @@ def test_a_best_model_between_two_checkpoints_is_kept(settings, train, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed"])
-def test_without_its_best_checkpoint_a_run_keeps_the_last_and_says_so(
+def test_without_its_best_checkpoint_a_run_keeps_the_last_and_warns(
     damage, train, monkeypatch, capsys
 ):
     scored_as(monkeypatch, 10.0, 50.0, 20.0, 30.0, 30.0)
@@ -128,7 +127,7 @@ def test_no_evaluation_comes_before_its_delay(train, monkeypatch):
 
 
 @pytest.mark.parametrize("later", [[8.0, 7.0], [8.0, 99.0]])
-def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
+def test_a_checkpoint_that_is_reported_as_saved_is_resumed_from(
     later, train, tmp_path, monkeypatch, capsys
 ):
     """A signal after the best evaluation, with a limit of one checkpoint; the run ends as one that
@@ -149,10 +148,10 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
         train(*SCORED, save_total_limit=1)
     output = tmp_path / "run"
     assert "checkpoint-5 is saved" in capsys.readouterr().err
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-5", "checkpoint-2"]
     scored_as(monkeypatch, *later)
     train(*SCORED, save_total_limit=1)
-    assert f"going on from {output / 'checkpoint-5'}" in capsys.readouterr().out
+    assert f"resuming from {output / 'checkpoint-5'}" in capsys.readouterr().out
     for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
     assert (output / "README.md").read_text() == (undisturbed / "README.md").read_text().replace(
@@ -160,13 +159,16 @@ def test_a_checkpoint_that_is_said_to_be_saved_is_gone_on_from(
     )
 
 
-# Going on
+# Resuming
 
 
-@pytest.mark.parametrize("cut_in", ["plot", "write_atomically", "model_card"])
-def test_what_a_kill_left_out_at_the_end_is_written_again(cut_in, train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut_in", ["plot", "write_atomically", "make_model_card"])
+def test_files_missing_after_a_kill_at_the_end_are_written_again(
+    cut_in, train, tmp_path, monkeypatch
+):
     """Between the last checkpoint and the record: the plot, the log, the card."""
-    module = training_progress if cut_in == "plot" else training_run
+    modules = {"plot": progress, "write_atomically": run_folder, "make_model_card": training}
+    module = modules[cut_in]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, cut_in, stopped_at_the_end(getattr(module, cut_in)))
         train(*SCORED)
@@ -194,7 +196,7 @@ def stopped_at_the_end(function):
 
 
 @pytest.mark.parametrize("name", ["training_log.jsonl", "training_log.png", "README.md"])
-def test_what_is_missing_of_a_complete_run_is_written_again(name, train, monkeypatch, capsys):
+def test_missing_files_of_a_complete_run_are_written_again(name, train, monkeypatch, capsys):
     output = train(*SCORED)
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     (output / name).unlink()
@@ -206,7 +208,7 @@ def test_what_is_missing_of_a_complete_run_is_written_again(name, train, monkeyp
     for kept in ("model.safetensors", name):
         assert after[kept] == before[kept]
     (output / name).unlink()
-    for checkpoint in checkpoints(output):
+    for checkpoint in list_checkpoints(output):
         shutil.rmtree(checkpoint)
     train(*SCORED)
     said = capsys.readouterr()
@@ -236,7 +238,7 @@ def test_log_plot_and_card_are_the_same_after_a_resume(train, tmp_path):
 @pytest.mark.parametrize("text", [
     "", "[]", "null", "[" * 100_000, '{"settings": 7}', '{"settings": {}}', '{"complete": true}',
 ])  # fmt: skip
-def test_a_record_of_anybody_is_another_run(text, train):
+def test_an_unreadable_record_is_another_run(text, train):
     output = train()
     (output / "training_args.json").write_text(text)
     with pytest.raises(UserError, match="give another folder or --overwrite") as caught:
@@ -274,7 +276,7 @@ def test_the_log_too_is_that_of_one_run(settings, train, tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_fused"])
-def test_other_optimisers_go_on_too(optim, train, tmp_path):
+def test_runs_with_other_optimizers_resume_too(optim, train, tmp_path):
     wanted = train("--optim", optim, output=tmp_path / "whole")
     output = train("--optim", optim)
     cut_off(output, step=6)
@@ -290,11 +292,11 @@ def test_damaged_checkpoints_do_not_crowd_out_new_ones(train):
         os.truncate(output / f"checkpoint-{step}/optimizer.pt", 9)
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-2-mine")
     train(save_total_limit=1, disable_tqdm="true")  # not another run by that
-    assert [fault(checkpoint) for checkpoint in checkpoints(output)] == [None]
+    assert [find_damage(checkpoint) for checkpoint in list_checkpoints(output)] == [None]
     assert (output / "checkpoint-2-mine").is_dir()
 
 
-def test_a_finished_run_can_be_gone_on_from_in_another_folder(train, tmp_path):
+def test_a_finished_run_can_be_continued_in_another_folder(train, tmp_path):
     first = train(steps=4)
     last = first / "checkpoint-4"
     output = train(output=tmp_path / "more", steps=8, resume_from_checkpoint=last)
@@ -318,7 +320,7 @@ def test_a_complete_run_whose_weights_are_cut_short_writes_them_again(train):
     assert (train() / "model.safetensors").read_bytes() == before
 
 
-def test_other_code_that_began_a_run_is_told_and_written_down(train, capsys):
+def test_other_code_that_started_a_run_is_reported_and_recorded(train, capsys):
     output = train()
     for step in (6, 4):
         cut_off(output, step)
@@ -326,14 +328,14 @@ def test_other_code_that_began_a_run_is_told_and_written_down(train, capsys):
             changed = record(output) | {"git_commit": "deadbeef"}
             (output / "training_args.json").write_text(json.dumps(changed))
         train()
-        assert "was begun with other code (git commit: deadbeef there" in capsys.readouterr().err
+        assert "was started with other code (git commit: deadbeef there" in capsys.readouterr().err
         assert record(output)["begun_with"]["git_commit"] == "deadbeef"
         assert record(output)["git_commit"] != "deadbeef"
 
 
 def test_a_folder_that_not_all_processes_see_is_refused(train, tmp_path, monkeypatch):
     """As if another one's disk were its own."""
-    monkeypatch.setattr(training_run, "is_true_on_all_ranks", lambda value: value and False)
+    monkeypatch.setattr(run_folder, "is_true_on_all_ranks", lambda value: value and False)
     with pytest.raises(UserError, match="not all processes see it; give a folder they share"):
         train()
     assert not (tmp_path / "run").exists()
@@ -347,13 +349,13 @@ def test_a_folder_with_a_config_of_something_else_is_no_model(train, tmp_path):
     output.mkdir()
     (output / "config.json").write_text('{"port": 80}')
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"holds other things \(config.json\)"):
+        with pytest.raises(UserError, match=r"contains other things \(config.json\)"):
             train(*more)
     assert (output / "config.json").read_text() == '{"port": 80}'
 
 
 @pytest.mark.parametrize("record", [None, "{}", '{"settings": {"colour": "red"}}', "mine"])
-def test_what_no_run_has_left_is_never_overwritten(record, train, tmp_path):
+def test_files_of_no_run_are_never_overwritten(record, train, tmp_path):
     """Such as a model that was downloaded, or that another script has written."""
     output = tmp_path / "run"
     shutil.copytree(ROOT / "models/demo", output)
@@ -363,7 +365,7 @@ def test_what_no_run_has_left_is_never_overwritten(record, train, tmp_path):
         (output / "training_args.json").write_text(record)
     before = {path: path.read_bytes() for path in output.rglob("*")}
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"holds other things \(NOTE\.txt\)|README\.md: holds"):
+        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: holds"):
             train(*more)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
 
@@ -372,7 +374,9 @@ def test_a_readme_of_the_users_own_is_never_overwritten(train):
     output = train(steps=2)
     (output / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"README\.md: contains something other than the card"):
+        with pytest.raises(
+            UserError, match=r"README\.md: contains something other than the card of a"
+        ):
             train(*more, steps=2)
     assert (output / "README.md").read_text() == "mine"
 
@@ -390,7 +394,7 @@ def test_a_readme_that_comes_during_training_is_kept(train, tmp_path, monkeypatc
     assert (tmp_path / "run/README.md").read_text() == "mine"
 
 
-def test_overwrite_leaves_what_only_looks_like_a_runs(train):
+def test_overwrite_keeps_files_that_only_look_like_a_runs(train):
     output = train()
     theirs = ["checkpoint-notes.md", "tokenizer_mine.json", "model_backup.safetensors"]
     theirs += ["film.partial", ".film.partial", ".a.partial-2.txt"]
@@ -451,7 +455,7 @@ def test_a_run_that_cannot_start_overwrites_nothing(more, settings, train):
         ("torch_compile_mode", "default"), ("torch_compile_backend", "inductor"),
     ],
 )  # fmt: skip
-def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, tmp_path):
+def test_settings_without_effect_or_with_a_wrong_one_are_refused(key, value, train, tmp_path):
     with pytest.raises(UserError, match="training arguments: ") as caught:
         train(**{key: value})
     assert "\n" not in str(caught.value)
@@ -467,13 +471,13 @@ def test_settings_that_would_do_nothing_or_wrong_are_refused(key, value, train, 
         ("sav_steps=3", r"\(save_steps\?\)"),
     ],
 )
-def test_what_has_a_flag_is_given_by_it(override, said, train, tmp_path):
-    with pytest.raises(UserError, match=f"--trainer {override}: .*{said}"):
+def test_a_field_with_a_flag_is_given_by_the_flag(override, said, train, tmp_path):
+    with pytest.raises(UserError, match=f"training arguments: {override}: .*{said}"):
         train("--trainer", override)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_metric_is_named_with_those_there_are(train, tmp_path, capsys):
+def test_an_unknown_metric_is_reported_with_the_known_ones(train, tmp_path, capsys):
     """Before anything is trained, or written."""
     with pytest.raises(UserError, match="choose from exact_match, f1, answerable_exact_match, "):
         train(*SCORED, metric_for_best_model="nonsense")
@@ -491,7 +495,7 @@ def test_a_context_without_the_answer_is_dropped_however_short(tmp_path):
     blanks = Example("1", "alpha beta gamma" + " " * 600, "Which one?", ("zeta",))
     words = " ".join(["word"] * 200)
     paris = Example("2", f"{words} Paris {words}", "Where?", ("Paris",))
-    found = within_length([blanks, paris], tokenizer, "context_first", 60)
+    found = cut_to_length([blanks, paris], tokenizer, "context_first", 60)
     assert [example.id for example in found.examples] == ["2"] and found.num_dropped == 1
 
 

@@ -7,13 +7,8 @@ import numpy as np
 from common.errors import UserError
 from context_qa.results import metrics
 from context_qa.results.metrics import SCORES
-from context_qa.results.rows import (
-    articles_by_idx,
-    find_first_negative,
-    has_made_id,
-    read_results,
-    read_summary,
-)
+from context_qa.results.reading import has_made_id, read_results
+from context_qa.results.summary import articles_by_idx, find_first_negative, read_summary
 
 SAME = ("id", "context", "question", "answers")
 

@@ -19,10 +19,12 @@ from common.output_files import Kind
 from context_qa.results import metrics
 from context_qa.results.metrics import is_negative
 from context_qa.results.report_charts import charts
-from context_qa.results.rows import articles_by_idx, find_first_negative, incompleteness
+from context_qa.results.rows import COLUMNS
+from context_qa.results.summary import articles_by_idx, find_first_negative, incompleteness
 from squad_utils import NO_ANSWER, abstains
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
+FIGURES = [name for name, column in COLUMNS.items() if column.kind in (bool, int, float)]
 Groups = dict[str, list[Mapping]]
 
 ABSTENTION = {  # the figures of metrics.abstention: their titles and what they mean
@@ -102,22 +104,22 @@ def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: b
     return re.sub(r"{{(\w+)}}", lambda place: filled[place[1]], TEMPLATE.read_text("utf-8"))
 
 
+def _shortened(value: float | int | bool | None) -> float | int | bool | None:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def table_data(rows: Iterable[Mapping], first_negative: int | None = None) -> dict:
     """What the page's table shows: the fields' names, a list of values for each row, and the
     distinct contexts, to which the rows' `context` points."""
     contexts: dict[str, int] = {}
     records = [
         {
-            **{name: row[name] for name in ("idx", "id", "question", "answer", "guess")},
+            **{name: row[name] for name in ("id", "question", "answer", "guess")},
             "answers": list(dict.fromkeys(row["answers"])),
             "context": contexts.setdefault(row["context"] or "", len(contexts)),
             "abstains": abstains(row["guess"]),
             "negative": is_negative(row, first_negative),
-            **{name: row[name] for name in ("is_correct", "num_tokens", "num_new_tokens")},
-            **{
-                name: row[name] if row[name] is None else float(f"{row[name]:.5g}")
-                for name in ("exact_match", "f1", "confidence", "no_answer_probability", "time")
-            },
+            **{name: _shortened(row[name]) for name in FIGURES},
         }
         for row in rows
     ]

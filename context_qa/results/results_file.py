@@ -25,17 +25,14 @@ from common.json_text import json_text
 from common.output_files import check_output, write_output
 from common.provenance import differences
 from context_qa.results.metrics import summarize
-from context_qa.results.rows import (
-    RESULTS,
+from context_qa.results.reading import RESULTS, is_whole_row, whole_rows
+from context_qa.results.rows import answer_of, result_row
+from context_qa.results.summary import (
     SUMMARY,
-    Answer,
     articles_by_idx,
     incompleteness,
-    is_whole_row,
     read_summary,
-    result_row,
     summary_path,
-    whole_rows,
 )
 from squad_utils import Example
 
@@ -311,10 +308,9 @@ def _lines(rows: Iterable[dict]) -> str:
 
 def _is_of(row: Mapping, example: Example) -> bool:
     """Whether the row is the example's, with the scores of its guess."""
-    names = ("confidence", "no_answer_probability", "time", "num_tokens", "num_new_tokens")
     if row["time"] <= 0:
         return False
-    written = result_row(row["idx"], example, Answer(row["guess"], *(row[n] for n in names)))
+    written = result_row(row["idx"], example, answer_of(row))
     return written == {name: row[name] for name in written}
 
 

@@ -1,4 +1,4 @@
-"""What training reads: examples cut to a length, and the report on them."""
+"""The examples that training reads: cut to a length, and counted in a report."""
 
 import random
 import re
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from context_qa.batches import GroupedBatches
-from mamba_lm.tokenizer import encode
+from context_qa.prompts import PromptTokens
 from squad_utils import NO_ANSWER, Example, answer_text, prompt_parts
 
 CHUNK = 4096  # texts that are tokenised together: bounds memory
 
 
-class WithinLength(NamedTuple):
-    """Examples that fit, how many of them had their context cut, and how many were left out; and of
-    how many too long ones the data says a wrong answer_start."""
+class CutExamples(NamedTuple):
+    """Examples that fit, and the numbers of those whose context was cut, of those dropped, and of
+    too long ones whose answer_start is wrong."""
 
     examples: list[Example]
     num_cut: int
@@ -24,19 +24,19 @@ class WithinLength(NamedTuple):
     num_misplaced: int
 
 
-def within_length(
+def cut_to_length(
     examples: Sequence[Example], tokenizer, prompt_order: str, max_length: int | None
-) -> WithinLength:
+) -> CutExamples:
     """Examples of at most max_length tokens, end-of-text included; UserError if none is left.
 
-    A longer one keeps as many words of its context as fit, around the answer: where answer_start
-    says, or, if the answer is not there or nothing is said, where the context first holds it (as
-    words of its own, if it does anywhere). How many of them before it is a function of the
-    example's id. It is dropped where the context does not hold the answer as it is written, or
-    question and answer leave no room.
+    A longer one keeps as many words of its context as fit around the answer. The answer's place is
+    answer_start, or, if that is missing or wrong, where the context first contains it (as words of
+    its own, if it does so anywhere). The share of the words before it is a function of the
+    example's id. An example is dropped if its context does not contain the answer as it is written,
+    or if question and answer leave no room.
     """
     if max_length is None:
-        return WithinLength(list(examples), 0, 0, 0)
+        return CutExamples(list(examples), 0, 0, 0)
     fitting: list[Example | None] = list(examples)
     lengths = _lengths(examples, tokenizer, prompt_order)
     too_long = [place for place, length in enumerate(lengths) if length > max_length]
@@ -45,14 +45,14 @@ def within_length(
         fitting[place] = example
     kept = [example for example in fitting if example is not None]
     if not kept:
-        raise UserError(f"--max_length {max_length}: too short for every example")
+        raise UserError(f"max_length {max_length} is too short for every example; give more tokens")
     num_dropped = len(examples) - len(kept)
     num_misplaced = sum(_is_misplaced(examples[place]) for place in too_long)
-    return WithinLength(kept, len(too_long) - num_dropped, num_dropped, num_misplaced)
+    return CutExamples(kept, len(too_long) - num_dropped, num_dropped, num_misplaced)
 
 
 def _lengths(examples: Sequence[Example], tokenizer, prompt_order: str) -> list[int]:
-    """Tokens of prompt and target; of what an example says on other contexts, if that is longer."""
+    """Tokens of prompt and target, or with NO_ANSWER as the target, if that is longer."""
     parts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
     prefixes, suffixes = (_num_tokens(texts, tokenizer) for texts in zip(*parts, strict=True))
     targets = _num_tokens([answer_text(example.target) for example in examples], tokenizer)
@@ -64,19 +64,19 @@ def _lengths(examples: Sequence[Example], tokenizer, prompt_order: str) -> list[
 
 
 def _num_tokens(texts: Sequence[str], tokenizer) -> list[int]:
-    """The number of tokens of each text; equal texts are looked at once."""
+    """The number of tokens of each text; equal texts are tokenized once."""
     unique = list(dict.fromkeys(texts))
     lengths: dict[str, int] = {}
     for start in range(0, len(unique), CHUNK):
         chunk = unique[start : start + CHUNK]
-        lengths |= zip(chunk, map(len, encode(tokenizer, chunk)), strict=True)
+        lengths |= zip(chunk, map(len, PromptTokens(tokenizer).encode(chunk)), strict=True)
     return [lengths[text] for text in texts]
 
 
 def _cut(
     examples: Sequence[Example], tokenizer, prompt_order: str, max_length: int
 ) -> list[Example | None]:
-    """Each with the most words that fit, None where too few do: a bisection for all at once."""
+    """Each with the most words that fit, None where too few do: one bisection for all."""
     windows = [_Window(example) for example in examples]
     fitting = [window.least - 1 for window in windows]
     too_many = [max(len(window.words), window.least) for window in windows]
@@ -98,16 +98,16 @@ class _Window:
     def __init__(self, example: Example):
         self.example, context = example, example.context
         self.words = [match.span() for match in re.finditer(r"\S+", context)]
-        self.share = random.Random(example.id).random()  # of what is not the answer, before it
-        start = _place(example) if example.is_answerable else 0
+        self.share = random.Random(example.id).random()  # of the other words, before the answer
+        start = _find_answer(example) if example.is_answerable else 0
         end = start + len(example.target) if example.is_answerable else 0
-        held = [i for i, (a, b) in enumerate(self.words) if a < end and start < b]
-        self.first, self.num_held = (held[0] if held else 0), len(held)
-        # At least a word; all and one more where the answer is not found.
-        self.least = max(self.num_held, 1) if start >= 0 else len(self.words) + 1
+        inside = [i for i, (a, b) in enumerate(self.words) if a < end and start < b]
+        self.first, self.num_answer_words = (inside[0] if inside else 0), len(inside)
+        # At least one word; more than there are where the answer is not found.
+        self.least = max(self.num_answer_words, 1) if start >= 0 else len(self.words) + 1
 
     def with_words(self, count: int) -> Example:
-        before = round(self.share * max(count - self.num_held, 0))
+        before = round(self.share * max(count - self.num_answer_words, 0))
         begin = min(max(self.first - before, 0), len(self.words) - count)
         (first, _), (_, end) = self.words[begin], self.words[begin + count - 1]
         start = self.example.answer_start
@@ -118,8 +118,8 @@ class _Window:
         )
 
 
-def _place(example: Example) -> int:
-    """Where the answer begins: as the data says, or else rather not inside of a word; -1 if
+def _find_answer(example: Example) -> int:
+    """Where the answer begins: at answer_start, or else preferably not inside of a word; -1 if
     nowhere."""
     answer, context = example.target, example.context
     if example.answer_start is not None and not _is_misplaced(example):
@@ -129,7 +129,7 @@ def _place(example: Example) -> int:
 
 
 def _is_misplaced(example: Example) -> bool:
-    """Whether the data says a place of the answer where it is not. Some counts bytes, or UTF-16."""
+    """Whether answer_start is not where the answer is: some data counts bytes, or UTF-16."""
     start = example.answer_start
     return start is not None and not (
         start >= 0 and example.context.startswith(example.target, start)
@@ -138,8 +138,8 @@ def _is_misplaced(example: Example) -> bool:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts of what training reads, of all processes together. Tokens and examples are those of
-    the first epoch; a context's tokens count as often as batches read it."""
+    """Counts of what all processes together read. Tokens and examples are those of the first epoch;
+    a context's tokens count each time a batch reads it."""
 
     questions: int
     answerable: int
@@ -150,7 +150,7 @@ class DataReport:
     longest: int  # example, in tokens
     cut: int
     dropped: int
-    misplaced: int = 0  # too long ones whose answer is not where the data says
+    misplaced: int = 0  # too long ones whose answer_start is wrong
 
     def __str__(self) -> str:
         lines = [
@@ -164,20 +164,21 @@ class DataReport:
             lines.append(f"too long: {self.cut:,} cut around the answer, {self.dropped:,} dropped")
         if self.misplaced:
             lines.append(
-                f"answer_start is wrong in {self.misplaced:,} too long: their first answer counted"
+                f"answer_start is wrong in {self.misplaced:,} of the too long ones: they were cut "
+                "around the answer's first occurrence"
             )
         return "\n".join(lines)
 
 
-def data_report(
-    data: WithinLength,
+def make_data_report(
+    data: CutExamples,
     batches: GroupedBatches,
     tokenizer,
     prompt_order: str,
     max_length: int | None = None,
 ) -> DataReport:
-    """The report on batches of this data."""
-    of_epoch = batches.of_all_processes()
+    """The report on the batches of these examples."""
+    of_epoch = batches.for_all_processes()
     pairings = [pairing for batch in of_epoch for pairing in batch]
     parts = [prompt_parts(p.context, p.example.question, prompt_order) for p in pairings]
     prefixes, suffixes = (_num_tokens(texts, tokenizer) for texts in zip(*parts, strict=True))

@@ -1,11 +1,12 @@
 """README.md of a trained model: what it is, how it is used, what it was trained on, its limits."""
 
-import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import printable
 from common.output_files import Kind
+from context_qa.training import TrainingSettings
 from context_qa.training.data_report import DataReport
 from context_qa.training.scores import LOSS
 from squad_utils import PROMPT_ORDERS, prompt_parts
@@ -18,8 +19,8 @@ tags: [mamba, context-question-answering, abstention]
 
 # {name}
 
-A Mamba language model that answers a question from a given context and says "I don't know." where
-the context does not hold the answer. It was trained with Mamba Dive, from `{model}`.
+A Mamba language model that answers a question from a given context, and answers "I don't know."
+where the context does not contain the answer. It was trained with Mamba Dive, from `{model}`.
 
 ## Use
 
@@ -30,25 +31,25 @@ With Mamba Dive, from its folder:
 ```
 
 It loads in `transformers.AutoModelForCausalLM`. The prompt ({prompt_order}) has two parts that are
-tokenised apart, without special tokens:
+tokenized separately, without special tokens:
 
 ```
 {prefix!r}
 {suffix!r}
 ```
 
-The answer ends before end-of-text or the first token that contains a newline. Where a tokenizer
-joins a mark and a newline to one token, the mark is not part of the answer.
+The answer ends before end-of-text or the first token that contains a newline. Where a token
+contains a punctuation mark and a newline, the mark is not part of the answer.
 
 ## Training
 
 {data}
-- from `{data_path}`; negatives {negatives}, up to {negative_ratio:g} unanswerable examples for an
-  answerable one
-- {steps:,} optimiser steps of {batch_size} x {gradient_accumulation_steps} questions a process,
+- from `{data_path}`; negatives: {negatives}, up to {negative_ratio:g} unanswerable examples for
+  each answerable one
+- {steps:,} optimizer steps of {batch_size} x {gradient_accumulation_steps} questions per process,
   {epochs:.2f} epochs, learning rate {learning_rate:g}; these are the weights
   after step {step_of_model:,}
-- every argument, versions and hashes: `training_args.json`; the course: `training_log.jsonl`,
+- every argument, versions and hashes: `training_args.json`; the log: `training_log.jsonl`,
   `training_log.png`
 
 ## Scores
@@ -59,7 +60,7 @@ joins a mark and a newline to one token, the mark is not part of the answer.
 
 - It was trained to answer from the context alone, in few words, and to abstain; it still answers
   some questions wrongly, and some that the context does not answer.
-- What it has not been scored on is not known: other languages, other kinds of text, contexts longer
+- It has not been scored on anything else: other languages, other kinds of text, contexts longer
   than {longest:,} tokens, the longest example it has seen.
 """
 
@@ -68,32 +69,35 @@ _TRAINED_HERE = b"It was trained with Mamba Dive"
 MODEL_CARD = Kind("the card of a trained model", lambda stream: _TRAINED_HERE in stream.read())
 
 
-def model_card(
-    args: argparse.Namespace,
+def make_model_card(
+    settings: TrainingSettings,
     report: DataReport,
     steps: Mapping[str, float],
     scores: Mapping[str, float],
 ) -> str:
-    """The card of a model trained with these arguments of the training script. steps: the number of
-    steps, of epochs, and the step of the model; scores: on args.eval_data, if that was given."""
+    """The card of a model trained with these settings. steps: `steps` and `epochs` of the run, and
+    `step_of_model`; scores: in percent, on eval_data, if that was given."""
     if scores:
-        lines = [f"On `{args.eval_data}`, greedily, in percent:", "", "| | |", "|---|---|"]
+        lines = [f"On `{settings.eval_data}`, greedily, in percent:", "", "| | |", "|---|---|"]
         lines += [
             f"| {name.replace('_', ' ')} | {value:.1f} |"
             for name, value in scores.items()
             if name != LOSS
         ]
         if LOSS in scores:
-            lines += ["", f"The loss on its references is {scores[LOSS]:.3f} nats a token."]
+            lines += [
+                "",
+                f"The loss on its reference answers is {scores[LOSS]:.3f} nats per token.",
+            ]
     else:
         lines = ["None: it was trained without `--eval_data`."]
-    prefix, suffix = prompt_parts("{context}", "{question}", args.prompt_order)
-    name = Path(args.output).name
-    commands = [f"python eval_mamba_with_context.py {args.output} DATA results/{name}.jsonl"]
-    if args.prompt_order == PROMPT_ORDERS[0]:  # the one that the console speaks
-        commands.insert(0, f"python prompt_mamba_with_context.py {args.output}")
+    prefix, suffix = prompt_parts("{context}", "{question}", settings.prompt_order)
+    name = Path(settings.output).name
+    commands = [f"python eval_mamba_with_context.py {settings.output} DATA results/{name}.jsonl"]
+    if settings.prompt_order == PROMPT_ORDERS[0]:  # the one that the console speaks
+        commands.insert(0, f"python prompt_mamba_with_context.py {settings.output}")
     card = _CARD.format(
-        **vars(args) | steps,
+        **dataclasses.asdict(settings) | steps,
         name=name,
         commands="\n".join(commands),
         prefix=prefix,

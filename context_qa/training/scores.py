@@ -11,12 +11,12 @@ from common.errors import UserError
 from common.processes import gather_batches
 from context_qa.answering import Answerer
 from context_qa.negatives import unanswerable_copies
+from context_qa.prompts import PromptTokens
 from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
 from mamba_lm.models.mamba import MambaLM, MambaState
-from mamba_lm.tokenizer import token_ids
-from mamba_lm.training.prefix_suffix import Continuation, collate, suffix_losses
-from squad_utils import Example, answer_text, prompt_parts, same_question
+from mamba_lm.training.prefix_suffix import Item, collate, suffix_losses
+from squad_utils import Example, prompt_parts, same_question
 
 LOSS = "loss"
 SCORES = (  # in the order in which they are shown
@@ -29,60 +29,55 @@ SCORES = (  # in the order in which they are shown
 )
 
 
-def examples_to_score(examples: Sequence[Example], negatives: str | None) -> list[Example]:
-    """The examples; with unanswerable copies of this kind where none is unanswerable, for else the
-    best model would be one that never abstains."""
+def scored_examples(examples: Sequence[Example], negatives: str | None) -> list[Example]:
+    """The examples; with negatives of this kind if all are answerable: without them the best model
+    would be one that never abstains."""
     if negatives is None or not examples or not all(e.is_answerable for e in examples):
         return list(examples)
     return [*examples, *unanswerable_copies(examples, negatives)]
 
 
-def doubts(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[str]:
-    """Why scores on these examples may choose a bad model, a line each; trained is learnt from."""
+def find_score_problems(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[str]:
+    """Reasons why scores on these examples may choose a bad model, a line each; trained: those of
+    the training data."""
     if not scored:
         return
     num_answerable = sum(example.is_answerable for example in scored)
     if num_answerable == 0:
-        yield "no question of --eval_data has an answer: the best model will be one that abstains"
+        yield "no question in --eval_data has an answer: the best model will be one that abstains"
     if num_answerable == len(scored):
-        yield "all of --eval_data have answers: the best model will be one that never abstains"
+        yield "all questions in --eval_data have answers: the best model will never abstain"
     known = {same_question(example.context, example.question) for example in trained}
     if num_known := sum(same_question(e.context, e.question) in known for e in scored):
-        yield f"{num_known:,} of {len(scored):,} questions of --eval_data are also trained on"
+        yield f"{num_known:,} of {len(scored):,} questions in --eval_data are trained on too"
 
 
-def scorer(
+def make_scorer(
     examples: Sequence[Example], tokenizer, prompt_order: str, metric: str | None = None
 ) -> Callable[[MambaLM, Callable[[], None]], dict[str, float]]:
     """A function (model, poll) that answers the examples, greedily, and returns their scores in
-    percent, `training_scores`, and the loss: the mean cross-entropy of what training would teach on
-    them, in nats a token. All processes take part, and all get them; poll is called after each
-    batch. UserError if `metric`, by which models will be compared, is none of these."""
-    known = _names(examples)
+    percent (`training_scores`) and their loss: the mean cross-entropy of the targets that training
+    on them would have, in nats per token. All processes share the work, and all get the scores;
+    poll is called after each batch. UserError if `metric`, by which models will be compared, is not
+    one of the scores."""
+    known = _score_names(examples)
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UserError(f"metric_for_best_model={metric}: choose from {', '.join(known)}")
     prompts = [prompt_parts(e.context, e.question, prompt_order) for e in examples]
     state = PartialState()
 
-    def continuations(places: Sequence[int]) -> list[Continuation]:
+    def make_items(suffixes: Mapping[int, Sequence[int]]) -> list[Item]:
         """Without their prefixes."""
-        return [
-            Continuation(
-                prefix=(),
-                prompt=token_ids(tokenizer, prompts[place][1]),
-                target=[
-                    *token_ids(tokenizer, answer_text(examples[place].target)),
-                    tokenizer.eos_token_id,
-                ],
-            )
-            for place in places
-        ]
+        targets = PromptTokens(tokenizer).encode_targets([examples[n].target for n in suffixes])
+        pairs = zip(suffixes.values(), targets, strict=True)
+        return [Item.with_target(prefix=(), start=start, target=target) for start, target in pairs]
 
     def score(model: MambaLM, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         losses: dict[int, tuple[float, int]] = {}  # sum and number of tokens
 
-        def note_losses(places: Sequence[int], forked: MambaState) -> None:
-            losses.update(zip(places, _losses(model, forked, continuations(places)), strict=True))
+        def note_losses(suffixes: Mapping[int, Sequence[int]], forked: MambaState) -> None:
+            found = _losses(model, forked, make_items(suffixes))
+            losses.update(zip(suffixes, found, strict=True))
 
         answers = Answerer(model, tokenizer).answer(
             prompts, part=state.process_index, parts=state.num_processes, on_state=note_losses
@@ -101,19 +96,19 @@ def scorer(
                 poll()
         rows = [result_row(idx, examples[idx], found[idx][0]) for idx in sorted(found)]
         sums, counts = zip(*(loss for _, loss in found.values()), strict=True)
-        loss = math.fsum(sums) / sum(counts)  # the same for any division among processes
+        loss = math.fsum(sums) / sum(counts)  # the same for any number of processes
         if not math.isfinite(loss):
-            raise UserError(f"the loss on --eval_data became {loss}; lower --learning_rate")
+            raise UserError(
+                f"the loss on the evaluation data became {loss}; lower the learning rate"
+            )
         return training_scores(rows) | {LOSS: loss}
 
     return score
 
 
 @torch.inference_mode()
-def _losses(
-    model: MambaLM, state: MambaState, examples: Sequence[Continuation]
-) -> list[tuple[float, int]]:
-    """Of each, read from its row of a state: the sum of cross-entropy over its target's tokens, and
+def _losses(model: MambaLM, state: MambaState, examples: Sequence[Item]) -> list[tuple[float, int]]:
+    """For each item, read from its row of a state: the sum of cross-entropy over its labels, and
     their number."""
     device = state.device
     batch = collate(examples)
@@ -126,23 +121,23 @@ def _losses(
     )
     sums = torch.zeros(len(examples), dtype=torch.float64)
     sums.index_add_(0, rows.cpu(), losses.double().cpu())
-    return [(total, len(e.target)) for total, e in zip(sums.tolist(), examples, strict=True)]
+    return [(total, e.num_labels) for total, e in zip(sums.tolist(), examples, strict=True)]
 
 
-def _names(examples: Sequence[Example]) -> list[str]:
-    """Of the figures that there will be of these examples."""
+def _score_names(examples: Sequence[Example]) -> list[str]:
+    """The names of the scores that these examples give."""
     is_mixed = len({example.is_answerable for example in examples}) == 2
     return [name for name in SCORES if is_mixed or name in ("exact_match", "f1", LOSS)]
 
 
 def training_scores(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Exact match and F1 of all questions; exact match of those with and without an answer; F1 of
-    abstention. What there is no question for is left out."""
+    """Exact match and F1 of all questions; if some have an answer and some have none, also exact
+    match of either kind and F1 of abstention."""
     answerable = [row for row in rows if row["answers"]]
     unanswerable = [row for row in rows if not row["answers"]]
 
-    def mean(metric: str, of: Sequence[Mapping]) -> float:
-        return 100 * sum(row[metric] for row in of) / len(of)
+    def mean(metric: str, rows: Sequence[Mapping]) -> float:
+        return 100 * sum(row[metric] for row in rows) / len(rows)
 
     found = {"exact_match": mean("exact_match", rows), "f1": mean("f1", rows)}
     if answerable and unanswerable:
@@ -150,3 +145,9 @@ def training_scores(rows: Sequence[Mapping]) -> dict[str, float]:
         found["unanswerable_exact_match"] = mean("exact_match", unanswerable)
         found["abstention_f1"] = abstention(rows)["f1"]
     return found
+
+
+def scores_at(log: Sequence[Mapping], step: int) -> dict[str, float]:
+    """The scores in a training log of the model as it was after a step; empty if it has none."""
+    row = {name: value for each in log if each["step"] == step for name, value in each.items()}
+    return {name: row[f"eval_{name}"] for name in SCORES if f"eval_{name}" in row}

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: each is whole, and is known to be, or it is not taken.
+"""Checkpoints of a training run: a run is resumed only from one that is known to be intact.
 
 A checkpoint is written under another name and renamed when all of it is on the disk, with a
-manifest of its files' sizes and hashes. What a crash, a full disk or a copy that broke off has left
-is thus never taken for a state to go on from.
+manifest of its files' sizes and hashes. What a crash, a full disk or an interrupted copy has left
+is thus never taken for a checkpoint.
 """
 
 import hashlib
@@ -26,33 +26,34 @@ def partial_folder(output: str | Path) -> Path:
     return Path(output) / ".checkpoint.partial"
 
 
-def seal(folder: Path, checkpoint: Path) -> None:
-    """Make the files of a folder the checkpoint of this name, in one step. Raises UserError."""
+def publish_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Add a manifest to the files in a folder and rename it to this checkpoint, in one step.
+    UserError where that cannot be written."""
     with report_write_errors(checkpoint):
         files = describe_files(sorted(folder.iterdir()))
         for name in files:
-            _to_disk(folder / name)
+            _flush_to_disk(folder / name)
         manifest = folder / MANIFEST
         manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
-        _to_disk(manifest)
+        _flush_to_disk(manifest)
         old = folder.with_name("old")  # of the same step, should there be one
         if checkpoint.exists():
             checkpoint.rename(old)
         folder.rename(checkpoint)
-        _to_disk(checkpoint.parent)
+        _flush_to_disk(checkpoint.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def describe_files(paths: Iterable[Path]) -> dict[str, dict]:
-    """Size and hash of each file, by its name: what `find_change` compares it with later."""
+    """Size and hash of each file, by its name, for `find_change`."""
     return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
 
 
 def find_change(folder: Path, files: object) -> str | None:
-    """The first of these files that is missing or not what was written, in words; None if each is
-    as `describe_files` described it. Also in words what is no such description."""
+    """In words, the first of these files that is missing or has changed since `describe_files`
+    described it, or that the description is malformed; None if nothing has changed."""
     if not isinstance(files, dict) or not all(map(_is_description, files.items())):
-        return "what is written down of its files cannot be read"
+        return "the record of its files cannot be read"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -72,8 +73,8 @@ def _is_description(item: tuple[str, object]) -> bool:
     return type(expected.get("bytes")) is int and type(expected.get("sha256")) is str
 
 
-def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if a run can go on from it."""
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if a run can resume from it."""
     if not (checkpoint / MANIFEST).exists():
         return f"{MANIFEST} is missing"
     try:
@@ -84,7 +85,7 @@ def fault(checkpoint: Path) -> str | None:
             return change
         missing = [name for name in _NEEDED if name not in files]
         if missing:
-            return f"it holds no {missing[0]}"
+            return f"{missing[0]} is missing in {MANIFEST}"
         read_state(checkpoint)
     except UserError as error:
         return str(error)
@@ -93,8 +94,8 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def checkpoints(output: str | Path) -> list[Path]:
-    """The checkpoints of an output folder, whole or not, the newest first."""
+def list_checkpoints(output: str | Path) -> list[Path]:
+    """The checkpoints in an output folder, intact or not, the newest first."""
     found = {}
     for path in Path(output).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -103,31 +104,32 @@ def checkpoints(output: str | Path) -> list[Path]:
     return [path for _, path in sorted(found.items(), reverse=True)]
 
 
-def rotate(written: Path, limit: int | None, best: Path | None) -> None:
-    """Remove checkpoints until `limit` are left: first those after the one just written, which a
-    run did not go on from, then the oldest; never that one or the best."""
-    found = checkpoints(written.parent)
+def remove_old_checkpoints(written: Path, limit: int | None, best: Path | None) -> None:
+    """Remove checkpoints until `limit` are left (None: no limit): first those of later steps than
+    the one just written, from which the run was not resumed, then the oldest; never that one or the
+    best."""
+    found = list_checkpoints(written.parent)
     step = found.index(written)
     candidates = [path for path in found[:step] + found[:step:-1] if path != best]
     for path in candidates[: max(len(found) - limit, 0) if limit else 0]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def newest_checkpoint(output: str | Path) -> Path | None:
-    """The newest whole one; a line on stderr tells of each that is not and is skipped."""
-    for checkpoint in checkpoints(output):
-        complaint = fault(checkpoint)
-        if complaint is None:
+def find_newest_checkpoint(output: str | Path) -> Path | None:
+    """The newest intact checkpoint; warns of each damaged one that is skipped."""
+    for checkpoint in list_checkpoints(output):
+        damage = find_damage(checkpoint)
+        if damage is None:
             return checkpoint
-        warn(f"{checkpoint} is skipped: {complaint}")
+        warn(f"{checkpoint} is skipped: {damage}")
     return None
 
 
-def require_whole(checkpoint: str | Path) -> None:
-    """UserError unless a run can go on from it."""
-    complaint = fault(Path(checkpoint))
-    if complaint is not None:
-        raise UserError(f"{checkpoint}: cannot be gone on from: {complaint}")
+def require_intact(checkpoint: str | Path) -> None:
+    """UserError unless a run can resume from it."""
+    damage = find_damage(Path(checkpoint))
+    if damage is not None:
+        raise UserError(f"{checkpoint}: a run cannot resume from it: {damage}")
 
 
 def _sha256(path: Path) -> str:
@@ -135,7 +137,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

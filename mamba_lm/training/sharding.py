@@ -1,5 +1,5 @@
-"""Sharding by torch's fully_shard: every process keeps a part of each parameter, of its gradient
-and of its optimiser state, and puts a layer together only while that computes."""
+"""Sharding by torch's fully_shard: every process keeps a shard of each parameter, of its gradient
+and of its optimizer state, and gathers a layer only while that computes."""
 
 from typing import Any
 
@@ -11,46 +11,47 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(module: nn.Module, layers: list[nn.Module], device_type: str) -> None:
-    """Shard a module over all processes: each of these layers by itself, then what is left."""
+    """Shard a module over all processes: each of these layers by itself, then the rest."""
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-    for part in [*layers, module]:
-        fully_shard(part, mesh=mesh)
+    for each in [*layers, module]:
+        fully_shard(each, mesh=mesh)
 
 
-def whole(value: Any, keep: bool = True) -> Any:
-    """A value, or a nest of dictionaries and lists, with sharded tensors put together, on the CPU.
+def gather_shards(value: Any, keep: bool = True) -> Any:
+    """A value, or nested dictionaries and lists, with full tensors on the CPU instead of sharded
+    ones; other tensors as they are.
 
-    Every process has to call it, in the same order; one that does not keep them gets None in their
-    places, and never holds more than one.
+    Every process must call it, in the same order. A process without `keep` gets None for each
+    sharded tensor, and has no more than one full tensor in memory.
     """
     if isinstance(value, DTensor):
-        put_together = value.full_tensor()
-        return put_together.cpu() if keep else None
+        full = value.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
+        return {key: gather_shards(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item, keep) for item in value]
+        return [gather_shards(item, keep) for item in value]
     return value
 
 
-def like(own: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, sharded as `own` is, if it is."""
+def shard_like(value: Tensor, own: Tensor) -> Tensor:
+    """A full tensor, sharded as `own` is, if it is."""
     if not isinstance(own, DTensor):
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a whole state into an optimiser whose parameters may be sharded."""
+    """Load a full state into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    of_parameters = {
+    states = {
         index: {
-            # Steps are numbers, and some optimisers' moments have shapes of their own.
-            key: like(parameters[index], value)
+            # Steps are numbers, and some optimizers' moments have shapes of their own.
+            key: shard_like(value, parameters[index])
             if getattr(value, "shape", None) == parameters[index].shape
             else value
             for key, value in moments.items()
         }
         for index, moments in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": of_parameters})
+    optimizer.load_state_dict(state | {"state": states})

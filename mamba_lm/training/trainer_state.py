@@ -1,5 +1,5 @@
-"""What a checkpoint says of its run, in files that anybody may have written, and which of a run's
-evaluations was best."""
+"""The state of a run in a checkpoint's files, validated, as anybody may have written them; and the
+best of a run's evaluations."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -23,19 +23,19 @@ _EXACT = 2**53  # whole numbers below it are exact as floats too
 
 
 class BestEvaluation(NamedTuple):
-    """The step of the best evaluation, and how many came after the last that was better than all
-    before it: for those, a run has patience."""
+    """The step of the best evaluation, and the number of evaluations since the last one that was
+    better than all before it, which a run's patience limits."""
 
     step: int
     num_since_better: int
 
 
-def best_evaluation(
+def find_best_evaluation(
     rows: Iterable[Mapping[str, float]], metric: str, greater_is_better: bool
 ) -> BestEvaluation | None:
-    """Of a log's evaluations the one with the best metric; of equal ones that with the lowest
-    eval_loss, and then the latest. None before the first. The one before training does not count:
-    it has no checkpoint."""
+    """The evaluation in a log with the best metric; among equal ones that with the lowest
+    eval_loss, and then the latest. None before the first. The evaluation before training does not
+    count: it has no checkpoint."""
     best, best_rank = None, None
     for row in rows:
         if metric not in row or row["step"] == 0:
@@ -78,7 +78,7 @@ def _is_figure(item: tuple[str, object]) -> bool:
     return is_name and _is_number(value) and not _LARGEST < abs(value) < math.inf
 
 
-def _tells_whether_it_ended(value: object) -> bool:
+def _has_end_flag(value: object) -> bool:
     try:
         return type(value["TrainerControl"]["args"]["should_training_stop"]) is bool
     except (TypeError, KeyError, IndexError):
@@ -97,12 +97,12 @@ _FIELDS: dict[str, Callable[[object], bool]] = {  # of a TrainerState, where it 
     "best_metric": lambda value: value is None or _is_number(value),
     "best_global_step": lambda value: value is None or _is_count(value),
     "best_model_checkpoint": lambda value: value is None or isinstance(value, str),
-    "stateful_callbacks": _tells_whether_it_ended,
+    "stateful_callbacks": _has_end_flag,
 }  # fmt: skip
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """The Trainer's state in a checkpoint; UserError where it holds what no Trainer writes."""
+    """The Trainer's state in a checkpoint; UserError where it contains what no Trainer writes."""
     path = checkpoint / STATE
     state = read_json(path)
     known = {field.name for field in fields(TrainerState)}
@@ -120,7 +120,7 @@ def has_ended(state: TrainerState) -> bool:
 
 
 def read_unlogged(path: Path) -> tuple[float, int]:
-    """The sum of losses that had not been logged, and the step until which they had."""
+    """The sum of the losses that were not logged yet, and the last step that was."""
     found = read_json(path)
     if (
         not isinstance(found, list)
@@ -132,27 +132,27 @@ def read_unlogged(path: Path) -> tuple[float, int]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain values only: no code of a pickle runs. Tensors stay
-    in the file until they are used: what several processes read is in memory once."""
+    """The tensors and plain values that torch.save wrote: no code of a pickle runs. Tensors stay in
+    the file until they are used, so that several processes share the memory."""
     require_plain(path, "tensors")
     with parsing(lambda reason: f"{path}: cannot be read ({reason})"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def is_alike(value: object, own: object) -> bool:
-    """Whether a value that was read can stand where this one does: of its kind, with its keys, its
-    length, its shape."""
+def has_form_of(value: object, own: object) -> bool:
+    """Whether a value that was read can replace this one: it has the same type, keys, length and
+    shape, at every level."""
     if isinstance(own, dict):
         return (
             isinstance(value, dict)
             and value.keys() == own.keys()
-            and all(is_alike(value[key], own[key]) for key in own)
+            and all(has_form_of(value[key], own[key]) for key in own)
         )
     if isinstance(own, (list, tuple)):
         return (
             isinstance(value, (list, tuple))
             and len(value) == len(own)
-            and all(map(is_alike, value, own))
+            and all(map(has_form_of, value, own))
         )
     if isinstance(own, Tensor):
         return isinstance(value, Tensor) and (value.shape, value.dtype) == (own.shape, own.dtype)
@@ -164,11 +164,11 @@ def is_alike(value: object, own: object) -> bool:
 
 
 def fits_optimizer(state: object, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a whole state that was read is one of such an optimiser."""
+    """Whether a full state that was read belongs to such an optimizer."""
     own = optimizer.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():
         return False
-    if not is_alike(state["param_groups"], own["param_groups"]):
+    if not has_form_of(state["param_groups"], own["param_groups"]):
         return False
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     is_adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam)
@@ -181,7 +181,7 @@ def fits_optimizer(state: object, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _fit(moments: dict, shape: torch.Size, is_adam: bool) -> bool:
-    """Whether moments are those of a parameter of this shape, as far as their names tell."""
+    """Whether moments fit a parameter of this shape, as far as their names show."""
     shapes = {
         "step": torch.Size(),
         "exp_avg_sq_row": shape[:-1],
@@ -197,7 +197,7 @@ def _fit(moments: dict, shape: torch.Size, is_adam: bool) -> bool:
 
 
 def _is_moment(value: object, shape: torch.Size | None) -> bool:
-    """shape: None where any will do."""
+    """shape None: any."""
     if not isinstance(value, Tensor):
         return shape is None or (shape == () and _is_number(value))
     is_own_memory = (

@@ -43,7 +43,7 @@ from mamba_lm.device import choose_device
 from mamba_lm.models.mamba import MambaLM, initialize, initialize_delta
 from mamba_lm.tokenizer import token_ids
 from mamba_lm.training.arguments import training_arguments
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, exact_match, prompt_parts
 from studies.demo_model.domains import DOMAINS, Domain
@@ -126,7 +126,7 @@ def plain_domains(statements: int, questions: int) -> list[Domain]:
     ]
 
 
-class Curriculum(Sampler[list[Continuation]]):
+class Curriculum(Sampler[list[Item]]):
     """Batches of questions on generated passages and of facts to say again, by passage.
 
     A passage is of the present stage with probability 0.85, else of one up to it.
@@ -139,12 +139,12 @@ class Curriculum(Sampler[list[Continuation]]):
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[list[Continuation]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         examples = self.examples()
         while True:
             yield list(itertools.islice(examples, BATCH))
 
-    def examples(self) -> Iterator[Continuation]:
+    def examples(self) -> Iterator[Item]:
         rng = random.Random(self.seed)
         while True:
             at = self.stage if rng.random() < 0.85 else rng.randint(0, self.stage)
@@ -154,8 +154,8 @@ class Curriculum(Sampler[list[Continuation]]):
             for pairing in self.questions(rng, passage, stage):
                 example = continuation(pairing, self.tokenizer, PROMPT_ORDERS[0])
                 if rng.random() < LOUD:
-                    start, words = example.prompt[:1], example.prompt[1:]
-                    example = Continuation(example.prefix, start, [*words, *example.target])
+                    start, words = example.suffix[:1], example.suffix[1:]
+                    example = Item.with_target(example.prefix, start, words)
                 yield example
 
     def passage(self, rng: random.Random, stage: Stage) -> Passage:
@@ -171,14 +171,14 @@ class Curriculum(Sampler[list[Continuation]]):
         examples = [Example("", row["context"], row["prompt"], _answers(row)) for row in rows]
         return [Pairing(example, example.context) for example in examples]
 
-    def facts(self, rng: random.Random, passage: Passage) -> Iterator[Continuation]:
+    def facts(self, rng: random.Random, passage: Passage) -> Iterator[Item]:
         """Facts of the passage, each by one of its statements."""
         prefix = token_ids(self.tokenizer, passage.context)
         for fact in rng.sample(passage.facts, min(len(passage.facts), QUESTIONS)):
             template = rng.choice(fact.attribute.frame.statements)
             entity = passage.domain.mention.format(fact.entity)
             text = sentence(template, e=entity, v=fact.value)
-            yield Continuation(
+            yield Item.with_target(
                 prefix, token_ids(self.tokenizer, "\n\n"), token_ids(self.tokenizer, text)
             )
 

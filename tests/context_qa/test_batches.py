@@ -12,7 +12,7 @@ import pytest
 from common.errors import UserError
 from context_qa.batches import GroupedBatches, Pairing, continuation, pack
 from mamba_lm.checkpoint import load_tokenizer
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.prefix_suffix import Item
 from squad_utils import NO_ANSWER, PROMPT_ORDERS, Example, prompt_parts
 
 ROOT = Path(__file__).parents[2]
@@ -53,14 +53,14 @@ def pairings(examples, negatives=None, seed=0, epoch=0) -> list[Pairing]:
 def test_parts_are_tokenised_apart_and_end_of_text_is_appended(order):
     prefix, suffix = prompt_parts(CAT.context, CAT.question, order)
     example = continuation(Pairing(CAT, CAT.context), WholeTextTokenizer(), order)
-    assert example == Continuation([prefix], [suffix], [" a cat", "<eos>"])
+    assert example == Item.with_target([prefix], [suffix], [" a cat", "<eos>"])
 
 
 def test_target_is_no_answer_on_other_contexts_and_where_there_is_none():
     def target(example: Example, context: str) -> object:
         return continuation(
             Pairing(example, context), WholeTextTokenizer(), PROMPT_ORDERS[0]
-        ).target[0]
+        ).labels[1]
 
     assert target(CAT, CAT.context) == " a cat"
     assert target(CAT, "Cy is a dog.") == f" {NO_ANSWER}"
@@ -70,15 +70,13 @@ def test_target_is_no_answer_on_other_contexts_and_where_there_is_none():
 @pytest.mark.parametrize("order", PROMPT_ORDERS)
 def test_ids_of_the_demo_tokenizer_read_back_as_the_prompt(order):
     tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
-    prefix, prompt, target = (
-        getattr(continuation(Pairing(CAT, CAT.context), tokenizer, order), part)
-        for part in ("prefix", "prompt", "target")
-    )
-    assert tokenizer.decode(prefix + prompt + target[:-1]) == (
+    item = continuation(Pairing(CAT, CAT.context), tokenizer, order)
+    ids = [*item.prefix, *item.suffix]
+    assert tokenizer.decode(ids[:-1]) == (
         "".join(prompt_parts(CAT.context, CAT.question, order)) + " a cat"
     )
-    assert target[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in prefix + prompt + target[:-1]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+    assert tokenizer.decode([token for token in item.labels[:-1] if token >= 0]) == " a cat"
 
 
 def test_without_negatives_every_question_comes_once_on_its_own_context():

@@ -9,7 +9,8 @@ import pytest
 import eval_mamba_with_context
 import eval_n_shot_mamba
 from common.errors import UserError
-from context_qa.results.rows import read_results, read_summary
+from context_qa.results.reading import read_results
+from context_qa.results.summary import read_summary
 from context_qa.shots import n_shot_prompt
 from squad_utils import NO_ANSWER
 

@@ -51,7 +51,7 @@ def test_the_wording_of_a_question_is_written_once(answerer, monkeypatch, order)
         Pairing(Example("1", CONTEXT, QUESTION, ("Bo",)), CONTEXT), answerer.tokenizer, order
     )
     prefix, suffix = answerer.tokens.encode(parts)
-    assert list(item.prefix) == prefix and list(item.prompt) == suffix
+    assert list(item.prefix) == prefix and list(item.suffix[: len(suffix)]) == suffix
 
 
 def test_shots_are_worded_as_prompts_are():

@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError
 from mamba_lm import device, selective_scan
 from mamba_lm.device import choose_device
-from mamba_lm.training.prefix_suffix import Continuation, PrefixSuffixLM, collate
+from mamba_lm.training.prefix_suffix import Item, PrefixSuffixLM, collate
 
 pytest.importorskip("triton")
 
@@ -40,7 +40,7 @@ def test_training_on_forked_states_equals_the_reference(
     """Prefixes and suffixes of different lengths, packed, with gradients through forks."""
     model = PrefixSuffixLM(make_model(d_state=4))
     examples = [
-        Continuation(range(1, 1 + prefix), [7, 8, 9][:prompt], [3, 4, 0][:target])
+        Item.with_target(range(1, 1 + prefix), [7, 8, 9][:prompt], [3, 4, 0][:target])
         for prefix, prompt, target in ((5, 2, 3), (11, 3, 2), (5, 1, 1), (0, 2, 2))
     ]
     batch = collate(examples)

@@ -9,6 +9,7 @@ import torch
 from common.errors import UserError
 from context_qa.answering import Answer
 from mamba_lm.checkpoint import load_model, load_tokenizer
+from mamba_lm.training.prefix_suffix import IGNORED, Item
 from squad_utils import NO_ANSWER
 from studies.demo_model import train_demo_model as demo
 from studies.demo_model.domains import DOMAINS
@@ -93,18 +94,27 @@ def test_questions_of_each_stage(curriculum, stage):
     }
 
 
+def target(item: Item) -> list[int]:
+    return [label for label in item.labels if label != IGNORED]
+
+
+def unlabelled(item: Item) -> list[int]:
+    pairs = zip(item.suffix, item.labels, strict=True)
+    return [token for token, label in pairs if label == IGNORED]
+
+
 def test_examples_are_facts_and_questions_of_their_passage(curriculum, tokenizer):
     curriculum.stage = len(demo.STAGES) - 1
     examples = [example for example, _ in zip(curriculum.examples(), range(200), strict=False)]
-    facts = [example for example in examples if tokenizer.decode(example.prompt) == "\n\n"]
+    facts = [example for example in examples if tokenizer.decode(unlabelled(example)) == "\n\n"]
     assert 50 < len(facts) < 150
     for example in facts:
-        fact = tokenizer.decode(example.target)
+        fact = tokenizer.decode(target(example))
         assert fact.endswith(".") and "Q:" not in fact
     questions = [example for example in examples if example not in facts]
-    assert all(tokenizer.decode(example.prompt).startswith("\n\nQ:") for example in questions)
-    assert all(example.target[-1] == tokenizer.eos_token_id for example in questions)
-    loud = sum(len(example.prompt) == 1 for example in questions)
+    assert all(tokenizer.decode(example.suffix).startswith("\n\nQ:") for example in questions)
+    assert all(example.labels[-1] == tokenizer.eos_token_id for example in questions)
+    loud = sum(len(unlabelled(example)) == 1 for example in questions)
     assert 0.3 < loud / len(questions) < 0.7
 
 
@@ -175,7 +185,7 @@ def test_the_last_stage_has_the_share_of_unanswerable_questions_given(tokenizer)
 
     def share_of_unanswerable(curriculum):
         examples = [example for example, _ in zip(curriculum.examples(), range(600), strict=False)]
-        targets = [tokenizer.decode(example.target) for example in examples]
+        targets = [tokenizer.decode(target(example)) for example in examples]
         return sum(NO_ANSWER in target for target in targets) / len(targets)
 
     assert 2 * share_of_unanswerable(few) < share_of_unanswerable(many)

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.provenance import describe_run, sha256
 from context_qa.evaluation import print_summary
+from context_qa.results.reading import read_results
 from context_qa.results.results_file import ResultsFile
-from context_qa.results.rows import Answer, read_results, read_summary, result_row
+from context_qa.results.rows import Answer, result_row
+from context_qa.results.summary import read_summary
 from squad_utils import NO_ANSWER, Example
 
 ROOT = Path(__file__).parents[3]

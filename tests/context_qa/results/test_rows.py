@@ -1,22 +1,18 @@
 """The format of results: rows, those of older layouts, and the summary beside them."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from common.errors import UserError
-from context_qa.results.rows import (
-    FIELDS,
-    Answer,
-    articles_by_idx,
-    incompleteness,
-    read_objects,
-    read_results,
-    read_summary,
-    result_row,
-    summary_path,
-)
+from context_qa.results import reading, rows
+from context_qa.results.reading import read_objects, read_results, results_rows
+from context_qa.results.rows import COLUMNS, About, Answer, ResultRow, columns_of, result_row
+from context_qa.results.summary import articles_by_idx, incompleteness, read_summary, summary_path
 from squad_utils import NO_ANSWER, Example, read_examples
 
 ROOT = Path(__file__).parents[3]
@@ -77,7 +73,7 @@ def test_rows_read_back(tmp_path):
     rows = [result_row(0, BO, answer("x\ny\u2028“z”")), result_row(1, UNKNOWN, baseline)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     assert read_results(str(path)) == rows
-    assert [list(row) for row in rows] == [list(FIELDS)] * 2
+    assert [list(row) for row in rows] == [list(COLUMNS)] * 2
 
 
 def write(path: Path, objects: list[dict]) -> str:
@@ -137,7 +133,7 @@ NOT_MEASURED = {"confidence": None, "no_answer_probability": None, "num_new_toke
 def test_rows_of_the_original_project_are_completed(tmp_path):
     path = write(tmp_path / "results.jsonl", [WITH_CONTEXT, N_SHOT])
     first, second = read_results(path)
-    assert list(first) == list(second) == list(FIELDS)
+    assert list(first) == list(second) == list(COLUMNS)
     made = {"answers": ["a cat"], "exact_match": 1.0, "f1": 1.0, "id": first["id"]}
     rest = {"num_tokens": None, "tokens_per_sec": None}
     assert first == WITH_CONTEXT | made | NOT_MEASURED | rest
@@ -353,3 +349,35 @@ def test_files_without_rows(tmp_path, data, complaint):
     with pytest.raises(UserError) as caught:
         read_objects(str(path))
     assert str(caught.value).startswith(f"{path}{complaint}")
+
+
+# Columns are defined once
+
+
+def test_the_documentation_lists_the_columns_as_they_are_defined():
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", page, flags=re.MULTILINE)
+    kinds = {int: "integer", str: "text", list: "list of texts", bool: "boolean", float: "number"}
+    assert table == [
+        (name, kinds[column.kind] + (" or null" if column.is_nullable else ""), column.meaning)
+        for name, column in COLUMNS.items()
+    ]
+
+
+def test_a_new_column_is_defined_in_one_place(monkeypatch):
+    """Reading, checks and SQL follow the dataclass."""
+
+    @dataclass
+    class Wider(ResultRow):
+        perplexity: Annotated[float | None, About("of the guess", 100)]
+
+    columns = columns_of(Wider)
+    assert list(columns) == [*COLUMNS, "perplexity"]
+    assert columns["perplexity"] == (float, "of the guess", 100, True)
+    for module in (rows, reading):
+        monkeypatch.setattr(module, "COLUMNS", columns)
+    example = Example("1", "c", "q", ("a",))
+    row = result_row(0, example, Answer("a", 0.5, 0.5, 1.0, 3, 1)) | {"perplexity": 7.5}
+    assert results_rows({1: row}, "r.jsonl") == [row]
+    with pytest.raises(UserError, match="'perplexity' is 101; it must be a number from 0 to 1e"):
+        results_rows({1: row | {"perplexity": 101}}, "r.jsonl")

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError
 from context_qa.batches import GroupedBatches, continuation
-from context_qa.training.data_report import data_report, within_length
+from context_qa.training.data_report import cut_to_length, make_data_report
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.training.prefix_suffix import collate
 from squad_utils import PROMPT_ORDERS, Example, read_examples
@@ -39,14 +39,14 @@ def make_examples(count: int = 60, seed: int = 0) -> list[Example]:
 def length(example: Example, tokenizer, order: str) -> int:
     [batch] = GroupedBatches([example], 1)
     parts = continuation(batch[0], tokenizer, order)
-    return len(parts.prefix) + len(parts.prompt) + len(parts.target)
+    return len(parts.prefix) + len(parts.suffix)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("max_length", [60, 150])
 def test_what_is_too_long_keeps_its_answer_and_as_much_as_fits(max_length, order, tokenizer):
     examples = make_examples()
-    found = within_length(examples, tokenizer, order, max_length)
+    found = cut_to_length(examples, tokenizer, order, max_length)
     by_id = {example.id: example for example in found.examples}
     cut = 0
     for example in examples:
@@ -65,7 +65,7 @@ def test_what_is_too_long_keeps_its_answer_and_as_much_as_fits(max_length, order
 
 def test_the_answer_stands_anywhere_in_what_is_kept(tokenizer):
     """Or a model would learn to look at the middle."""
-    found = within_length(make_examples(200), tokenizer, ORDERS[0], 100)
+    found = cut_to_length(make_examples(200), tokenizer, ORDERS[0], 100)
     places = []
     for example in found.examples:
         words = example.context.split()
@@ -83,7 +83,7 @@ def test_the_answer_is_not_looked_for_inside_of_other_words(tokenizer):
         Example("10", f"In 1066 it began. {filler} It has 10 rooms.", "How many?", ("10",)),
         Example("part", f"Unbelievable. {filler}", "What?", ("believ",)),
     ]
-    found = within_length(examples, tokenizer, ORDERS[0], 60).examples
+    found = cut_to_length(examples, tokenizer, ORDERS[0], 60).examples
     wanted = ("was Ann.", "10 rooms", "Unbelievable.")
     for example, words in zip(found, wanted, strict=True):
         assert words in example.context and len(example.context) < 200
@@ -110,8 +110,8 @@ def read_cut(tmp_path, tokenizer, written: list[dict]):
     path = tmp_path / "data.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
     examples = read_examples(str(path))
-    found = within_length(examples, tokenizer, ORDERS[0], 60)
-    report = data_report(found, GroupedBatches(found.examples, 4), tokenizer, ORDERS[0], 60)
+    found = cut_to_length(examples, tokenizer, ORDERS[0], 60)
+    report = make_data_report(found, GroupedBatches(found.examples, 4), tokenizer, ORDERS[0], 60)
     return found.examples[0], str(report)
 
 
@@ -141,7 +141,7 @@ def test_the_answer_is_kept_where_the_data_says(answer, wanted, layout, tokenize
 def test_without_a_right_place_the_first_answer_counts(start, is_told, layout, tokenizer, tmp_path):
     cut, report = read_cut(tmp_path, tokenizer, rows("10", start)[layout])
     assert "10 rooms" in cut.context
-    assert ("answer_start is wrong in 1 too long" in report) == is_told
+    assert ("answer_start is wrong in 1 of the too long ones" in report) == is_told
 
 
 @pytest.mark.parametrize("starts", [None, 7, [], ["x"], {}])
@@ -160,7 +160,7 @@ def test_no_example_of_squad_loses_the_answer_that_was_annotated(name, tokenizer
     if not path.exists():
         pytest.skip(f"{path} is not there")
     examples = [e for e in read_examples(str(path)) if e.context.count(e.target) > 1][::3]
-    found = within_length(examples, tokenizer, ORDERS[0], 110)
+    found = cut_to_length(examples, tokenizer, ORDERS[0], 110)
     whole = {example.id: example for example in examples}
     cut = [e for e in found.examples if e.context != whole[e.id].context]
     assert len(cut) > 300 and found.num_misplaced == 0
@@ -179,42 +179,42 @@ def test_what_cannot_be_cut_is_dropped(tokenizer):
         Example("long answer", context, "What?", (context.strip(),)),
         Example("fits", context, "What?", ("words",)),
     ]
-    found = within_length(examples, tokenizer, ORDERS[0], 90)
+    found = cut_to_length(examples, tokenizer, ORDERS[0], 90)
     assert [example.id for example in found.examples] == ["fits"]
     assert (found.num_cut, found.num_dropped) == (1, 3)
-    with pytest.raises(UserError, match="--max_length 9: too short for every example"):
-        within_length(examples, tokenizer, ORDERS[0], 9)
+    with pytest.raises(UserError, match="max_length 9 is too short for every example"):
+        cut_to_length(examples, tokenizer, ORDERS[0], 9)
 
 
 def test_without_a_limit_all_stays(tokenizer):
     examples = make_examples()
-    assert within_length(examples, tokenizer, ORDERS[0], None) == (examples, 0, 0, 0)
+    assert cut_to_length(examples, tokenizer, ORDERS[0], None) == (examples, 0, 0, 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_batch_holds_what_is_longer(order, tokenizer):
+def test_no_batch_contains_longer_examples(order, tokenizer):
     """Nor where a question is asked on another context, that was cut for another question."""
-    found = within_length(make_examples(), tokenizer, order, 60)
+    found = cut_to_length(make_examples(), tokenizer, order, 60)
     for batch in GroupedBatches(found.examples, 16, "random"):
         for pairing in batch:
             parts = continuation(pairing, tokenizer, order, max_length=60)
-            assert len(parts.prefix) + len(parts.prompt) + len(parts.target) <= 60
+            assert len(parts.prefix) + len(parts.suffix) <= 60
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("max_length", [None, 60])
-def test_the_report_counts_what_batches_hold(max_length, order, tokenizer):
+def test_the_report_counts_what_batches_contain(max_length, order, tokenizer):
     examples = make_examples()
-    data = within_length(examples, tokenizer, order, max_length)
+    data = cut_to_length(examples, tokenizer, order, max_length)
     batches = GroupedBatches(data.examples, 16, "random")
-    report = data_report(data, batches, tokenizer, order, max_length)
+    report = make_data_report(data, batches, tokenizer, order, max_length)
     tokens = loss_tokens = longest = 0
     for pairings in batches:
         parts = [continuation(pairing, tokenizer, order, max_length) for pairing in pairings]
         batch = collate(parts)
         tokens += int(batch["prefix_lengths"].sum() + batch["suffix_lengths"].sum())
         loss_tokens += int((batch["labels"] >= 0).sum())
-        lengths = [len(p.prefix) + len(p.prompt) + len(p.target) for p in parts]
+        lengths = [len(p.prefix) + len(p.suffix) for p in parts]
         longest = max(longest, *lengths)
     assert (report.tokens, report.loss_tokens, report.longest) == (tokens, loss_tokens, longest)
     assert (report.questions, report.answerable, report.negatives) == (60, 48, 36)

@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,14 +11,15 @@ import eval_mamba_with_context
 from common.errors import UserError, printable
 from context_qa.arguments import trained_prompt_order
 from context_qa.batches import Pairing, continuation
-from context_qa.results.rows import read_results
+from context_qa.results.reading import read_results
+from context_qa.training import TrainingSettings
 from context_qa.training.data_report import DataReport
-from context_qa.training.model_card import model_card
+from context_qa.training.model_card import make_model_card
 from context_qa.training.scores import (
     SCORES,
-    doubts,
-    examples_to_score,
-    scorer,
+    find_score_problems,
+    make_scorer,
+    scored_examples,
     training_scores,
 )
 from mamba_lm.checkpoint import load_model_and_tokenizer
@@ -44,9 +44,9 @@ def test_scores_are_those_of_the_evaluation_script(negatives, order, tmp_path, m
     monkeypatch.setattr(sys, "argv", command)
     eval_mamba_with_context.main(eval_mamba_with_context.parse_args())
 
-    examples = examples_to_score(read_examples(str(data)), "random")
+    examples = scored_examples(read_examples(str(data)), "random")
     model, tokenizer = load_model_and_tokenizer("models/demo")
-    found = scorer(examples, tokenizer, order)(model)
+    found = make_scorer(examples, tokenizer, order)(model)
     assert tuple(found) == SCORES
     loss = found.pop("loss")
     assert found == training_scores(read_results(str(results)))
@@ -61,9 +61,9 @@ def test_a_metric_that_there_will_not_be_is_refused_before(metric):
     """Here all questions are answerable."""
     examples = [Example("1", "Bo is a cat.", "Who?", ("Bo",))]
     with pytest.raises(UserError, match=r"choose from exact_match, f1, loss$"):
-        scorer(examples, None, PROMPT_ORDERS[0], metric)
+        make_scorer(examples, None, PROMPT_ORDERS[0], metric)
     for known in ("f1", "eval_f1", "loss", "eval_loss", "exact_match"):
-        scorer(examples, None, PROMPT_ORDERS[0], known)
+        make_scorer(examples, None, PROMPT_ORDERS[0], known)
 
 
 def row(answers, guess, exact_match, f1) -> dict:
@@ -82,49 +82,57 @@ def test_scores_by_hand():
     assert training_scores(rows[:2]).keys() == {"exact_match", "f1"}
 
 
-def test_copies_are_added_only_where_nothing_is_unanswerable():
+def test_negatives_are_added_only_where_all_are_answerable():
     own = [Example(str(i), f"Context {i}.", f"Which {i}?", (f"{i}",)) for i in range(3)]
-    assert len(examples_to_score(own, "random")) == 6
-    assert examples_to_score(own, None) == own
+    assert len(scored_examples(own, "random")) == 6
+    assert scored_examples(own, None) == own
     some = [*own, Example("u", "Context 9.", "Who?", ())]
-    assert examples_to_score(some, "random") == some
+    assert scored_examples(some, "random") == some
 
 
 @pytest.mark.parametrize("scored, said", [
     ("answered unanswered", []),
-    ("unanswered", ["no question of --eval_data has an answer"]),
-    ("answered", ["all of --eval_data have answers"]),
-    ("answered unanswered known", ["1 of 3 questions of --eval_data are also trained on"]),
+    ("unanswered", ["no question in --eval_data has an answer"]),
+    ("answered", ["all questions in --eval_data have answers"]),
+    ("answered unanswered known", ["1 of 3 questions in --eval_data are trained on too"]),
 ])  # fmt: skip
-def test_what_makes_scores_doubtful_is_said(scored, said):
+def test_problems_of_scores_are_reported(scored, said):
     known = Example("known", "Bo is a cat.", "Who?", ("Bo",))
     examples = {
         "answered": Example("1", "Bo is a cat.", "What?", ("a cat",)),
         "unanswered": Example("2", "Di is a dog.", "Who?", ()),
         "known": replace(known, id="3"),
     }
-    found = list(doubts([examples[name] for name in scored.split()], [known]))
+    found = list(find_score_problems([examples[name] for name in scored.split()], [known]))
     assert len(found) == len(said)
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
-def arguments(**changes) -> SimpleNamespace:
+ONE_STEP = {"steps": 1, "epochs": 0.1, "step_of_model": 1}
+
+
+def make_settings(**changes) -> TrainingSettings:
     defaults = {
         "model": "models/demo", "output": "models/mine", "data_path": "data.jsonl",
         "eval_data": "eval.jsonl", "negatives": "hard", "negative_ratio": 0.5, "batch_size": 32,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "prompt_order": "context_first",
+        "overwrite": False, "tokenizer": None, "seed": 0, "max_length": None, "num_epochs": 3.0,
+        "max_steps": None, "optim": "adamw_torch", "fully_shard": False, "trainer": [],
+        "patience": 5,
     }  # fmt: skip
-    return SimpleNamespace(**defaults | changes)
+    return TrainingSettings(**defaults | changes)
 
 
-def test_a_card_says_what_was_done():
+def test_a_card_describes_the_run():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
     steps = {"steps": 1234, "epochs": 2.5, "step_of_model": 1000}
     scores = {"exact_match": 61.25, "abstention_f1": 50.0, "loss": 1.25}
-    card = model_card(arguments(), report, steps, scores)
-    for text in ("# mine\n", "from `models/demo`", "`data.jsonl`", "negatives hard", "0.5 unanswer",
-                 "1,234 optimiser steps of 32 x 2", "after step 1,000",
-                 "| exact match | 61.2 |", "loss on its references is 1.250 nats", "99 tokens",
+    card = make_model_card(make_settings(), report, steps, scores)
+    for text in ("# mine\n", "from `models/demo`", "`data.jsonl`", "negatives: hard",
+                 "0.5 unanswerable",
+                 "1,234 optimizer steps of 32 x 2", "after step 1,000",
+                 "| exact match | 61.2 |", "loss on its reference answers is 1.250 nats",
+                 "99 tokens",
                  "prompt_mamba_with_context.py models/mine", "On `eval.jsonl`",
                  "data: 9 questions, 8 of them answerable"):  # fmt: skip
         assert text in card, text
@@ -133,15 +141,16 @@ def test_a_card_says_what_was_done():
 
 def test_a_card_commands_no_terminal():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
-    args = arguments(data_path="\x1b[2Jdata\x9b\u202e", output="models/\x07mine", model="a\rb")
-    card = model_card(args, report, {"steps": 1, "epochs": 0.1, "step_of_model": 1}, {"f1": 1.0})
+    names = {"data_path": "\x1b[2Jdata\x9b\u202e", "output": "models/\x07mine", "model": "a\rb"}
+    settings = make_settings(**names)
+    card = make_model_card(settings, report, ONE_STEP, {"f1": 1.0})
     assert card == printable(card, keep="\n") and "`\\x1b[2Jdata\\x9b\\u202e`" in card
 
 
-def test_a_card_without_scores_says_so():
+def test_a_card_reports_that_there_are_no_scores():
     report = DataReport(9, 8, 7, 6, 500, 40, 99, 0, 0)
-    args = arguments(eval_data=None, prompt_order="question_first")
-    card = model_card(args, report, {"steps": 1, "epochs": 0.1, "step_of_model": 1}, {})
+    settings = make_settings(eval_data=None, prompt_order="question_first")
+    card = make_model_card(settings, report, ONE_STEP, {})
     assert "None: it was trained without `--eval_data`." in card
     assert "prompt_mamba_with_context.py" not in card, "the console speaks another prompt"
 

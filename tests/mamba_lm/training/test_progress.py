@@ -1,4 +1,4 @@
-"""What is seen of a run, and how it is asked to end."""
+"""What is shown and written of a training run, and which model it keeps."""
 
 import contextlib
 import itertools
@@ -7,7 +7,6 @@ import math
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,19 +16,17 @@ import pyte
 import pytest
 import torch
 import tqdm.std
-from transformers import TrainerControl
 
 from common.errors import UserError
 from mamba_lm.models.mamba import MambaConfig, MambaLM
-from mamba_lm.training import progress as training_progress
 from mamba_lm.training import trainer as training
 from mamba_lm.training.arguments import training_arguments
-from mamba_lm.training.checkpoints import checkpoints
-from mamba_lm.training.prefix_suffix import Continuation
-from mamba_lm.training.progress import LOG, PLOT, SAVE_SECONDS, SAVE_SHARE, SafeStop, plot
+from mamba_lm.training.checkpoints import list_checkpoints
+from mamba_lm.training.prefix_suffix import Item
+from mamba_lm.training.progress import LOG, PLOT, plot
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
-BATCHES = [[Continuation([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
+BATCHES = [[Item.with_target([1, 2, 3], [4], [5 + i, 6], f"{i}")] * 4 for i in range(12)]
 
 
 SCORES = {"exact_match": 12.5, "f1": 50.0, "loss": 1.234}
@@ -123,7 +120,7 @@ def test_the_best_model_is_kept_and_patience_ends(tmp_path):
     assert run.state.global_step == 16 and run.state.best_global_step == 8
     assert torch.equal(run.language_model.lm_head.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
-    assert {path.name for path in checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
+    assert {path.name for path in list_checkpoints(tmp_path)} == {"checkpoint-8", "checkpoint-16"}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +146,7 @@ def test_on_a_plateau_the_loss_decides(metric, losses, best, end, tmp_path):
     run = trainer(tmp_path, score, **settings)
     run.train()
     assert (run.kept_step, run.state.global_step) == (best, end)
-    for checkpoint in checkpoints(tmp_path)[::2]:
+    for checkpoint in list_checkpoints(tmp_path)[::2]:
         step = int(checkpoint.name.split("-")[1])
         found = iter(losses[step // 4 :])
         run = trainer(tmp_path, score, **settings)
@@ -181,7 +178,7 @@ def test_the_newest_checkpoint_is_never_removed(keeps_best, sent, tmp_path, caps
     with pytest.raises(KeyboardInterrupt) if sent else contextlib.nullcontext():
         run.train()
     newest = "checkpoint-6" if sent else "checkpoint-12"
-    assert [path.name for path in checkpoints(tmp_path)] == [newest, "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [newest, "checkpoint-4"]
     assert ("checkpoint-6 is saved" in capsys.readouterr().err) == sent
 
 
@@ -199,10 +196,10 @@ def test_a_signal_at_an_evaluation_saves_also_where_the_best_alone_is_saved(tmp_
     run.training_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-1"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-1"]
 
 
-def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
+def test_a_run_that_resumes_from_another_has_its_own_patience(tmp_path):
     scores = itertools.count(99, -1)
 
     def falling(model, poll):
@@ -214,7 +211,7 @@ def test_a_run_that_goes_on_from_another_has_its_own_patience(tmp_path):
     assert run.state.global_step == 8, "not after another two"
 
 
-def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
+def test_the_bar_shows_progress_and_speed(tmp_path, capsys):
     run = trainer(tmp_path, lambda model, poll: SCORES, logging_steps=4)
     run.train()
     err = capsys.readouterr().err
@@ -223,9 +220,7 @@ def test_the_bar_says_how_far_and_how_fast(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step_before", [0, 4])
-def test_the_time_that_is_left_is_that_of_the_other_steps(
-    step_before, tmp_path, monkeypatch, capsys
-):
+def test_the_time_left_does_not_count_the_first_step(step_before, tmp_path, monkeypatch, capsys):
     """The first takes an hour, kernels are compiled; the others a minute each, and an evaluation,
     every fourth step, as much."""
     now = [1e6]
@@ -279,7 +274,7 @@ def test_a_bar_has_room_at_80_columns(tmp_path):
                 widest = max(widest, line.rstrip(), key=len)
     lines = [line.rstrip() for line in screen.display if line.strip()]
     assert "selective scan: cpu backend" in lines
-    assert lines[0] == "step 1 of 600: longer than the others, kernels are loaded"
+    assert lines[0] == "step 1 of 600: takes longer, kernels are loaded"
     assert "step 200: exact match 12.5, f1 50.0, loss 1.234" in lines
     [bar] = [line for line in lines if "600/600" in line]
     assert len(bar) <= len(widest) <= 80
@@ -292,164 +287,14 @@ def test_without_a_bar_logs_are_printed(tmp_path, capsys):
     assert "12/12" not in said.err and "'loss'" in said.out
 
 
-def test_a_log_that_cannot_be_written_is_told(tmp_path):
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / LOG).mkdir()
     with pytest.raises(UserError, match=LOG):
         trainer(tmp_path).train()
 
 
-def test_a_plot_of_nothing_and_of_a_point(tmp_path):
+def test_a_plot_of_no_rows_and_of_one(tmp_path):
     for name, rows in (("none.png", []), ("one.png", [{"step": 1, "loss": 2.0}])):
         plot(rows, tmp_path / name)
         assert matplotlib.image.imread(tmp_path / name).shape[1] > 500
     assert len(list(tmp_path.iterdir())) == 2
-
-
-# Checkpoints by the clock
-
-
-def step_end(stop: SafeStop, **changes) -> TrainerControl:
-    control = TrainerControl()
-    args = SimpleNamespace(world_size=1, save_strategy="steps", **changes)
-    stop.on_step_end(args, None, control)
-    return control
-
-
-def test_a_checkpoint_is_saved_when_it_is_time(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(training_progress.time, "monotonic", lambda: now[0])
-    stop = SafeStop()
-    now[0] += SAVE_SECONDS
-    assert not step_end(stop).should_save
-    now[0] += 1
-    assert step_end(stop).should_save
-    stop.saved(seconds=1.0)
-    assert not step_end(stop).should_save
-    # One that takes long is not saved as often.
-    stop.saved(seconds=100.0)
-    now[0] += SAVE_SECONDS + 1
-    assert not step_end(stop).should_save
-    now[0] += 100.0 / SAVE_SHARE
-    assert step_end(stop).should_save
-
-
-def test_the_clock_saves_whole_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_progress, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(training_progress, "SAVE_SHARE", 1e9)
-    trainer(tmp_path).train()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-11"]
-
-
-# Signals
-
-
-def test_no_signal_waits_outside_training():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = list(map(signal.getsignal, numbers))
-    with SafeStop():
-        assert not set(map(signal.getsignal, numbers)) & set(before)
-    assert list(map(signal.getsignal, numbers)) == before
-
-
-def test_a_signal_in_the_first_step_does_not_wait():
-    reached = []
-    with pytest.raises(KeyboardInterrupt), SafeStop():
-        reached.append(1)
-        signal.raise_signal(signal.SIGINT)
-        reached.append(2)
-    assert reached == [1]
-
-
-def test_of_several_processes_a_signal_waits_in_the_first_step_too(monkeypatch):
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
-    reached = []
-    with pytest.raises(KeyboardInterrupt), SafeStop():
-        signal.raise_signal(signal.SIGINT)
-        reached.append(1)
-    assert reached == [1]
-
-
-def test_a_signal_waits_for_the_end_and_comes_again():
-    stop, reached = SafeStop(), []
-    with pytest.raises(KeyboardInterrupt):
-        with stop:
-            step_end(stop)
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)  # as torchrun repeats a terminal's
-            reached.append(step_end(stop).should_save)
-        reached.append("never")
-    assert reached == [True]
-
-
-def test_a_second_signal_does_not_wait(monkeypatch):
-    stop, reached = SafeStop(), []
-    with pytest.raises(KeyboardInterrupt), stop:
-        step_end(stop)
-        signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(training_progress, "_ANEW_SECONDS", 0.0)
-        time.sleep(0.001)
-        reached.append(1)
-        signal.raise_signal(signal.SIGINT)
-        reached.append(2)
-    assert reached == [1]
-
-
-def test_a_signal_that_is_ignored_stays_so():
-    """As Ctrl-C is in what a shell runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with SafeStop() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert not step_end(stop).should_save
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_an_error_is_not_hidden_by_a_signal():
-    with pytest.raises(ZeroDivisionError), SafeStop() as stop:
-        step_end(stop)
-        signal.raise_signal(signal.SIGINT)
-        raise ZeroDivisionError
-
-
-def test_a_run_that_saves_nothing_ends_without(tmp_path):
-    run = trainer(tmp_path, save_strategy="no")
-    step = run.training_step
-
-    def interrupted(*args, **kwargs):
-        if run.state.global_step == 5:
-            signal.raise_signal(signal.SIGINT)
-        return step(*args, **kwargs)
-
-    run.training_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    assert run.state.global_step == 6 and checkpoints(tmp_path) == []
-
-
-def test_a_signal_is_neither_lost_nor_doubled_between_processes(monkeypatch):
-    """One comes here while processes tell each other of theirs, by a stand-in for all_reduce."""
-    stop = SafeStop()
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
-
-    def interrupted(shared, operation):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", interrupted)
-    with pytest.raises(KeyboardInterrupt), stop:
-        assert not step_end(stop).should_save, "the others do not know of it"
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda shared, operation: None)
-        assert step_end(stop).should_save
-
-
-def test_what_another_process_got_counts_as_the_first_signal(monkeypatch):
-    stop, reached = SafeStop(), []
-    monkeypatch.setattr(training_progress, "_is_distributed", lambda: True)
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda shared, operation: shared[0].fill_(signal.SIGINT)
-    )
-    with pytest.raises(KeyboardInterrupt), stop:
-        reached.append(step_end(stop).should_save)
-        signal.raise_signal(signal.SIGINT)  # torchrun's, to this one a moment later
-        reached.append("still saving")
-    assert reached == [True, "still saving"]

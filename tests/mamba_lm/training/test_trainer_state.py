@@ -15,12 +15,17 @@ import torch
 from common.errors import UserError
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.training.arguments import training_arguments
-from mamba_lm.training.checkpoints import MANIFEST, describe_files, fault, newest_checkpoint
-from mamba_lm.training.prefix_suffix import Continuation
+from mamba_lm.training.checkpoints import (
+    MANIFEST,
+    describe_files,
+    find_damage,
+    find_newest_checkpoint,
+)
+from mamba_lm.training.prefix_suffix import Item
 from mamba_lm.training.trainer import PrefixSuffixTrainer
-from mamba_lm.training.trainer_state import best_evaluation, fits_optimizer, is_alike
+from mamba_lm.training.trainer_state import find_best_evaluation, fits_optimizer, has_form_of
 
-BATCHES = [[Continuation([1, 2], [3], [4, 5], f"{i}")] for i in range(4)]
+BATCHES = [[Item.with_target([1, 2], [3], [4, 5], f"{i}")] for i in range(4)]
 
 
 class Batches(list):
@@ -82,7 +87,7 @@ NESTED = "[" * 100_000
 def test_a_manifest_of_anybody_is_told_and_skipped(text, checkpoint, tmp_path, capsys):
     (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
     assert_refused(checkpoint, tmp_path)
-    assert newest_checkpoint(checkpoint.parent) is None
+    assert find_newest_checkpoint(checkpoint.parent) is None
     err = capsys.readouterr().err
     assert err.startswith(f"warning: {checkpoint} is skipped: ") and err.count("\n") == 1
 
@@ -94,7 +99,7 @@ def test_a_state_that_is_none_is_told_and_skipped(text, checkpoint, tmp_path):
     (checkpoint / "trainer_state.json").write_text(text)
     reseal(checkpoint)
     assert_refused(checkpoint, tmp_path, "trainer_state.json")
-    assert newest_checkpoint(checkpoint.parent) is None
+    assert find_newest_checkpoint(checkpoint.parent) is None
 
 
 @pytest.mark.parametrize("name, value", [
@@ -118,7 +123,7 @@ def test_a_state_with_a_value_that_cannot_be_is_refused(name, value, checkpoint,
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     reseal(checkpoint)
     assert_refused(checkpoint, tmp_path, "trainer_state.json")
-    assert fault(checkpoint)
+    assert find_damage(checkpoint)
 
 
 @pytest.mark.parametrize("callback", ["SafeStop", "Progress", "TrainingLog", "DefaultFlowCallback"])
@@ -308,24 +313,25 @@ def rows(*pairs: tuple[float, float | None]) -> list[dict]:
     ([(math.nan, 1.0), (0.0, 3.0)], 20, 0),
 ])  # fmt: skip
 def test_the_best_evaluation(pairs, step, since):
-    assert best_evaluation(rows(*pairs), "eval_f1", True) == (step and (step, since))
+    assert find_best_evaluation(rows(*pairs), "eval_f1", True) == (step and (step, since))
 
 
 def test_the_lowest_is_best_of_what_is_not_to_be_great():
-    assert best_evaluation(rows((5.0, 1.0), (6.0, 0.5), (7.0, 0.5)), "eval_f1", False).step == 10
-    assert best_evaluation(rows((5.0, 1.0), (6.0, 0.5), (7.0, 0.5)), "eval_loss", False).step == 30
+    log = rows((5.0, 1.0), (6.0, 0.5), (7.0, 0.5))
+    assert find_best_evaluation(log, "eval_f1", False).step == 10
+    assert find_best_evaluation(log, "eval_loss", False).step == 30
 
 
 def test_the_evaluation_before_training_is_not_the_best():
     before = [{"step": 0, "eval_f1": 99.0}]
-    assert best_evaluation(before, "eval_f1", True) is None
-    assert best_evaluation([*before, *rows((1.0, 1.0))], "eval_f1", True) == (10, 0)
+    assert find_best_evaluation(before, "eval_f1", True) is None
+    assert find_best_evaluation([*before, *rows((1.0, 1.0))], "eval_f1", True) == (10, 0)
 
 
 def test_states_are_alike_by_kind_and_shape():
     own = {"a": [1.0, (2, None)], "t": torch.zeros(2), "s": "x", "b": True}
-    assert is_alike({"a": [2, [3, False]], "t": torch.ones(2), "s": "y", "b": False}, own)
-    assert not is_alike(own | {"t": torch.zeros(3)}, own)
-    assert not is_alike(own | {"b": 1}, own)
-    assert not is_alike(own | {"s": 1}, own)
+    assert has_form_of({"a": [2, [3, False]], "t": torch.ones(2), "s": "y", "b": False}, own)
+    assert not has_form_of(own | {"t": torch.zeros(3)}, own)
+    assert not has_form_of(own | {"b": 1}, own)
+    assert not has_form_of(own | {"s": 1}, own)
     assert not fits_optimizer(own, torch.optim.SGD([torch.zeros(1)]))
