@@ -75,7 +75,7 @@ def test_an_input_in_the_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.data").write_text("x")
     inputs = [None, "a/hub-name", str(tmp_path / "run/.data")]
-    with pytest.raises(UserError, match="would be lost"), enter(tmp_path / "run", inputs=inputs):
+    with pytest.raises(UserError, match="would be overwritten"), enter(tmp_path / "run", inputs=inputs):
         pass
 
 
