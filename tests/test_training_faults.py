@@ -365,7 +365,7 @@ def test_files_of_no_run_are_never_overwritten(record, train, tmp_path):
         (output / "training_args.json").write_text(record)
     before = {path: path.read_bytes() for path in output.rglob("*")}
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: holds"):
+        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: contains"):
             train(*more)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
 
