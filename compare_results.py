@@ -7,13 +7,14 @@ interval (a bootstrap over articles, or over questions where articles are unknow
 on exact match, and the questions that only one of the two has right, both without negatives.
 """
 
-from common.script import at_once, run_script
+from common.script import exit_on_signal, run_script
 
 import argparse
 
 from common.command_line import Parser
-from common.errors import printable, write_utf_8
+from common.errors import printable
 from common.json_text import json_line
+from common.streams import write_utf_8
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with at_once():
+    with exit_on_signal():
         from context_qa.results.comparison import compare
 
         comparison = compare(args.results_a, args.results_b)

@@ -8,14 +8,14 @@ of all questions can be searched, sorted and filtered; a click on a row shows th
 guess marked. The same results give the same page, byte for byte.
 """
 
-from common.script import at_once, run_script
+from common.script import exit_on_signal, run_script
 
 import argparse
 from pathlib import Path
 
 from common.command_line import Parser
 from common.errors import printable
-from common.files import keep_inputs, require_writable, write_output
+from common.output_files import check_inputs_not_overwritten, require_writable, write_output
 from context_qa.results.reading import read_objects, results_rows
 from context_qa.results.summary import read_summary, summary_path
 
@@ -33,10 +33,10 @@ def main(args: argparse.Namespace) -> None:
     objects, is_torn = read_objects(args.results)
     rows = results_rows(objects, args.results)
     output = args.output or str(Path(args.results).with_suffix(".html"))
-    keep_inputs([output], [args.results, summary_path(args.results)])
+    check_inputs_not_overwritten([output], [args.results, summary_path(args.results)])
     require_writable(output)
     summary = read_summary(args.results, warns=True)
-    with at_once():
+    with exit_on_signal():
         from context_qa.results.report import PAGE, report_page
 
         page = report_page(rows, summary, Path(args.results).name, is_torn)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_text
+from common.input_files import read_text
 from common.json_text import parse_json
 from common.text import fold
 

@@ -13,7 +13,7 @@ from common.script import loading, run_script
 import argparse
 
 from common.command_line import Parser, positive_float, positive_int, seed
-from common.files import keep_inputs
+from common.output_files import check_inputs_not_overwritten
 from context_qa.arguments import read_inputs
 from context_qa.negatives import NEGATIVE_KINDS
 from context_qa.training import TrainingSettings
@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], [args.model, args.tokenizer])
+    check_inputs_not_overwritten([args.output], [args.model, args.tokenizer])
     sources = (args.data_path, args.eval_data)
     data = read_inputs(args.model, args.tokenizer, sources, args.output)
     with loading("PyTorch"):

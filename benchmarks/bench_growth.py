@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
 from common.command_line import positive_int
 from common.errors import UserError
-from common.files import check_output, keep_inputs
+from common.output_files import check_inputs_not_overwritten, check_output
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 
@@ -47,7 +47,7 @@ def main(args) -> None:
     by_length = BY_LENGTH
     if args.quick:
         args.n_layer, args.rounds, by_length = 2, 1, BY_LENGTH[:-1]
-    keep_inputs(filter(None, (args.json, args.plot)), [])
+    check_inputs_not_overwritten(filter(None, (args.json, args.plot)), [])
     if args.plot is not None:
         plt = pyplot()
     torch.manual_seed(0)

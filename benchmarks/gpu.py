@@ -34,9 +34,9 @@ from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import parse_benchmark_args, report
+from common.atomic_files import write_atomically
 from common.command_line import positive_float, positive_int
 from common.errors import UserError
-from common.files import write_whole
 from common.json_text import json_text
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer
@@ -129,7 +129,7 @@ def main(args) -> None:
             found[part].append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if args.json is not None:
-                write_whole(args.json, json_text(found, indent=2) + "\n")
+                write_atomically(args.json, json_text(found, indent=2) + "\n")
 
     keep("errors", parity(gpu.scan_backends, gpu.device, *gpu.sizes.parity))
     keep("errors", model_parity(gpu.backends, gpu.device, chosen))

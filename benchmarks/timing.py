@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import check_output, write_output
 from common.json_text import json_text
+from common.output_files import check_output, write_output
 
 
 def parse_benchmark_args(

@@ -1,7 +1,7 @@
-"""From the import of this on, a signal ends a script at once, in one line.
+"""From the import of this module on, a signal ends a script immediately, with one line.
 
-It imports nothing that Python has not: in the time that `signal` takes, Ctrl-C would still give a
-traceback.
+It imports only modules that Python has loaded already. While it imported `signal`, Ctrl-C would
+still give a traceback.
 """
 
 import _signal as signal
@@ -10,7 +10,7 @@ import sys
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROCESS = os.getpid()
-stderr = 2  # `script` has a copy for us: what a library says there is suppressed at times
+stderr = 2  # `script` sets a copy: descriptor 2 is silenced while some libraries work
 IMPORTS = {  # the modules that import others, by both of their names
     *("importlib._bootstrap", "importlib._bootstrap_external"),
     *("_frozen_importlib", "_frozen_importlib_external"),
@@ -18,9 +18,9 @@ IMPORTS = {  # the modules that import others, by both of their names
 
 
 def end(number: int, frame: object) -> None:
-    """A signal's handler while nothing is at stake. No exception: those who call back from C, and
-    some who import, swallow them."""
-    if os.getpid() == PROCESS:  # what it has forked is silent
+    """A signal handler that ends the process. It raises no exception, because callbacks from C and
+    some modules that import others ignore exceptions."""
+    if os.getpid() == PROCESS:  # forked processes print nothing
         try:  # noqa: SIM105 (contextlib is not imported yet)
             os.write(stderr, f"{word(number)}\n".encode())
         except OSError:
@@ -29,12 +29,13 @@ def end(number: int, frame: object) -> None:
 
 
 def word(number: int) -> str:
+    """The line that a script prints when a signal ends it."""
     return "interrupted" if number == signal.SIGINT else "terminated"
 
 
 def handle(handler: object) -> dict[int, object]:
-    """Give the signals this handler, but for those that are ignored, as a shell has it for what
-    runs in the background; the handlers that they had."""
+    """Install a handler for the signals, except for ignored ones: a shell sets background jobs to
+    ignore Ctrl-C. Returns the previous handlers by signal number."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
     for number in before:
@@ -43,7 +44,7 @@ def handle(handler: object) -> dict[int, object]:
 
 
 def is_script() -> bool:
-    """Whether a script is what imports this, and not a test that imports the script."""
+    """Whether a script imports this module, and not a test that imports the script."""
     frame, names = sys._getframe(), set()
     while frame is not None:
         names.add(frame.f_globals.get("__name__"))

@@ -1,4 +1,4 @@
-"""JSON that is read from files that anybody may have written, and JSON that is written."""
+"""Read JSON from untrusted files, and write JSON that every parser and terminal accepts."""
 
 import json
 import math
@@ -6,20 +6,35 @@ import re
 from pathlib import Path
 
 from common.errors import CONTROLS, UserError
-from common.files import read_text
+from common.input_files import read_text
 
-MAX_NESTING = 64  # of JSON: what is deeper makes other code run out of stack later
+MAX_NESTING = 64  # levels of JSON; code that walks deeper values may run out of stack
 
 
 def read_json(path: str | Path, wanted: str = "a JSON file") -> object:
-    """The JSON value in a file that anybody may have written; UserError where it cannot be read, or
-    `parse_json` refuses it."""
+    """Read the JSON value in an untrusted file.
+
+    Args:
+        path: the file.
+        wanted: what the file should be, for the error message.
+
+    Raises:
+        UserError: if the file cannot be read, or as `parse_json`.
+    """
     return parse_json(read_text(path, wanted), str(path))
 
 
 def parse_json(text: str | bytes, place: str) -> object:
-    """The JSON value of a text; UserError that names the place where it is none, or is nested too
-    deep, or has a number of thousands of digits."""
+    """Parse a JSON value.
+
+    Args:
+        text: the JSON.
+        place: where it comes from, for the error message: a file, and the line if it is JSONL.
+
+    Raises:
+        UserError: if the text is not JSON, is nested more than `MAX_NESTING` levels deep, or
+            contains a number of thousands of digits.
+    """
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -27,12 +42,12 @@ def parse_json(text: str | bytes, place: str) -> object:
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error})") from error
     if is_nested_too_deep(value):
-        raise UserError(f"{place}: is nested more than {MAX_NESTING} deep")
+        raise UserError(f"{place}: is nested more than {MAX_NESTING} levels deep")
     return value
 
 
 def is_nested_too_deep(value: object) -> bool:
-    """Whether a JSON value has more than MAX_NESTING levels."""
+    """Whether a JSON value has more than `MAX_NESTING` levels of lists and objects."""
     level = [value]
     for _ in range(MAX_NESTING):
         level = [
@@ -48,7 +63,7 @@ def is_nested_too_deep(value: object) -> bool:
 
 
 def json_text(value: object, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """A value as JSON, which has no NaN and no Infinity: null in their place."""
+    """Write a value as JSON. NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
@@ -61,13 +76,13 @@ def _finite(value: object) -> object:
 
 
 def json_line(value: object) -> str:
-    """A value as JSON on one line that a terminal may get: NaN and infinities, which JSON lacks,
-    are null, and control characters are escaped."""
+    """Write a value as JSON on one line, safe for a terminal: NaN and infinities become null,
+    control characters are escaped."""
     return plain_json(json_text(value, ensure_ascii=False))
 
 
 def plain_json(text: str) -> str:
-    """JSON as Python or DuckDB writes it, in the form of `json_line`."""
+    """Convert JSON as Python or DuckDB writes it to the form of `json_line`."""
     text = _JSON_WORD.sub(lambda found: _PLAIN_WORDS.get(found[0][-1], found[0]), text)
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -75,4 +90,4 @@ def plain_json(text: str) -> str:
 _JSON_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)|[\t\n\r]')
 
 
-_PLAIN_WORDS = {"N": "null", "y": "null", "\t": " ", "\n": " ", "\r": " "}  # by their last letter
+_PLAIN_WORDS = {"N": "null", "y": "null", "\t": " ", "\n": " ", "\r": " "}  # by last letter

@@ -1,4 +1,4 @@
-"""Several processes at one work, as torchrun starts them; a single one passes through."""
+"""Communication between the processes that torchrun starts; a single process needs none."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,31 +13,35 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def _others_may_stop() -> Iterator[None]:
-    """A connection to another process that breaks is told in a line."""
+def _report_lost_connection() -> Iterator[None]:
+    """Raise a UserError if the connection to another process breaks in this block."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError("another process has stopped; look for what it says") from error
+        raise UserError("another process has stopped; see its error message") from error
 
 
-def from_first(value: T) -> T:
-    """The value that the first process has."""
-    with _others_may_stop():
+def broadcast(value: T) -> T:
+    """Return the value that rank 0 passes, on every rank. The value must be picklable."""
+    with _report_lost_connection():
         return broadcast_object_list([value])[0]
 
 
-def in_all(value: bool) -> bool:
-    """Whether it is true in every process."""
-    with _others_may_stop():
+def is_true_on_all_ranks(value: bool) -> bool:
+    """Return, on every rank, whether the value is true on all ranks."""
+    with _report_lost_connection():
         return all(gather_object([value]))
 
 
-def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
-    """The next batch of every process, until none has one more."""
+def gather_batches(batches: Iterator[T]) -> Iterator[list[T]]:
+    """Iterate over the batches of all ranks together, until no rank has one more.
+
+    Yields, on every rank, the list of the next non-empty batch of each rank. Ranks may have
+    different numbers of batches.
+    """
     while True:
         batch = next(batches, None)
-        with _others_may_stop():
+        with _report_lost_connection():
             step = gather_object([batch])
         if not any(step):
             return
@@ -45,7 +49,7 @@ def in_step(batches: Iterator[T]) -> Iterator[list[T]]:
 
 
 def disconnect() -> None:
-    """End the connections, once the work is done. A process that exits with its threads for them
-    still there may be aborted by the C++ runtime ("terminate called")."""
+    """Close the connections at the end of the work. If their threads still run when a process
+    exits, the C++ runtime may abort it ("terminate called")."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,13 +1,12 @@
-"""What every script begins and ends with: it can be stopped at any moment, and fails in one line.
+"""Run a script's `main`, so that it can be stopped at any moment and fails with one line.
 
 A script imports this before anything else. From then on Ctrl-C, SIGTERM and the end of its terminal
-end it at once, whatever is being imported. While its `main` runs they raise an exception, so that
-every `finally` is run, but for blocks that are `at_once`.
+(SIGHUP) end it immediately, whatever is being imported. While `main` runs, these signals raise an
+exception, so that every `finally` block runs; blocks under `exit_on_signal` end immediately.
 """
 
 import atexit
 import errno
-import io
 import os
 import signal
 import sys
@@ -17,22 +16,32 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from common import guard
-from common.errors import UserError, printable, say_loading
+from common.errors import UserError, printable, report_loading
+from common.streams import discard_stdout, prepare_streams
 
-_AGAIN_SECONDS = 0.05
-_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO, errno.EFBIG)
+_RETRY_SECONDS = 0.05
+_FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO, errno.EFBIG)
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP, its argument, has come."""
+    """Raised by SIGTERM and SIGHUP; the argument is the signal's number."""
 
 
 def run_script(main: Callable, parse_args: Callable) -> None:
-    """Run a script's `main(parse_args())`: exit 2 with one line on a UserError, a path that the
-    system refuses or an output that takes no more, 130 on Ctrl-C, 143 on SIGTERM."""
+    """Run a script's `main(parse_args())` and turn its end into an exit code.
+
+    Args:
+        main: takes the parsed arguments.
+        parse_args: takes nothing and returns the arguments, or raises a UserError.
+
+    Exit codes: 0; 2 with one line on standard error after a UserError, a path that the system
+    refuses, or a full or closed standard output; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+    SIGHUP; 141 if the reader of standard output has closed it. Other exceptions are bugs and give a
+    traceback.
+    """
     try:
         args = parse_args()
-        with _handled_by(_raise):
+        with _handle_signals(_raise):
             try:
                 main(args)
                 sys.stdout.flush()
@@ -41,39 +50,42 @@ def run_script(main: Callable, parse_args: Callable) -> None:
     except UserError as error:
         sys.exit(_report(f"error: {error}", code=2))
     except KeyboardInterrupt:
-        _leave(signal.SIGINT)
+        _exit_after(signal.SIGINT)
     except _Terminated as error:
-        _leave(error.args[0])
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
-        _throw_output_away()
+        _exit_after(error.args[0])
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+        discard_stdout()
         sys.exit(141)
-    except OSError as error:  # a path that cannot even be looked at: too long, not permitted
+    except OSError as error:  # a path that cannot even be looked up: too long, not permitted
         if error.filename is not None:
             sys.exit(_report(f"error: {error.filename}: {error.strerror}", code=2))
-        if error.errno not in _FULL_OR_GONE:
+        if error.errno not in _FULL_OR_CLOSED:
             raise
-        _throw_output_away()
+        discard_stdout()
         sys.exit(_report(f"error: standard output or input: {error.strerror}", code=2))
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Nothing is at stake in this block: signals end the script without an exception."""
-    with _handled_by(guard.end):
+def exit_on_signal() -> Iterator[None]:
+    """A block with nothing to save or clean up: a signal ends the script without an exception."""
+    with _handle_signals(guard.end):
         yield
 
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """`say_loading` what this block loads, `at_once`."""
-    say_loading(what)
-    with at_once():
+    """`exit_on_signal` for a block that loads something, which `report_loading` reports."""
+    report_loading(what)
+    with exit_on_signal():
         yield
 
 
 @contextmanager
-def at_once_in_c() -> Iterator[None]:
-    """As `at_once`, also while a C library computes that releases Python's lock: by a thread."""
+def exit_on_signal_in_c() -> Iterator[None]:
+    """`exit_on_signal` for a block in which a C library computes for long without the GIL.
+
+    Python runs signal handlers only between bytecodes, so that a thread waits for the signal.
+    """
 
     def watch() -> None:
         while number := os.read(reading, 1)[0]:
@@ -86,7 +98,7 @@ def at_once_in_c() -> Iterator[None]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        with _handled_by(lambda number, frame: None):
+        with _handle_signals(lambda number, frame: None):
             yield
     finally:
         signal.set_wakeup_fd(before)
@@ -97,7 +109,7 @@ def at_once_in_c() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable) -> Iterator[None]:
+def _handle_signals(handler: Callable) -> Iterator[None]:
     before = guard.handle(handler)
     try:
         yield
@@ -107,10 +119,10 @@ def _handled_by(handler: Callable) -> Iterator[None]:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    """A signal's handler while there is work that has to be left in order."""
+    """The signal handler while `main` runs."""
     if os.getpid() != guard.PROCESS:
         os._exit(128 + number)
-    if _is_importing(frame):  # which would make an ImportError of it
+    if _is_importing(frame):  # a module may turn the exception into an ImportError
         _raise_later(number)
     else:
         raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
@@ -124,11 +136,11 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 def _raise_later(number: int) -> None:
     signal.signal(signal.SIGALRM, lambda _, frame: signal.raise_signal(number))
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
 
 
-def _raise_swallowed_again(unraisable) -> None:
-    """What Python calls for an exception that goes nowhere, as in what C calls back."""
+def _raise_ignored_again(unraisable) -> None:
+    """The hook for exceptions that Python ignores, as in `__del__` and in callbacks from C."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _raise_later(signal.SIGINT)
     elif issubclass(unraisable.exc_type, _Terminated):
@@ -137,8 +149,8 @@ def _raise_swallowed_again(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _leave(number: int) -> None:
-    """End because of a signal. To take an interpreter with PyTorch in it apart can take seconds."""
+def _exit_after(number: int) -> None:
+    """Exit because of a signal. The normal end of an interpreter with PyTorch can take seconds."""
     code = _report(guard.word(number), code=128 + number)
     if guard.IS_SCRIPT:
         atexit._run_exitfuncs()
@@ -153,35 +165,7 @@ def _report(line: str, code: int) -> int:
     return code
 
 
-def _throw_output_away() -> None:
-    """What is still to be written, which Python would try at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Log(io.FileIO):
-    """Standard error, which may be full or gone: what cannot be said ends no work."""
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-def _prepare_streams() -> None:
-    """Streams that were closed are empty; characters that an encoding lacks are escaped."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who ran the script
-            null = os.open(os.devnull, os.O_RDWR)  # the number of the one that was closed
-            setattr(sys, name, os.fdopen(null, mode, closefd=False))
-    if sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    raw = io.BufferedWriter(_Log(sys.stderr.fileno(), "w", closefd=False))
-    encoding = sys.stderr.encoding
-    sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
-    guard.stderr = os.dup(sys.stderr.fileno())
-
-
 if guard.IS_SCRIPT:
-    sys.unraisablehook = _raise_swallowed_again
-    _prepare_streams()
+    sys.unraisablehook = _raise_ignored_again
+    prepare_streams()
+    guard.stderr = os.dup(sys.stderr.fileno())

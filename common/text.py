@@ -1,37 +1,37 @@
-"""Text in any script: one form for all ways to write the same."""
+"""Compare texts in any writing system: one form for all ways to write the same text."""
 
 import re
 import unicodedata
 
-# Han, kana, Thai, Lao, Burmese and Khmer are written without blanks between words.
+# Han, kana, Thai, Lao, Burmese and Khmer are written without spaces between words.
 UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uff66-\uff9f]"
 )
 
 
 def fold(text: str) -> str:
-    """One form for all ways to write a text that a reader takes for the same.
+    """Return one form for all ways to write a text that readers consider the same.
 
-    Without case, accents, Hebrew and Arabic points, ligatures and wide forms (Unicode's
-    compatibility decomposition, but for superscripts: 10⁵ is not 105), and without characters
-    that do not show; digits of all scripts, quotes and dashes as in ASCII. What decides something
-    (is the answer in a context, is it NO_ANSWER) compares folded texts; scores are those of the
-    official script, which compares them as they are written.
+    Removes case, accents, Hebrew and Arabic points, ligatures, wide forms and invisible characters
+    (Unicode's compatibility decomposition, except for superscripts and subscripts: 10⁵ is not 105).
+    Digits of all scripts, quotes and dashes become ASCII. Decisions (is the answer in a context? is
+    it NO_ANSWER?) compare folded texts; scores follow the official SQuAD script, which compares
+    texts as they are written.
     """
     if text.isascii():
         return text.lower()
-    # Each time, for what is removed may have separated marks from their canonical order.
+    # Twice, because the removed characters may have kept marks out of their canonical order.
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).translate(_FOLDED))
 
 
 class _Folding(dict):
-    """What `str.translate` asks for each character of a decomposed text, by its number."""
+    """The table that `str.translate` uses on a decomposed text: from code point to folded text."""
 
     def __missing__(self, number: int) -> str:
-        self[number] = folded = self._folded(chr(number))
+        self[number] = folded = self._fold_character(chr(number))
         return folded
 
-    def _folded(self, character: str) -> str:
+    def _fold_character(self, character: str) -> str:
         category, mark = unicodedata.category(character), unicodedata.combining(character)
         is_point = 10 <= mark <= 36 or 200 <= mark <= 240  # Hebrew and Arabic ones; accents
         if is_point or category == "Cf" or _INVISIBLE.match(character):
@@ -47,7 +47,7 @@ class _Folding(dict):
         return text if text == character else text.translate(self)
 
 
-_INVISIBLE = re.compile(  # characters without a shape that are not of category Cf
+_INVISIBLE = re.compile(  # characters without a shape whose category is not Cf
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0000-\U000e0fff]"
 )

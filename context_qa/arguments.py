@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common.command_line import Parser, positive_int, probability, seed, temperature, token_count
 from common.errors import UserError
-from common.files import require_writable
 from common.json_text import read_json
+from common.output_files import require_writable
 from mamba_lm.folders import RECORD, require_model
 from squad_utils import PROMPT_ORDERS, Example, read_examples
 

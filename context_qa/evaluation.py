@@ -11,9 +11,9 @@ import torch._dynamo  # else in the midst of a run, which cannot be stopped for 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common.errors import UserError, printable, say_loading, warn
-from common.files import check_output, keep_inputs
-from common.processes import disconnect, from_first, in_step
+from common.errors import UserError, printable, report_loading, warn
+from common.output_files import check_inputs_not_overwritten, check_output
+from common.processes import broadcast, disconnect, gather_batches
 from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
 from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, SLIDING_WINDOW, Data
@@ -95,7 +95,7 @@ def _check_outputs(settings: EvaluationSettings) -> None:
     """UserError, before anything is computed, where a file that is no result would be lost."""
     results = [settings.output, *([_tuning(settings.output)] if settings.tune_on else [])]
     summaries = list(map(summary_path, results))
-    keep_inputs(
+    check_inputs_not_overwritten(
         [*results, *summaries],
         [settings.data, settings.tune_on, settings.model, settings.tokenizer],
     )
@@ -162,7 +162,7 @@ class _Run:
             )
         output = _tuning(self.settings.output)
         _, rows = self.answer(questions, output, threshold=1.0)  # none is to abstain
-        threshold = from_first(tuned_threshold(rows) if rows else None)
+        threshold = broadcast(tuned_threshold(rows) if rows else None)
         if self.processes.is_main_process:
             print(f"no-answer threshold {threshold:.6g}, tuned on {printable(source)}")
         return threshold
@@ -180,7 +180,7 @@ class _Run:
                 record = self._record(questions, threshold)
                 file = ResultsFile(output, examples, record, self.settings.overwrite)
                 results = stack.enter_context(file)
-            done = from_first(results.done if results else None)
+            done = broadcast(results.done if results else None)
             if len(done) < len(examples):
                 answerer = self._answerer(threshold)
                 if results is not None:
@@ -190,7 +190,7 @@ class _Run:
                     total=len(examples), initial=len(done), unit="question", disable=not is_main
                 )
                 stack.enter_context(progress)
-                for step in in_step(batches):
+                for step in gather_batches(batches):
                     if results is not None:
                         rows = [
                             result_row(idx, examples[idx], answer)
@@ -268,7 +268,7 @@ class _Run:
 
     @functools.cached_property
     def _model_and_tokenizer(self):
-        say_loading(self.settings.model)
+        report_loading(self.settings.model)
         torch.manual_seed(0)  # for the weights, should MODEL be a config file
         return load_model_and_tokenizer(
             self.settings.model, self.settings.tokenizer, self.device, self.dtype

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from common.errors import UserError
-from common.files import read_text
+from common.input_files import read_text
 from squad_utils import NO_ANSWER, answer_text, checked_text, json_lines, question_text
 
 KEYS = "question, answer"

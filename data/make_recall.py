@@ -17,7 +17,8 @@ import re
 
 from common.command_line import Parser, seed
 from common.errors import UserError, printable
-from common.files import keep_inputs, read_text
+from common.input_files import read_text
+from common.output_files import check_inputs_not_overwritten
 from data.prepare_squad import write_oxen_layout
 from squad_utils import Example
 
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], [args.text])
+    check_inputs_not_overwritten([args.output], [args.text])
     text = read_text(args.text, "a text in UTF-8")
     rng = random.Random(args.seed)
     examples = [

@@ -15,7 +15,8 @@ import json
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError, printable
-from common.files import keep_inputs, read_text, write_output
+from common.input_files import read_text
+from common.output_files import check_inputs_not_overwritten, write_output
 from squad_utils import Example, read_examples
 
 
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], [args.source, args.ids])
+    check_inputs_not_overwritten([args.output], [args.source, args.ids])
     examples = read_examples(args.source)
     if args.ids:
         examples = select_by_id(examples, args.ids, args.source)

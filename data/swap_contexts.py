@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from common.command_line import Parser, seed
 from common.errors import UserError, printable
-from common.files import keep_inputs
+from common.output_files import check_inputs_not_overwritten
 from context_qa.negatives import NegativeSampler
 from data.prepare_squad import write_oxen_layout
 from squad_utils import read_examples
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], [args.data, args.contexts])
+    check_inputs_not_overwritten([args.output], [args.data, args.contexts])
     questions = [example for example in read_examples(args.data) if example.is_answerable]
     pool = {example.context for example in read_examples(args.contexts or args.data)}
     drawn = NegativeSampler(questions, seed=args.seed, contexts=pool).contexts(epoch=0)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from common.atomic_files import atomic_folder
 from common.errors import UserError
-from common.files import atomic_folder
 from mamba_lm.folders import find_folder
 from mamba_lm.foreign_files import parsing, read_foreign_object
 from mamba_lm.formats.weights import WeightFiles, read_weights, write_tensors

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.atomic_files import MODEL_FILES, atomic_folder
 from common.errors import UserError, warn
-from common.files import MODEL_FILES, atomic_folder
 from common.provenance import sha256_of
 from mamba_lm.adapters import merged_weights
 from mamba_lm.folders import find_folder

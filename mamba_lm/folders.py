@@ -1,4 +1,4 @@
-"""Where a model is: found before anything that takes time is loaded."""
+"""Find a model's folder, before anything that takes time is loaded."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ from common.errors import UserError
 from mamba_lm.foreign_files import parsing, read_foreign_json
 from mamba_lm.tokenizer import TOKENIZER_FILES, find_tokenizer
 
-RECORD = "training_args.json"  # in a trained model's folder: how it was trained
+RECORD = "training_args.json"  # the settings of the training, in the trained model's folder
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
 
 
 def require_model(name: str, tokenizer: str | None = None) -> None:
-    """UserError where there is no model, or no tokenizer, of this name, here or on the Hub."""
+    """Raise a UserError unless the model exists, and the tokenizer if one is named.
+
+    Both are a local folder or a Hub name; a model may also be a config file.
+    """
     if name.endswith(".json"):
         read_foreign_json(Path(name))
     else:
@@ -21,18 +24,22 @@ def require_model(name: str, tokenizer: str | None = None) -> None:
 
 
 def find_folder(name: str) -> Path:
-    """The local folder of a model, downloaded from the Hub if need be."""
+    """Return the local folder of a model; a Hub name is downloaded first.
+
+    Raises:
+        UserError: if there is no such folder, or the Hub does not provide it.
+    """
     path = Path(name)
     if path.is_dir():
         return path
     is_hub_name = name.count("/") == 1 and not name.startswith((".", "/"))
-    if path.exists() or not is_hub_name or path.parent.is_dir():  # models/... is meant to be here
+    if path.exists() or not is_hub_name or path.parent.is_dir():  # models/... means a local folder
         raise UserError(f"{name}: no such model folder; give a folder, a Hub name or a config file")
     from huggingface_hub import snapshot_download
 
     with parsing(
         lambda reason: (
-            f"{name}: no such folder here, and the Hub cannot give it ({reason}); "
+            f"{name}: no such local folder, and it cannot be downloaded from the Hub ({reason}); "
             "check the name and the network, or give a local folder"
         )
     ):

@@ -1,19 +1,21 @@
-"""Settings that must stand before anything is imported."""
+"""Settings that are needed before anything is imported."""
 
 import os
 import signal
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, by its interpreter
-# Ignored in what a shell runs in the background, and then in all that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, in its interpreter
+# A shell ignores SIGINT for background jobs and nohup ignores SIGHUP; tests send both to processes
+# that they start, which inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """As in processes that are started and killed: the same sums in the same order."""
+    """Set one thread, as in the processes that tests start and kill, for the same order of sums."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Files that a stranger hands in, damaged in many ways: each gives an answer or a refusal in one
-line; no other error, no crash, no hang, no memory far beyond the file's size.
+"""Untrusted files, damaged in many ways: each is read, or refused in one line. No other error, no
+crash, no hang, no memory far beyond the file's size.
 
-Each case runs in a process of its own. The number after a target's name is the seed of a failure.
+Each case runs in its own process. The number after a target's name is the seed of a failed case.
 """
 
 import faulthandler
@@ -42,13 +42,13 @@ from mamba_lm.training.checkpoints import find_damage, publish_checkpoint
 from squad_utils import prompt_parts, read_examples
 from tests.test_report_results import ROWS, SUMMARY, write
 
-CASES = 10  # of each target; 100 times as many more by `make test-slow`
-MEMORY = 2**30  # bytes, beyond what is there and twice the file
-SECONDS = 20  # of computing
+CASES = 10  # for each target; `make test-slow` runs 100 times as many more
+MEMORY = 2**30  # bytes, besides what is in use and twice the file
+SECONDS = 20  # of processor time
 TEXT = "In 1998 Zoé paid $45 for <|endoftext|>\ntickets."
 
 
-# What reads each file
+# The code that reads each file
 
 
 def load(folder: Path) -> None:
@@ -86,7 +86,7 @@ def query(folder: Path) -> None:
     query_results.load_results(duckdb.connect(), str(folder / "any.jsonl"), "df")
 
 
-TARGETS: dict[str, Callable[[Path], object]] = {  # what gets their folder
+TARGETS: dict[str, Callable[[Path], object]] = {  # the damaged file, and what reads its folder
     "transformers/config.json": load,
     "transformers/generation_config.json": load,
     "transformers/model.safetensors": load,
@@ -115,9 +115,9 @@ TARGETS: dict[str, Callable[[Path], object]] = {  # what gets their folder
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """All files as they should be."""
-    root = tmp_path_factory.mktemp("whole")
+def undamaged(tmp_path_factory) -> Path:
+    """A folder with all files, undamaged."""
+    root = tmp_path_factory.mktemp("undamaged")
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=320, d_model=8, n_layer=2, d_state=3))
@@ -156,8 +156,8 @@ def whole(tmp_path_factory) -> Path:
     paragraph = {"context": "Ann lives in Oslo.", "qas": qas}
     put(root / "data/squad.json", {"data": [{"title": "T", "paragraphs": [paragraph]}]})
     for name, use in TARGETS.items():
-        if use is not query:  # its threads would not be in other processes
-            use((root / name).parent)  # is answered; and what is imported late is there for all
+        if use is not query:  # a forked process would not have its threads
+            use((root / name).parent)  # is read; and modules are imported before the processes fork
     return root
 
 
@@ -180,19 +180,19 @@ def make_tokenizer() -> Tokenizer:
 def split(weights: dict[str, torch.Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    place_of = {}
+    weight_map = {}
     for n, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
         shard = f"model-0000{n}-of-00002.safetensors"
         save_file({name: weights[name] for name in names}, folder / shard)
-        place_of |= dict.fromkeys(names, shard)
-    put(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": place_of})
+        weight_map |= dict.fromkeys(names, shard)
+    put(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 # Damage
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
-NASTY = [  # JSON, more or less, in place of a value
+NASTY = [  # replacements of a JSON value, not all of them valid
     *("null", "true", "false", "0", "-1", "1", "3", "-0.0", "0.5", "1e308", "1e999", "NaN"),
     *("-Infinity", "2147483648", "9223372036854775808", "18446744073709551616", "9" * 5000),
     *('""', '"x"', '"\\ud800"', '"\\u0000"', '"../x"', '"/dev/zero"', '"\\u001b[2J\\n"'),
@@ -201,15 +201,15 @@ NASTY = [  # JSON, more or less, in place of a value
 ]
 
 
-def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
+def damage(data: bytes, name: str, rng: random.Random) -> bytes:
     if rng.random() < 0.6:
-        inner, rewrap = unwrapped(data, name)
-        return rewrap(damaged_json(inner, name, rng) or damaged_bytes(inner, rng))
-    return damaged_bytes(data, rng)
+        inner, rewrap = unwrap(data, name)
+        return rewrap(damage_json(inner, name, rng) or damage_bytes(inner, rng))
+    return damage_bytes(data, rng)
 
 
-def unwrapped(data: bytes, name: str) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """What describes the content of a container, and how it is put back."""
+def unwrap(data: bytes, name: str) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """The part of a container that describes its content, and a function that puts it back."""
     if name.endswith(".safetensors"):
         end = 8 + int.from_bytes(data[:8], "little")
         return data[8:end], lambda new: len(new).to_bytes(8, "little") + new + data[end:]
@@ -217,11 +217,11 @@ def unwrapped(data: bytes, name: str) -> tuple[bytes, Callable[[bytes], bytes]]:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             entries = {entry: archive.read(entry) for entry in archive.namelist()}
         pickled = next(entry for entry in entries if entry.endswith("data.pkl"))
-        return entries[pickled], lambda new: zipped(entries | {pickled: new})
+        return entries[pickled], lambda new: zip_entries(entries | {pickled: new})
     return data, lambda new: new
 
 
-def zipped(entries: dict[str, bytes]) -> bytes:
+def zip_entries(entries: dict[str, bytes]) -> bytes:
     output = BytesIO()
     with zipfile.ZipFile(output, "w") as archive:
         for name, data in entries.items():
@@ -229,7 +229,7 @@ def zipped(entries: dict[str, bytes]) -> bytes:
     return output.getvalue()
 
 
-def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(data) + 1)
     end = min(start + rng.choice((1, 2, 8, 100)), len(data))
     some = rng.choice((rng.randbytes(end - start), b"\xff" * 8, b"\0" * 8, b"\n", b'"', b"9" * 9))
@@ -247,8 +247,8 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
     )
 
 
-def damaged_json(data: bytes, name: str, rng: random.Random) -> bytes | None:
-    """With a value, a key or a name changed somewhere; None for what is no JSON."""
+def damage_json(data: bytes, name: str, rng: random.Random) -> bytes | None:
+    """Change a value, a key or a name somewhere; None if the data is not JSON."""
     lines = data.split(b"\n") if name.endswith(".jsonl") else [data]
     at = rng.randrange(len([line for line in lines if line.strip()]) or 1)
     try:
@@ -284,35 +284,35 @@ def containers(value: object) -> list:
 # One case
 
 
-def complaint(use: Callable[[Path], object], folder: Path, size: int) -> str | None:
-    """What is wrong with how a folder is read, by a process of its own; None if nothing is."""
-    with tempfile.TemporaryFile() as said:
+def find_failure(use: Callable[[Path], object], folder: Path, size: int) -> str | None:
+    """Read a folder in a new process; what goes wrong there, or None."""
+    with tempfile.TemporaryFile() as output:
         pid = os.fork()
         if pid == 0:
-            os._exit(child(use, folder, size, said.fileno()))
+            os._exit(run_child(use, folder, size, output.fileno()))
         _, status = os.waitpid(pid, 0)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
+        output.seek(0)
+        text = output.read().decode(errors="replace")
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         return f"ended by {signal.Signals(-code).name}\n{text}"
     return text or "failed" if code or "panicked" in text else None
 
 
-def child(use: Callable[[Path], object], folder: Path, size: int, said: int) -> int:
+def run_child(use: Callable[[Path], object], folder: Path, size: int, output: int) -> int:
     try:
         faulthandler.disable()  # pytest's would write to the terminal
         for descriptor in (1, 2):
-            os.dup2(said, descriptor)
+            os.dup2(output, descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        there = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (there + 2 * size + MEMORY,) * 2)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends it, as SIGALRM does one that waits
-        signal.alarm(600)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2 * size + MEMORY,) * 2)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends a process that computes
+        signal.alarm(600)  # ends a process that waits
         use(folder)
     except UserError as error:
         if len(printable(str(error))) > 1000:
-            print("a refusal of", len(str(error)), "characters", flush=True)
+            print("an error message of", len(str(error)), "characters", flush=True)
             return 1
     except BaseException:
         traceback.print_exc()
@@ -321,38 +321,38 @@ def child(use: Callable[[Path], object], folder: Path, size: int, said: int) -> 
     return 0
 
 
-def complaints(name: str, seeds: range, whole: Path, folder: Path) -> list[str]:
-    source = whole / name
+def find_failures(name: str, seeds: range, undamaged: Path, folder: Path) -> list[str]:
+    source = undamaged / name
     copy = folder / source.parent.name
     copy.mkdir()
     for path in source.parent.iterdir():
         (copy / path.name).symlink_to(path)
     data, found = source.read_bytes(), []
     for seed in seeds:
-        changed = damaged(data, name, random.Random(seed)) if seed else data
+        changed = damage(data, name, random.Random(seed)) if seed else data
         (copy / source.name).unlink()
         (copy / source.name).write_bytes(changed)
-        told = complaint(TARGETS[name], copy, len(changed))
-        if told:
-            found.append(f"{name} {seed}: {told}")
+        failure = find_failure(TARGETS[name], copy, len(changed))
+        if failure:
+            found.append(f"{name} {seed}: {failure}")
     return found
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_damaged_file_is_read_or_refused(name, whole, tmp_path):
-    found = complaints(name, range(CASES), whole, tmp_path)
+def test_a_damaged_file_is_read_or_refused(name, undamaged, tmp_path):
+    found = find_failures(name, range(CASES), undamaged, tmp_path)
     assert not found, f"{len(found)} of {CASES}\n" + "\n".join(found[:3])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_many_damaged_files_are_read_or_refused(name, whole, tmp_path):
-    found = complaints(name, range(CASES, 101 * CASES), whole, tmp_path)
+def test_many_damaged_files_are_read_or_refused(name, undamaged, tmp_path):
+    found = find_failures(name, range(CASES, 101 * CASES), undamaged, tmp_path)
     assert not found, f"{len(found)}\n" + "\n".join(found[:3])
 
 
 @pytest.mark.parametrize(
-    "use, said",
+    "use, expected",
     [
         (lambda folder: 1 / 0, "ZeroDivisionError"),
         (lambda folder: bytearray(2 * MEMORY), "MemoryError"),
@@ -361,5 +361,5 @@ def test_many_damaged_files_are_read_or_refused(name, whole, tmp_path):
     ],
     ids=["error", "memory", "crash", "panic"],
 )
-def test_what_is_wrong_is_seen(use, said, tmp_path):
-    assert said in complaint(use, tmp_path, 0)
+def test_failures_are_found(use, expected, tmp_path):
+    assert expected in find_failure(use, tmp_path, 0)

@@ -1,5 +1,5 @@
-"""Folders of models and tokenizers that want to run code or read what is not theirs, all scripts:
-nothing runs, standard input is not read, and there is an answer or a refusal in one line."""
+"""Models and tokenizers that try to run code or to read other files. With every script, no code
+runs, standard input is not read, and the script answers or refuses in one line."""
 
 import json
 import os
@@ -23,36 +23,38 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "data/demo/tokenizer"
 TYPED = "y\nyes\n"
 
-# Runs a script on one model after the other in one process, as if each were a process of its own.
+# Runs every script on every model in one process: importing torch takes most of the time of a run.
 DRIVER = """
 import contextlib, io, json, os, runpy, sys, tempfile
 
-_, script, root, runs = sys.argv
-opened = []
+_, root, runs_of_scripts = sys.argv
+opened, found = [], {}
 def watch(event, arguments):
     if event == "open" and str(arguments[0]).startswith(root) and str(arguments[0]).endswith(".py"):
         opened.append(str(arguments[0]))
     if event in ("os.system", "os.exec") or event == "subprocess.Popen" and arguments[0] != "git":
         opened.append(f"{event} {arguments}")
 sys.addaudithook(watch)
-results = []
-for arguments in json.loads(runs):
-    sys.argv = [script, *arguments]
-    code, out, err = 0, io.StringIO(), tempfile.TemporaryFile("w+", encoding="utf-8")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as error:
-            code = error.code
-        sys.stderr.flush()
-    err.seek(0)
-    results.append([code, out.getvalue(), err.read()])
-print(json.dumps({"results": results, "opened": opened, "left": sys.stdin.read()}))
+for script, runs in json.loads(runs_of_scripts).items():
+    opened, results = [], []
+    for arguments in runs:
+        sys.argv = [script, *arguments]
+        code, out, err = 0, io.StringIO(), tempfile.TemporaryFile("w+", encoding="utf-8")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as error:
+                code = error.code
+            sys.stderr.flush()
+        err.seek(0)
+        results.append([code, out.getvalue(), err.read()])
+    found[script] = {"results": results, "opened": opened}
+print(json.dumps({"scripts": found, "left": sys.stdin.read()}))
 """
 
 
 class Evil:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -73,22 +75,25 @@ def marker(root) -> Path:
 
 @pytest.fixture(scope="module")
 def models(root, marker) -> dict[str, tuple[str, ...]]:
-    """The arguments that give a script each model, by its name: MODEL, or MODEL and a tokenizer."""
+    """The arguments for each model, by its name: MODEL, or MODEL and a tokenizer."""
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=2156, d_model=16, n_layer=1, d_state=4))
     code = f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n"
 
     def make(name: str, tokenizer: bool = True) -> Path:
-        """A whole model with code beside it, which every file names that can."""
+        """Save a model with code beside it, which every file that can do so refers to."""
         folder = root / name
         save_model(model, folder)
         shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)
-        refers = {"auto_map": dict.fromkeys(AUTO, "evil.Evil"), "trust_remote_code": True}
-        refers["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
-        refers |= {"custom_generate": "evil.py", "custom_pipelines": {"x": {"impl": "evil.Evil"}}}
+        references = {"auto_map": dict.fromkeys(AUTO, "evil.Evil"), "trust_remote_code": True}
+        references["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+        references |= {
+            "custom_generate": "evil.py",
+            "custom_pipelines": {"x": {"impl": "evil.Evil"}},
+        }
         for file in (*PROCESSORS, "tokenizer_config.json", "generation_config.json"):
-            add(folder / file, **refers, tokenizer_class="Evil", processor_class="Evil")
-        add(folder / "config.json", auto_map=refers["auto_map"], tokenizer_class="Evil")
+            add(folder / file, **references, tokenizer_class="Evil", processor_class="Evil")
+        add(folder / "config.json", auto_map=references["auto_map"], tokenizer_class="Evil")
         for file in ("evil.py", "custom_generate/generate.py", "__init__.py", "tokenizers.py"):
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(code)
@@ -102,7 +107,7 @@ def models(root, marker) -> dict[str, tuple[str, ...]]:
         return folder
 
     found = {"known": make("known")}
-    found["words"] = make("words")  # whose tokenizer has no newline, and few words
+    found["words"] = make("words")  # its tokenizer has no newline and few words
     words = Tokenizer(WordPiece({"<|endoftext|>": 0, "[UNK]": 1, "in": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     words.add_special_tokens(["<|endoftext|>", "[UNK]"])
@@ -123,10 +128,10 @@ def models(root, marker) -> dict[str, tuple[str, ...]]:
     with zipfile.ZipFile(archive, "a") as opened:
         opened.writestr("archive/code/evil.py", code)
     save_file(weights, root / "secret.safetensors")
-    place_of = dict.fromkeys(weights, "../secret.safetensors")
-    add(found["index"] / "model.safetensors.index.json", weight_map=place_of)
+    weight_map = dict.fromkeys(weights, "../secret.safetensors")
+    add(found["index"] / "model.safetensors.index.json", weight_map=weight_map)
     given = {name: (str(folder),) for name, folder in found.items()}
-    typeless = root / "typeless"  # a tokenizer's folder, whose class nothing but its code gives
+    typeless = root / "typeless"  # a tokenizer's folder whose class only its code defines
     shutil.copytree(found["tokenizer"], typeless)
     for file in ("config.json", "tokenizer_config.json"):
         (typeless / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil"] * 2}}))
@@ -140,7 +145,7 @@ def models(root, marker) -> dict[str, tuple[str, ...]]:
 
 AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoImageProcessor")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "special_tokens_map.json")
-ANSWERED = {"known", "words"}  # the rest is refused
+ANSWERED = {"known", "words"}  # all others are refused
 
 
 def add(path: Path, **fields: object) -> None:
@@ -167,14 +172,26 @@ SCRIPTS = ("train_mamba_with_context", "eval_mamba_with_context", "eval_n_shot_m
            "prompt_mamba_with_context", "prompt_mamba")  # fmt: skip
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_no_script_runs_what_a_models_folder_holds(script, models, root, marker, tmp_path):
-    runs = [arguments(script, name, model, tmp_path) for name, model in models.items()]
-    done = python("-c", DRIVER, f"{script}.py", str(root), json.dumps(runs))
-    told = json.loads(done.stdout)
-    assert told["opened"] == [] and told["left"] == TYPED
+@pytest.fixture(scope="module")
+def outcome(models, root, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("outputs")
+    runs = {
+        f"{script}.py": [arguments(script, name, model, folder) for name, model in models.items()]
+        for script in SCRIPTS
+    }
+    return json.loads(python("-c", DRIVER, str(root), json.dumps(runs)).stdout)
+
+
+def test_no_code_runs_and_nothing_is_read_from_standard_input(outcome, marker):
+    assert outcome["left"] == TYPED
     assert not marker.exists()
-    for name, (code, out, err) in zip(models, told["results"], strict=True):
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_answers_or_refuses_every_model(script, models, outcome):
+    found = outcome["scripts"][f"{script}.py"]
+    assert found["opened"] == []
+    for name, (code, out, err) in zip(models, found["results"], strict=True):
         assert "Traceback" not in err and not {"\x1b", "\x9b"} & {*err, *out}, name
         assert code == (0 if name in ANSWERED else 2), (name, err)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -189,14 +206,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
-def test_a_console_takes_what_is_typed_as_questions(models, marker):
-    """Not as an answer to whether the folder's code may run."""
+def test_a_console_reads_its_input_as_questions(models, marker):
+    """It is not the answer to whether the folder's code may run."""
     done = python("prompt_mamba.py", *models["known"], "--json", "--max_new_tokens", "1")
     asked = [json.loads(line)["question"] for line in done.stdout.splitlines()]
     assert asked == TYPED.split() and not marker.exists()
 
 
-def test_the_traps_are_armed(models, marker):
+def test_the_code_of_the_models_would_create_the_marker(models, marker):
     torch.load(Path(models["pickle"][0]) / "pytorch_model.bin", weights_only=False)
     assert marker.exists()
     marker.rmdir()

@@ -110,7 +110,7 @@ def test_data_is_kept(refused, folder, script, data, output):
     (folder / "link.jsonl").symlink_to("data.jsonl")
     (folder / "hard.jsonl").hardlink_to("data.jsonl")
     (folder / "linked.jsonl.summary.json").symlink_to("data.jsonl")
-    assert "data.jsonl: is read too and would be lost" in refused(
+    assert "data.jsonl: is also an input and would be overwritten" in refused(
         script, MODEL, data, output
     ).replace(data, "data.jsonl")
 
@@ -121,15 +121,15 @@ def test_data_is_kept(refused, folder, script, data, output):
 def test_the_data_that_a_threshold_is_tuned_on_is_kept(refused, folder, derived):
     put(folder / f"x.jsonl{derived}", FOREIGN["data"])
     said = refused(EVAL, MODEL, "other.jsonl", "x.jsonl", "--tune_on", f"x.jsonl{derived}")
-    assert f"x.jsonl{derived}: is read too and would be lost" in said
+    assert f"x.jsonl{derived}: is also an input and would be overwritten" in said
 
 
 def test_a_config_or_a_tokenizer_that_is_read_is_kept(refused, folder):
     shutil.copy(MODEL / "config.json", "x.jsonl.summary.json")
     said = refused(EVAL, "x.jsonl.summary.json", "data.jsonl", "x.jsonl")
-    assert "x.jsonl.summary.json: is read too" in said
+    assert "x.jsonl.summary.json: is also an input" in said
     shutil.copy(MODEL / "tokenizer.json", "x.jsonl")
-    assert "x.jsonl: is read too" in refused(
+    assert "x.jsonl: is also an input" in refused(
         EVAL, MODEL, "data.jsonl", "x.jsonl", "--tokenizer", "x.jsonl"
     )
 
@@ -152,7 +152,7 @@ def test_outputs_of_one_command_do_not_coincide(refused, folder):
 def test_what_is_not_ours_is_not_replaced_by_an_evaluation(refused, folder, content, derived):
     put(folder / f"x.jsonl{derived}", content)
     said = refused(EVAL, MODEL, "data.jsonl", "x.jsonl", "--tune_on", "other.jsonl")
-    assert said.startswith(f"x.jsonl{derived}: holds something else than ")
+    assert said.startswith(f"x.jsonl{derived}: contains something other than ")
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_what_is_not_ours_is_not_replaced_by_an_evaluation(refused, folder, cont
 def test_a_models_files_are_not_replaced(refused, folder, name):
     for model in ("model", MODEL):
         said = refused(EVAL, model, "data.jsonl", f"model/{name}")
-        assert f"model/{name}: holds something else than results" in said
-    assert "something else" in refused(REPORT, "r.jsonl", "--output", f"model/{name}")
+        assert f"model/{name}: contains something other than results" in said
+    assert "something other" in refused(REPORT, "r.jsonl", "--output", f"model/{name}")
 
 
 def test_data_and_output_swapped(refused):
-    assert "data.jsonl: holds something else than results" in refused(
+    assert "data.jsonl: contains something other than results" in refused(
         EVAL, MODEL, "r.jsonl", "data.jsonl"
     )
 
@@ -191,7 +191,7 @@ def test_a_page_replaces_pages_alone(refused, folder, content, output):
     put(folder / output, content)
     arguments = [] if output == "r.html" else ["--output", output]
     said = refused(REPORT, "r.jsonl", *arguments)
-    assert said.startswith(f"{output}: holds something else than a page of results")
+    assert said.startswith(f"{output}: contains something other than a page of results")
 
 
 @pytest.mark.parametrize("output", ["data.jsonl", "other.jsonl", "r.jsonl.summary.json", "r.jsonl"])
@@ -201,7 +201,7 @@ def test_a_page_replaces_no_data_and_no_results(refused, output):
 
 def test_results_called_html_are_no_page(refused, folder):
     shutil.copy("r.jsonl", "x.html")
-    assert "x.html: is read too and would be lost" in refused(REPORT, "x.html")
+    assert "x.html: is also an input and would be overwritten" in refused(REPORT, "x.html")
 
 
 def test_another_page_is_replaced_by_overwriting_alone(folder, monkeypatch):
@@ -215,7 +215,7 @@ def test_another_page_is_replaced_by_overwriting_alone(folder, monkeypatch):
     first = Path("r.html").read_bytes()
     report()  # which changes nothing
     Path("r.jsonl").write_text(json.dumps(RESULT | {"guess": "another"}) + "\n")
-    with pytest.raises(UserError, match=r"r\.html: holds a page of results; .* --overwrite"):
+    with pytest.raises(UserError, match=r"r\.html: contains a page of results; .* overwrite"):
         report()
     assert Path("r.html").read_bytes() == first
     report("--overwrite")
@@ -231,17 +231,17 @@ def test_prepared_data_replaces_nothing(refused, folder, script, source, content
     put(folder / "text.txt", words + "So Bo and Ann met in Oslo again.")
     put(folder / "out", content)
     said = refused(script, source, "out", flag=False)
-    assert said.startswith("out: exists and is not replaced; remove it or give another path")
-    assert f"{source}: is read too" in refused(script, source, source, flag=False)
+    assert said.startswith("out: exists and is not overwritten; remove it or give another path")
+    assert f"{source}: is also an input" in refused(script, source, source, flag=False)
 
 
 def test_lists_and_contexts_that_are_read_are_kept(refused, folder):
     put(folder / "ids.txt", "q\n")
-    assert "is read too" in refused(
+    assert "is also an input" in refused(
         PREPARE, "data.jsonl", "ids.txt", "--ids", "ids.txt", flag=False
     )
     arguments = ("data.jsonl", "other.jsonl", "--contexts", "other.jsonl")
-    assert "is read too" in refused(SWAP, *arguments, flag=False)
+    assert "is also an input" in refused(SWAP, *arguments, flag=False)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_lists_and_contexts_that_are_read_are_kept(refused, folder):
 @pytest.mark.parametrize("name", ["data.jsonl", "r.jsonl", "model/config.json"])
 def test_benchmarks_replace_nothing(refused, benchmark, flag, name):
     said = refused(f"benchmarks.{benchmark}", "--quick", flag, name, flag=False)
-    assert said.startswith(f"{name}: exists and is not replaced")
+    assert said.startswith(f"{name}: exists and is not overwritten")
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
@@ -260,8 +260,8 @@ def test_the_learning_benchmark_adds_to_its_own_rows_alone(refused, folder, cont
     said = refused(
         "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "rows.jsonl", flag=False
     )
-    assert said.startswith("rows.jsonl: holds something else than rows of this benchmark")
-    assert "is read too" in refused(
+    assert said.startswith("rows.jsonl: contains something other than rows of this benchmark")
+    assert "is also an input" in refused(
         "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "other.jsonl", flag=False
     )
 
@@ -271,7 +271,7 @@ def test_demo_data_replaces_nothing(folder, content):
     from studies.demo_model import make_demo
 
     put(folder / "train.jsonl", content)
-    with pytest.raises(UserError, match=r"train\.jsonl: exists and is not replaced"):
+    with pytest.raises(UserError, match=r"train\.jsonl: exists and is not overwritten"):
         make_demo.write_rows(folder / "train.jsonl", [[ROWS[0]]])
 
 
@@ -280,7 +280,7 @@ def test_the_demo_tokenizer_replaces_nothing(folder, name):
     from studies.demo_model import make_demo
 
     (folder / name).write_text("{}")
-    with pytest.raises(UserError, match=f"{name}: exists and is not replaced"):
+    with pytest.raises(UserError, match=f"{name}: exists and is not overwritten"):
         make_demo.write_tokenizer(folder)
     assert (folder / name).read_text() == "{}"
 
@@ -292,7 +292,7 @@ def test_new_models_and_tokenizers_are_written_into_new_folders(refused, folder,
     put(folder / "mine" / name, "mine")
     put(folder / "text.txt", "= A =\nBo met Ann.\n")
     said = refused("studies.base_model.train_tokenizer", "text.txt", "--output", "mine", flag=False)
-    assert said.startswith(f"mine: holds other things ({name})")
+    assert said.startswith(f"mine: contains other files ({name})")
     export = "studies.base_model.export_bfloat16"
     assert refused(export, MODEL, "mine", flag=False) == said
 
@@ -307,7 +307,7 @@ def test_a_base_models_run_begins_in_a_new_folder(refused, folder, name):
         "studies.base_model.train_base_model", "--config", MODEL, "--tokens", "tokens",
         "--output", "mine", "--max_steps", 1, "--held_out", 200, "--device", "cpu", flag=False,
     )  # fmt: skip
-    assert "mine: holds other things" in said or "log.jsonl: holds something else" in said
+    assert "mine: holds other things" in said or "log.jsonl: contains something other" in said
 
 
 @pytest.mark.parametrize("ending", [".bin", ".json", ".bin.partial"])
@@ -316,25 +316,25 @@ def test_a_token_file_replaces_nothing(refused, folder, ending):
     put(folder / "text.txt", "= A =\nBo met Ann.\n")
     arguments = ("text.txt", "--tokenizer", MODEL, "--output", "out")
     said = refused("studies.base_model.pack", *arguments, flag=False)
-    assert said.startswith(f"out{ending}: exists and is not replaced")
+    assert said.startswith(f"out{ending}: exists and is not overwritten")
 
 
 def test_a_file_that_comes_during_a_benchmark_is_kept(folder):
     from benchmarks import bench_growth, timing
 
     put(folder / "out", "mine")
-    with pytest.raises(UserError, match="out: exists and is not replaced"):
+    with pytest.raises(UserError, match="out: exists and is not overwritten"):
         timing.report("title", [{"name": "a"}], "out")
     plt = pytest.importorskip("matplotlib.pyplot")
     ways = [*bench_growth.BY_QUESTIONS, *bench_growth.BY_LENGTH]
     seconds = {bench_growth.name(s, way): 1.0 for s in ways for way in bench_growth.WAYS}
-    with pytest.raises(UserError, match="out: exists and is not replaced"):
+    with pytest.raises(UserError, match="out: exists and is not overwritten"):
         bench_growth.draw(plt, seconds, bench_growth.BY_LENGTH, "out")
     assert Path("out").read_text() == "mine"
 
 
 def test_links_to_nothing_and_empty_files_are_free(folder):
-    from common.files import write_output
+    from common.output_files import write_output
 
     Path("empty").touch()
     Path("link").symlink_to("target")
@@ -345,23 +345,24 @@ def test_links_to_nothing_and_empty_files_are_free(folder):
 
 
 def test_a_file_that_comes_while_another_is_written_is_kept(folder, monkeypatch):
-    from common import files
+    from common import atomic_files
+    from common.output_files import write_output
 
-    write_at = files.write_at
+    write_at = atomic_files.write_at
 
     def meanwhile(*arguments):
         write_at(*arguments)
         put(folder / "out", "mine")
 
-    monkeypatch.setattr(files, "write_at", meanwhile)
-    with pytest.raises(UserError, match="out: exists and is not replaced"):
-        files.write_output("out", "text")
+    monkeypatch.setattr(atomic_files, "write_at", meanwhile)
+    with pytest.raises(UserError, match="out: exists and is not overwritten"):
+        write_output("out", "text")
     assert Path("out").read_text() == "mine"
     assert not list(folder.glob("*.partial"))
 
 
 def test_a_file_called_as_a_partial_one_is_kept(folder):
-    from common.files import write_output
+    from common.output_files import write_output
 
     partial = folder / f"out.{os.getpid()}.partial"
     partial.write_text("mine")
@@ -370,7 +371,7 @@ def test_a_file_called_as_a_partial_one_is_kept(folder):
 
 
 def test_a_folder_called_as_a_partial_one_is_kept(folder):
-    from common.files import atomic_folder
+    from common.atomic_files import atomic_folder
 
     partial = folder / f".new.partial-{os.getpid()}"
     put(partial / "file", "mine")

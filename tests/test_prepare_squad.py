@@ -107,7 +107,7 @@ def test_a_file_that_is_there_is_kept(source, tmp_path):
     prepare(source, output)
     for content in (LINES[0], "notes", "import this\n"):
         output.write_text(content, "utf-8")
-        with pytest.raises(UserError, match=r"out\.jsonl: exists and is not replaced; remove it"):
+        with pytest.raises(UserError, match=r"out\.jsonl: exists and is not overwritten; rem"):
             prepare(source, output)
         assert output.read_text("utf-8") == content
 
@@ -123,7 +123,7 @@ def test_the_source_is_kept(source, tmp_path):
     link = tmp_path / "link.jsonl"
     link.symlink_to(source)
     for output in (Path(source), link):
-        with pytest.raises(UserError, match="is read too and would be lost"):
+        with pytest.raises(UserError, match="is also an input and would be overwritten"):
             prepare(source, output, limit=1)
     assert Path(source).read_bytes() == before
 

@@ -362,8 +362,8 @@ def test_inputs_are_kept(fail, results, tmp_path):
     link = tmp_path / "link.html"
     link.symlink_to(results)
     for output in (results, link, summary_path(results)):
-        assert "would be lost" in fail(results, "--output", output)
-    assert "would be lost" in fail(link)  # its default output is itself
+        assert "would be overwritten" in fail(results, "--output", output)
+    assert "would be overwritten" in fail(link)  # its default output is itself
     assert (results.read_bytes(), summary_path(results).read_bytes()) == before
 
 

@@ -373,7 +373,8 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
     assert complaint.endswith("; give another path or move the file away")
     results.write_text("notes")
     for more in ([], ["--overwrite"]):
-        assert "results.jsonl: holds something else than results" in fail(script, *arguments, *more)
+        complaint = fail(script, *arguments, *more)
+        assert "results.jsonl: contains something other than results" in complaint
     row = result_row(0, Example("q", "c", "q", ()), Answer("x", 0.5, 0.5, 0.5, 1, 1))
     write_rows(results, [row])
     fail(script, *reading(script, "./none", trained.data, results), "--overwrite")
@@ -383,7 +384,8 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
 def test_a_trained_model_is_not_overwritten(fail, trained):
     arguments = reading(TRAIN, trained.model, trained.data, trained.model)
     for more in ([], ["--overwrite"]):
-        assert f"{trained.model}: is read too and would be lost" in fail(TRAIN, *arguments, *more)
+        complaint = fail(TRAIN, *arguments, *more)
+        assert f"{trained.model}: is also an input and would be overwritten" in complaint
     arguments = reading(TRAIN, ROOT / "models/demo", trained.data, trained.model)
     assert f"{trained.model}: contains another run (model: " in fail(TRAIN, *arguments)
 
@@ -440,7 +442,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_
 def test_the_data_is_kept_where_it_is_the_output_too(fail, trained, script):
     before = trained.data.read_bytes()
     complaint = fail(script, trained.model, trained.data, trained.data, "--overwrite")
-    assert "is read too and would be lost" in complaint
+    assert "is also an input and would be overwritten" in complaint
     assert trained.data.read_bytes() == before
 
 

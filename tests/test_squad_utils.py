@@ -159,7 +159,7 @@ OTHER_FORMATS = {
     "parquet": (b"PAR1\x15\x04\x15", "is a Parquet file; convert it to JSONL"),
     "UTF-16": (TEXT.encode("utf-16"), "is UTF-16 text; convert the file to UTF-8"),
     "big-endian UTF-16": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "is UTF-16 text"),
-    "safetensors": (b"\xf8\0\0\0\0\0\0\0{}", "is no text but binary data; give a JSONL"),
+    "safetensors": (b"\xf8\0\0\0\0\0\0\0{}", "is a binary file, not text; give a JSONL"),
 }
 
 
@@ -173,7 +173,7 @@ OTHER_FORMATS = {
         (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "not JSON"),
         (as_lines([OXEN_ROW]), " line 1", "no JSON object"),
         (b"[" * 100_000, " line 1", "nested too deep"),
-        (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 deep"),
+        (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 levels"),
         (as_lines(HUB_ROW | {"answers": {"text": nested(60)}}), " line 1", "'answers' is [["),
         (as_lines(HUB_ROW | {"answers": {"text": {"0": "a"}}}), " line 1", "'answers' is missing"),
         (as_lines(HUB_ROW | {"answers": [None]}), " line 1", "'answers' is missing"),

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end every script in a line, at any moment, whatever it is doing."""
+"""Ctrl-C, SIGTERM and SIGHUP end every script with one line, at any moment."""
 
 import os
 import re
@@ -16,19 +16,19 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
-SAID = {
+ENDINGS = {  # the exit code and the line for each signal
     signal.SIGINT: (130, "interrupted"),
     signal.SIGTERM: (143, "terminated"),
     signal.SIGHUP: (129, "terminated"),
 }
-LIMIT = 60  # seconds after which a script counts as one that does not end
+LIMIT = 60  # seconds after which a script counts as hanging
 
 # At any moment
 
 MODEL, DATA = "models/demo", "data/demo/validation.jsonl"
 QUESTION = ("--question", "Who owns it?")
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t"
-RUNS = {  # a folder for outputs comes in place of {}
+RUNS = {  # {} is replaced by a folder for outputs
     "prompt_mamba.py": [MODEL, *QUESTION],
     "prompt_mamba_with_context.py": [
         *(MODEL, "--context_file", "data/demo/passage.txt", "--explain", *QUESTION),
@@ -71,10 +71,11 @@ def start(script: str, folder: Path, results: Path) -> subprocess.Popen:
 
 
 def check_ended(process: subprocess.Popen, sent: signal.Signals) -> None:
-    """Whether a script that got a signal ended as it should: by that in a line, or by itself.
-    Python, before it runs the first line of a script, and after the last, does what it does."""
+    """Check that a script ended with one line because of the signal, or normally before it.
+
+    Before the first line of a script and after its last one, Python itself handles the signal."""
     _, err = process.communicate(timeout=LIMIT)
-    code, word = SAID[sent]
+    code, word = ENDINGS[sent]
     if "Traceback" in err:
         lines = re.findall(r'File "(.+?)", line (\d+)', err)
         own = [(Path(path).name, int(line)) for path, line in lines if path.startswith(str(ROOT))]
@@ -93,18 +94,18 @@ def line_of(name: str, line: int) -> str:
 
 
 def stop_at_moments(script: str, folder: Path, results: Path, moments: int) -> list[float]:
-    """Stop a script at moments from its first millisecond to its end, by both signals in turn; how
-    long it took each time to end."""
-    process = start(script, folder / "whole", results)
+    """Stop a script at moments between its first millisecond and its end, with Ctrl-C and SIGTERM
+    in turn. Returns the seconds that it took to end each time."""
+    process = start(script, folder / "complete", results)
     started = time.monotonic()
     assert process.wait(timeout=600) == 0, process.communicate()[1]
-    whole = time.monotonic() - started
+    duration = time.monotonic() - started
     process.communicate()
     seconds = []
     for number in range(moments):
         sent = (signal.SIGINT, signal.SIGTERM)[number % 2]
         process = start(script, folder / str(number), results)
-        time.sleep(0.001 + whole * number / moments)
+        time.sleep(0.001 + duration * number / moments)
         sent_at = time.monotonic()
         process.send_signal(sent)
         check_ended(process, sent)
@@ -114,7 +115,7 @@ def stop_at_moments(script: str, folder: Path, results: Path, moments: int) -> l
 
 @pytest.mark.parametrize(
     "script", [s for s in RUNS if s not in ("eval_n_shot_mamba.py", "prompt_mamba.py")]
-)  # these two end as those with a context do: they are for `make test-slow`
+)  # the other two end as the scripts with a context do: `make test-slow` runs them
 def test_a_script_is_stopped_at_some_moments(script, results, tmp_path):
     stop_at_moments(script, tmp_path, results, moments=2)
 
@@ -126,31 +127,32 @@ def test_a_script_is_stopped_at_forty_moments(script, results, tmp_path):
     print(f"{script}: at most {max(seconds):.2f} s, {sorted(seconds)[len(seconds) // 2]:.2f} s")
 
 
-@pytest.mark.parametrize("sent, form", [*zip(SAID, ["table", "csv", "json"], strict=True)])
+@pytest.mark.parametrize("sent, form", [*zip(ENDINGS, ["table", "csv", "json"], strict=True)])
 def test_an_endless_query_is_stopped(sent, form, results):
     command = [sys.executable, "query_results.py", str(results), ENDLESS, "--format", form]
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    used = Path(f"/proc/{process.pid}/task")
-    while process.poll() is None and not is_computing(used):
+    tasks = Path(f"/proc/{process.pid}/task")
+    while process.poll() is None and not is_computing(tasks):
         time.sleep(0.05)
     process.send_signal(sent)
     _, err = process.communicate(timeout=LIMIT)
-    assert (process.returncode, err) == (SAID[sent][0], f"{SAID[sent][1]}\n")
+    code, word = ENDINGS[sent]
+    assert (process.returncode, err) == (code, f"{word}\n")
 
 
 def is_computing(tasks: Path) -> bool:
-    """Whether a process has used two seconds of processor time: more than the start takes."""
+    """Whether a process has used two seconds of processor time, more than its start needs."""
     fields = [(task / "stat").read_text().rpartition(")")[2].split() for task in tasks.iterdir()]
     ticks = sum(int(row[11]) + int(row[12]) for row in fields)
     return ticks > 2 * os.sysconf("SC_CLK_TCK")
 
 
-# Where an exception would go nowhere
+# Where Python or a library would ignore an exception
 
 BEGIN = """
-from common.script import at_once, at_once_in_c, loading, run_script
+from common.script import exit_on_signal, exit_on_signal_in_c, loading, run_script
 import ctypes, os, signal, sys, time
 def main(args):
     try:
@@ -197,7 +199,7 @@ run_script(main, lambda: None)
 
 
 def test_a_signal_in_a_last_import_lets_the_script_end(tmp_path):
-    """The alarm that would raise it again does not kill the interpreter while that ends."""
+    """The alarm that raises the signal again does not kill the interpreter while it ends."""
     (tmp_path / "swallows.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     script = tmp_path / "script_of_test.py"
     script.write_text(AT_THE_END)
@@ -207,7 +209,7 @@ def test_a_signal_in_a_last_import_lets_the_script_end(tmp_path):
 
 
 def run_work(tmp_path: Path, work: str, **settings) -> subprocess.CompletedProcess:
-    """Run a script, of this work, to its end."""
+    """Run a script whose main calls this `work`, to its end."""
     script = tmp_path / "script_of_test.py"
     script.write_text(BEGIN + work + END)
     (tmp_path / "swallows.py").write_text(
@@ -220,19 +222,19 @@ def run_work(tmp_path: Path, work: str, **settings) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("sent", SAID)
+@pytest.mark.parametrize("sent", ENDINGS)
 @pytest.mark.parametrize("work", [IN_CALLBACK, IN_IMPORT, IN_DEL, IN_WORK])
-def test_a_signal_that_is_swallowed_comes_again(work, sent, tmp_path):
+def test_an_ignored_signal_is_raised_again(work, sent, tmp_path):
     environment = ENVIRONMENT | {"SENT": str(int(sent))}
     process = run_work(tmp_path, work.replace("{}", str(int(sent))), env=environment)
-    code, word = SAID[sent]
+    code, word = ENDINGS[sent]
     assert (process.returncode, process.stderr) == (code, f"{word}\n")
     assert process.stdout.endswith("cleaned\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
-@pytest.mark.parametrize("sent", SAID)
-def test_a_block_where_nothing_is_at_stake_ends_at_once(block, sent, tmp_path):
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
+@pytest.mark.parametrize("sent", ENDINGS)
+def test_blocks_that_exit_on_a_signal(block, sent, tmp_path):
     work = f"""
 def work():
     with {block}:
@@ -240,12 +242,12 @@ def work():
         time.sleep(60)
 """
     process = run_work(tmp_path, work, env=ENVIRONMENT)
-    code, word = SAID[sent]
+    code, word = ENDINGS[sent]
     assert (process.returncode, process.stdout, process.stderr) == (code, "", f"{word}\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
-def test_it_is_said_while_a_library_is_kept_silent(block, tmp_path):
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
+def test_the_line_is_printed_while_standard_error_is_silenced(block, tmp_path):
     work = f"""
 def work():
     with {block}:
@@ -257,8 +259,8 @@ def work():
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("block", ["at_once()", "loading('x')", "at_once_in_c()"])
-def test_after_such_a_block_work_is_left_in_order(block, tmp_path):
+@pytest.mark.parametrize("block", ["exit_on_signal()", "loading('x')", "exit_on_signal_in_c()"])
+def test_after_such_a_block_a_signal_runs_finally_blocks(block, tmp_path):
     work = f"def work():\n    with {block}:\n        pass\n    signal.raise_signal(15)\n"
     process = run_work(tmp_path, work, env=ENVIRONMENT)
     assert (process.returncode, process.stdout, process.stderr) == (
@@ -295,14 +297,14 @@ def work():
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
 
 
-def test_a_forked_process_ends_in_silence(tmp_path):
+def test_a_forked_process_prints_nothing(tmp_path):
     work = """
 def work():
     child = os.fork()
     while child == 0:
         time.sleep(1)
     ended = 0
-    while not ended:  # what comes just after the fork, Python throws away
+    while not ended:  # Python drops a signal that comes just after the fork
         os.kill(child, 2)
         time.sleep(0.1)
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -320,7 +322,7 @@ def test_a_signal_that_a_shell_ignores_stays_ignored(tmp_path):
     assert (process.returncode, process.stderr) == (7, "")
 
 
-def test_an_error_in_a_callback_is_still_seen(tmp_path):
+def test_an_error_in_a_callback_is_still_reported(tmp_path):
     work = "def work():\n    ctypes.CFUNCTYPE(None)(lambda: 1 / 0)()\n    sys.exit(7)\n"
     process = run_work(tmp_path, work, env=ENVIRONMENT)
     assert process.returncode == 7 and "ZeroDivisionError" in process.stderr

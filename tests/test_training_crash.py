@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import train_mamba_with_context
+from common.atomic_files import try_lock
 from common.errors import UserError
-from common.files import locked
 from context_qa.training import train as training
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.training.checkpoints import find_damage, list_checkpoints
@@ -250,7 +250,7 @@ def test_a_folder_of_other_things_is_refused(inputs, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(inputs, undisturbed):
     lock = os.open(undisturbed, os.O_RDONLY)
-    assert locked(lock)
+    assert try_lock(lock)
     try:
         with pytest.raises(UserError, match="another run is writing it"):
             finish(inputs, undisturbed)

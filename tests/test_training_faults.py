@@ -12,8 +12,8 @@ import matplotlib.image
 import pytest
 
 import train_mamba_with_context
+from common.atomic_files import atomic_folder
 from common.errors import UserError
-from common.files import atomic_folder
 from context_qa.negatives import NegativeSampler
 from context_qa.training import train as training
 from context_qa.training.data_report import cut_to_length
@@ -162,12 +162,12 @@ def test_a_checkpoint_that_is_reported_as_saved_is_resumed_from(
 # Resuming
 
 
-@pytest.mark.parametrize("cut_in", ["plot", "write_whole", "make_model_card"])
+@pytest.mark.parametrize("cut_in", ["plot", "write_atomically", "make_model_card"])
 def test_files_missing_after_a_kill_at_the_end_are_written_again(
     cut_in, train, tmp_path, monkeypatch
 ):
     """Between the last checkpoint and the record: the plot, the log, the card."""
-    modules = {"plot": progress, "write_whole": run_folder, "make_model_card": training}
+    modules = {"plot": progress, "write_atomically": run_folder, "make_model_card": training}
     module = modules[cut_in]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, cut_in, stopped_at_the_end(getattr(module, cut_in)))
@@ -188,7 +188,7 @@ def stopped_at_the_end(function):
     """Raises a KeyboardInterrupt where a function would write what belongs to a finished run."""
 
     def stopped(*args, **kwargs):
-        if function.__name__ == "write_whole" and not str(args[0]).endswith("README.md"):
+        if function.__name__ == "write_atomically" and not str(args[0]).endswith("README.md"):
             return function(*args, **kwargs)
         raise KeyboardInterrupt
 
@@ -335,7 +335,7 @@ def test_other_code_that_started_a_run_is_reported_and_recorded(train, capsys):
 
 def test_a_folder_that_not_all_processes_see_is_refused(train, tmp_path, monkeypatch):
     """As if another one's disk were its own."""
-    monkeypatch.setattr(run_folder, "in_all", lambda value: value and False)
+    monkeypatch.setattr(run_folder, "is_true_on_all_ranks", lambda value: value and False)
     with pytest.raises(UserError, match="not all processes see it; give a folder they share"):
         train()
     assert not (tmp_path / "run").exists()
@@ -365,7 +365,7 @@ def test_files_of_no_run_are_never_overwritten(record, train, tmp_path):
         (output / "training_args.json").write_text(record)
     before = {path: path.read_bytes() for path in output.rglob("*")}
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: holds"):
+        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: contains"):
             train(*more)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
 
@@ -374,7 +374,9 @@ def test_a_readme_of_the_users_own_is_never_overwritten(train):
     output = train(steps=2)
     (output / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+        with pytest.raises(
+            UserError, match=r"README\.md: contains something other than the card of a"
+        ):
             train(*more, steps=2)
     assert (output / "README.md").read_text() == "mine"
 
@@ -387,7 +389,7 @@ def test_a_readme_that_comes_during_training_is_kept(train, tmp_path, monkeypatc
         (tmp_path / "run/README.md").write_text("mine")
 
     monkeypatch.setattr(PrefixSuffixTrainer, "train", meanwhile)
-    with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+    with pytest.raises(UserError, match=r"README\.md: contains something other than the card of a"):
         train(steps=2)
     assert (tmp_path / "run/README.md").read_text() == "mine"
 

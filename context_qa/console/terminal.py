@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_text
+from common.input_files import read_text
 from context_qa.console.explanation import ASCII, BLOCKS, Explanation, shown
 
 ASKS_FOR_CONTEXT = "Context, ended by an empty line:"

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 from common.errors import UserError, warn
-from common.files import Kind, read_bytes
+from common.input_files import read_bytes
 from common.json_text import is_nested_too_deep
+from common.output_files import Kind
 from context_qa.results.rows import (
     COLUMNS,
     check_values,

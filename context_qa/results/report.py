@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.errors import UserError
-from common.files import Kind
+from common.output_files import Kind
 from context_qa.results import metrics
 from context_qa.results.metrics import is_negative
 from context_qa.results.report_charts import charts

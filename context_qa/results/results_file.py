@@ -13,9 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.atomic_files import (
+    is_current_file,
+    replace_file,
+    report_write_errors,
+    try_lock,
+    write_at,
+)
 from common.errors import UserError, printable
-from common.files import check_output, is_at, locked, named_errors, replaced, write_at, write_output
 from common.json_text import json_text
+from common.output_files import check_output, write_output
 from common.provenance import differences
 from context_qa.results.metrics import summarize
 from context_qa.results.reading import RESULTS, is_whole_row, whole_rows
@@ -58,7 +65,7 @@ class ResultsFile:
         self.record["made_by"] = []  # the rows of earlier runs
         self.descriptor = self._open()
         try:
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 data = self.path.read_bytes()
             self._note_content(data)
             if overwrite:
@@ -85,7 +92,7 @@ class ResultsFile:
 
     def __exit__(self, *exception) -> None:
         try:
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 if self.rows:
                     self._write_again_if_changed()
                 elif self.is_new and self._is_in_place() and self._status().st_size == 0:
@@ -96,15 +103,15 @@ class ResultsFile:
     def _open(self) -> int:
         # Else told only after all is computed.
         check_output(summary_path(self.path), SUMMARY, overwrite=True)
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"{self.path}: cannot be written (not a plain file)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.is_new = not self.path.exists()
             for _ in range(100):  # a run that ends can put another file there
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-                is_ours = locked(descriptor)
-                if is_ours and is_at(descriptor, self.path):
+                is_ours = try_lock(descriptor)
+                if is_ours and is_current_file(descriptor, self.path):
                     return descriptor
                 os.close(descriptor)
                 if not is_ours:
@@ -148,7 +155,7 @@ class ResultsFile:
             seen.add(idx)
         if rows:  # the row of a run that was killed may lack its end
             self.rows = rows
-            with named_errors(self.path):
+            with report_write_errors(self.path):
                 os.ftruncate(self.descriptor, size)
             self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
@@ -179,7 +186,7 @@ class ResultsFile:
         if not rows:
             return
         data = _lines(rows).encode()
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             self._write_again_if_changed(compare_content=not self.rows)
             self._write_first_summary()
             try:
@@ -223,7 +230,7 @@ class ResultsFile:
         return _lines(self.rows).encode().startswith(self.path.read_bytes())
 
     def _is_in_place(self) -> bool:
-        return is_at(self.descriptor, self.path)
+        return is_current_file(self.descriptor, self.path)
 
     def _status(self) -> os.stat_result:
         return os.fstat(self.descriptor)
@@ -246,7 +253,7 @@ class ResultsFile:
             return path.rename(aside)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe does not block it
         try:
-            if not locked(descriptor):
+            if not try_lock(descriptor):
                 raise self._is_of_another_run()
             return path.rename(aside)
         finally:
@@ -254,7 +261,7 @@ class ResultsFile:
 
     def _write_all(self) -> None:
         text = _lines(self.rows)
-        before, self.descriptor = self.descriptor, replaced(self.path, text)
+        before, self.descriptor = self.descriptor, replace_file(self.path, text)
         os.fchmod(self.descriptor, os.fstat(before).st_mode)
         os.close(before)
         self._note_content(text.encode())
@@ -262,7 +269,7 @@ class ResultsFile:
     def finish(self, **measured: object) -> dict:
         """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
         them again. `measured`, the time and the memory go into it where this run was needed."""
-        with named_errors(self.path):
+        with report_write_errors(self.path):
             self._write_again_if_changed(compare_content=True)
             if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
                 self.rows.sort(key=lambda row: row["idx"])

@@ -9,8 +9,8 @@ from types import UnionType
 from typing import BinaryIO
 
 from common.errors import UserError, warn
-from common.files import Kind
 from common.json_text import parse_json, read_json
+from common.output_files import Kind
 from context_qa.results.rows import LARGEST
 
 _MOST_BYTES = 1 << 28  # a longer summary is not ours

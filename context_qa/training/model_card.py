@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import printable
-from common.files import Kind
+from common.output_files import Kind
 from context_qa.training import TrainingSettings
 from context_qa.training.data_report import DataReport
 from context_qa.training.scores import LOSS

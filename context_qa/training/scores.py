@@ -8,7 +8,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.processes import in_step
+from common.processes import gather_batches
 from context_qa.answering import Answerer
 from context_qa.negatives import unanswerable_copies
 from context_qa.prompts import PromptTokens
@@ -88,7 +88,9 @@ def make_scorer(
             total=len(examples), unit="question", desc="scoring", leave=False,
             disable=not state.is_main_process,
         ) as progress:  # fmt: skip
-            for step in in_step({i: (a, losses[i]) for i, a in batch.items()} for batch in answers):
+            for step in gather_batches(
+                {i: (a, losses[i]) for i, a in batch.items()} for batch in answers
+            ):
                 for batch in step:
                     found |= batch
                 progress.update(len(found) - progress.n)

@@ -7,8 +7,8 @@ import multiprocessing
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from common.errors import UserError, say_loading
-from common.processes import disconnect, from_first
+from common.errors import UserError, report_loading
+from common.processes import broadcast, disconnect
 from common.provenance import describe_run, hash_or_name, sha256
 from context_qa.arguments import Data
 from context_qa.batches import GroupedBatches, continuation
@@ -43,7 +43,7 @@ def train(settings: TrainingSettings, data: Data) -> None:
     file that they name. Raises UserError."""
     arguments = make_arguments(settings)
     state = PartialState()
-    record = from_first(describe(settings) if state.is_main_process else None)
+    record = broadcast(describe(settings) if state.is_main_process else None)
     with RunFolder(
         settings.output,
         settings=decisive_settings(settings, record, state.num_processes),
@@ -70,7 +70,7 @@ def complete(
     asked = data[settings.eval_data] if settings.eval_data else []
     scored = scored_examples(asked, negatives)
     set_seed(settings.seed)  # before weights are drawn, should the model be a config file
-    say_loading(settings.model)
+    report_loading(settings.model)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.tokenizer)
     run.warn(data_warnings(settings.data_path, examples, tokenizer, is_training=True))
     run.warn(find_score_problems(scored, examples))

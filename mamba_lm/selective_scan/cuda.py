@@ -1,14 +1,14 @@
-"""The CUDA kernels of mamba-ssm 2.3 and causal-conv1d 1.7, taught to carry a state.
+"""The cuda backend: the kernels of mamba-ssm 2.3 and causal-conv1d 1.7, extended to carry a state.
 
-mamba-ssm's Mamba-1 scan starts from zero, knows no padding, and gives no gradient through its last
-state. Exact identities make up for that (h0 is the initial state):
+mamba-ssm's Mamba-1 scan starts from zero, has no padding, and gives no gradient through its last
+state. These exact identities add all three (h0 is the initial state, e_i a unit vector):
 
-    in         n steps more in front, of Δ = ε: with B = e_i, step i adds ε u_i to column i of h,
-               which decays by exp(ε A_i) at each of the n - 1 - i that follow; so u_i is column i
-               of h0, times exp(-ε A_i (n - 1 - i)) / ε
-    out        n steps more behind, of Δ = 0, leave h alone; with C = e_i, the ordinary,
-               differentiable output of one is column i of h
-    padding    Δ = 0 leaves h alone
+    in         n steps in front with Δ = ε. With B = e_i, step i adds ε u_i to column i of h, which
+               then decays by exp(ε A_i) in each of the n - 1 - i later steps. So u_i is column i of
+               h0, times exp(-ε A_i (n - 1 - i)) / ε.
+    out        n steps at the end with Δ = 0 do not change h. With C = e_i, the output of step i,
+               which is differentiable, is column i of h.
+    padding    Δ = 0 does not change h.
 
 Limits of the kernels: n <= 256, float32, float16 or bfloat16. Tensors come as (b, l, d) and states
 as (b, n, d); inside, they are (b, d, l) and (b, d, n).
@@ -27,18 +27,18 @@ from mamba_lm.selective_scan.triton.step import fused_layers
 
 __all__ = ["causal_conv1d", "fused_layers", "fused_mixer", "selective_scan"]
 
-# A power of two: dividing u by it and multiplying Δ B by it are exact. It is so small that
-# exp(-ε A n) overflows from A = -88 / (ε n) on only, -5e6 for n = 16.
+# A power of two, so that dividing u and multiplying Δ B by it are exact. It is so small that
+# exp(-ε A n) overflows only below A = -88 / (ε n), -5e6 for n = 16.
 _EPSILON = 2.0**-20
 
 
 def selective_scan(
     x, delta, A, B, C, D, z=None, initial_state=None, lengths=None, return_state=True
 ):
-    """Arguments and results as `mamba_lm.selective_scan.selective_scan`; padded inputs are finite.
+    """Arguments and results: `mamba_lm.selective_scan.selective_scan`. Padding must be finite.
 
-    Without a state that goes in, or comes out with a gradient, the scan runs in x's dtype; else in
-    float32, since a state that passes through bfloat16 loses 5e-3 of itself.
+    Without an initial state and without a gradient through the final one, the scan runs in x's
+    dtype, else in float32: in bfloat16 a state would lose 5e-3 of its value.
     """
     b, l = x.shape[:2]
     A, D = A.float(), D.float()
@@ -64,7 +64,8 @@ def selective_scan(
 
 
 def _step(x, delta, A, B, C, D, z, h0):
-    """One step without gradients; the kernel overwrites the state it is given."""
+    """Compute one step without gradients. The kernel overwrites its state, so that it gets a
+    copy."""
     h = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32) if h0 is None else h0.clone()
     y = selective_state_update(
         h, x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D,
@@ -75,7 +76,7 @@ def _step(x, delta, A, B, C, D, z, h0):
 
 
 def _scan_from_zero(x, delta, A, B, C, D, z):
-    """The scan with its gate in one kernel, in x's dtype; the last state has no gradient."""
+    """Run the scan and its gate in one kernel, in x's dtype; the last state has no gradient."""
     u, delta, B, C = (v.to(x.dtype).transpose(1, 2) for v in (x, delta, B, C))  # (b, d or n, l)
     z = None if z is None else z.to(x.dtype).transpose(1, 2)  # (b, d, l)
     y, h = selective_scan_fn(u, delta, A, B, C, D, z, return_last_state=True)
@@ -83,7 +84,8 @@ def _scan_from_zero(x, delta, A, B, C, D, z):
 
 
 def _scan_with_state(x, delta, A, B, C, D, z, h0, differentiable_state):
-    """The scan in float32 with a state in, out, or both; z gates what the state adds as well."""
+    """Run the scan in float32 with a state in, out, or both; z also gates the initial state's
+    part."""
     (b, l), n = x.shape[:2], A.shape[1]
     u, delta, B, C = (v.float().transpose(1, 2) for v in (x, delta, B, C))  # (b, d or n, l)
     columns = torch.eye(n, device=x.device).expand(b, n, n)
@@ -109,10 +111,10 @@ def _scan_with_state(x, delta, A, B, C, D, z, h0, differentiable_state):
 
 
 def causal_conv1d(x, weight, bias, initial_tail=None):
-    """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`.
+    """Arguments and result: `mamba_lm.selective_scan.causal_conv1d`.
 
-    The kernel takes an initial tail in channel-last memory only, and there whole vectors of eight
-    channels and windows of two to four inputs. Other shapes go to torch's own convolution.
+    The kernel accepts an initial tail only in channel-last memory, and there only multiples of
+    eight channels and windows of two to four inputs. Other shapes use torch's convolution.
     """
     d, w = weight.shape
     if x.numel() == 0:
@@ -126,23 +128,23 @@ def causal_conv1d(x, weight, bias, initial_tail=None):
 
 
 def _channel_last(x: Tensor) -> Tensor:
-    """x (b, l, d) as (b, d, l), copied only where its rows do not start at multiples of eight: a
-    half of a projection's output stays where it is."""
+    """View x (b, l, d) as (b, d, l). It is copied only if its rows do not start at multiples of
+    eight elements: one half of a projection's output is not copied."""
     aligned = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
     return (x if aligned else x.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
 
 
 def fused_mixer(u, weights):
-    """Arguments and result as `mamba_lm.selective_scan.fused_mixer`, by `mamba_inner_fn`.
+    """Arguments and result: `mamba_lm.selective_scan.fused_mixer`, computed by `mamba_inner_fn`.
 
-    That kernel reads raw weights, so that it is not for a layer with adapters or hooks. Its
-    backward is wrong with Falcon-Mamba's RMS norm, and for the output's bias (mamba-ssm 2.3.2).
+    This kernel reads raw weights, so that layers with adapters or hooks cannot use it. Its backward
+    is wrong with Falcon-Mamba's RMS norm and for the output's bias (mamba-ssm 2.3.2).
     """
     w = weights()
     if w is None or w.bcdt_rms_eps is not None or not 2 <= w.conv.shape[2] <= 4 or not u.numel():
         return None
     b, l, m = u.shape
-    # As the kernel wants it: (b, 2 d, l), where l is innermost and d outermost in memory.
+    # The kernel's layout: (b, 2 d, l), with l innermost and d outermost in memory.
     xz = (w.in_proj @ u.reshape(b * l, m).T).view(-1, b, l).transpose(0, 1)
     if w.in_proj_bias is not None:
         xz = xz + w.in_proj_bias.to(xz.dtype)[:, None]

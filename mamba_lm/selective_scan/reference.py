@@ -1,4 +1,7 @@
-"""The definition: a plain loop over time in any dtype. Every other backend is tested against it."""
+"""The definition of every operation: a plain loop over time, in any dtype, float64 too.
+
+Every other backend is tested against this one. It never reads packed rows.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +20,21 @@ def selective_scan(
     lengths: Tensor | None = None,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Algorithm 2 of Gu & Dao 2023; arguments and results as `mamba_lm.selective_scan`."""
+    """Arguments and results: `mamba_lm.selective_scan.selective_scan` (Gu & Dao 2023, algorithm 2).
+
+    Computes in x's dtype, but at least in float32.
+    """
     b, l = x.shape[:2]
     real = torch.ones(b, l, 1, dtype=torch.bool, device=x.device)
     if lengths is not None:
         real = (torch.arange(l, device=x.device) < lengths[:, None]).unsqueeze(-1)  # (b, l, 1)
-        # Whatever is in the padding would reach gradients: 0 times it may be NaN.
+        # 0 times the content of the padding may be NaN, which would reach the gradients.
         x, delta, B, C = (torch.where(real, tensor, 0) for tensor in (x, delta, B, C))
         z = None if z is None else torch.where(real, z, 0)
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     output_dtype = x.dtype
     x, delta, A, B, C, D = (tensor.to(state_dtype) for tensor in (x, delta, A, B, C, D))
-    A = A.T  # (n, d), as the state's
+    A = A.T  # (n, d), the state's layout
     h = x.new_zeros(b, *A.shape) if initial_state is None else initial_state.to(state_dtype)
 
     outputs = []
@@ -47,7 +53,7 @@ def selective_scan(
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_tail: Tensor | None = None
 ) -> Tensor:
-    """Depthwise causal convolution and SiLU; arguments as `mamba_lm.selective_scan`."""
+    """Arguments and result: `mamba_lm.selective_scan.causal_conv1d`."""
     if x.shape[1] == 0:
         return x
     width = weight.shape[1]
@@ -63,16 +69,20 @@ linear = F.linear
 
 
 def softplus_linear(x, weight, bias):
+    """Arguments and result: `mamba_lm.selective_scan.softplus_linear`."""
     return F.softplus(F.linear(x, weight, bias))
 
 
 def rms_norm(x, weight, eps):
+    """Arguments and result: `mamba_lm.selective_scan.rms_norm`."""
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(weight.dtype) * weight
 
 
 def fused_mixer(u, weights):
+    """No fused kernel: None, so that the model computes the mixer operation by operation."""
     return None
 
 
 def fused_layers(weights):
+    """No fused kernel: None, so that the model computes the layers operation by operation."""
     return None

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.atomic_files import report_write_errors
 from common.errors import UserError, warn
-from common.files import named_errors
 from common.json_text import read_json
 from mamba_lm.training.trainer_state import STATE, read_state
 
@@ -29,7 +29,7 @@ def partial_folder(output: str | Path) -> Path:
 def publish_checkpoint(folder: Path, checkpoint: Path) -> None:
     """Add a manifest to the files in a folder and rename it to this checkpoint, in one step.
     UserError where that cannot be written."""
-    with named_errors(checkpoint):
+    with report_write_errors(checkpoint):
         files = describe_files(sorted(folder.iterdir()))
         for name in files:
             _flush_to_disk(folder / name)

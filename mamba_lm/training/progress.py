@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from common.files import named_errors, write_whole
+from common.atomic_files import report_write_errors, write_atomically
 
 LOG = "training_log.jsonl"
 PLOT = "training_log.png"
@@ -80,7 +80,7 @@ class TrainingLog(TrainerCallback):
     def on_log(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG
-            with named_errors(path), path.open("a", encoding="utf-8") as file:
+            with report_write_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(_line(state.log_history[-1]))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -89,7 +89,7 @@ class TrainingLog(TrainerCallback):
 
 
 def write_log(rows: Sequence[Mapping], path: Path) -> None:
-    write_whole(path, "".join(map(_line, rows)))
+    write_atomically(path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping) -> str:
@@ -123,7 +123,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     axes[-1].set_xlabel("optimiser steps")
     for at in axes:
         at.grid(alpha=0.3)
-    with named_errors(path):
+    with report_write_errors(path):
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png", dpi=120)
         os.replace(partial, path)

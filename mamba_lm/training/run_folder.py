@@ -14,19 +14,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from common.atomic_files import MODEL_FILES, report_write_errors, try_lock, write_atomically
 from common.errors import UserError, printable, warn
-from common.files import (
-    MODEL_FILES,
-    Kind,
-    check_output,
-    keep_inputs,
-    locked,
-    named_errors,
-    require_writable,
-    write_whole,
-)
 from common.json_text import json_text, read_json
-from common.processes import from_first, in_all
+from common.output_files import Kind, check_inputs_not_overwritten, check_output, require_writable
+from common.processes import broadcast, is_true_on_all_ranks
 from common.provenance import differences
 from mamba_lm.checkpoint import NOTE, files_read, read_config, read_model_weights
 from mamba_lm.folders import RECORD
@@ -89,7 +81,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             found = self._open() if self.processes.is_main_process else None
-            self.is_complete, self.checkpoint = from_first(found)
+            self.is_complete, self.checkpoint = broadcast(found)
             self._require_shared_folder()
         except BaseException:
             self.__exit__()
@@ -103,17 +95,17 @@ class RunFolder:
                 self.folder.rmdir()
 
     def _open(self) -> tuple[bool, Path | None]:
-        with named_errors(self.folder):
+        with report_write_errors(self.folder):
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             require_writable(self.folder)  # rather than fail later
             self._lock = os.open(self.folder, os.O_RDONLY)
-            if not locked(self._lock):
+            if not try_lock(self._lock):
                 raise UserError(f"{self.folder}: another run is writing it; give another folder")
             before = self._read_record()
             self._check_card()
         if self.overwrite or not before:
-            keep_inputs([self.folder], self.inputs, are_folders=True)
+            check_inputs_not_overwritten([self.folder], self.inputs, are_folders=True)
             return False, None
         self._require_same_settings(before)
         is_complete = before.get("complete") is True
@@ -151,7 +143,7 @@ class RunFolder:
                     tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".partial")
                 )
                 name = Path(probe.name).name
-            is_seen = in_all((self.folder / from_first(name)).exists())
+            is_seen = is_true_on_all_ranks((self.folder / broadcast(name)).exists())
         if not is_seen:
             raise UserError(f"{self.folder}: not all processes see it; give a folder they share")
 
@@ -166,7 +158,7 @@ class RunFolder:
         """Write the record of a run that is not complete; with `overwrite`, first remove the files
         that a run has left. To be called when nothing more can be wrong with the settings."""
         if self.processes.is_main_process:
-            with named_errors(self.folder):
+            with report_write_errors(self.folder):
                 if self.overwrite:
                     self._remove_files()
                 self._write_record(complete=False)
@@ -175,7 +167,7 @@ class RunFolder:
         """Write the card, and the record of a complete run with these figures of it."""
         if not self.processes.is_main_process:
             return
-        write_whole(self.folder / CARD, card, self._check_card)
+        write_atomically(self.folder / CARD, card, self._check_card)
         self._write_record(complete=True, **figures, files=describe_files(self._model_files()))
 
     def _model_files(self) -> list[Path]:
@@ -200,7 +192,7 @@ class RunFolder:
 
     def _write_record(self, **more: object) -> None:
         record = self.record | {"warnings": self.warnings} | more
-        write_whole(self.folder / RECORD, json_text(record, indent=2) + "\n")
+        write_atomically(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def _read_record(self) -> dict:
         """The record of the run in the folder, without settings if it cannot be read; empty for an

@@ -11,7 +11,7 @@ import torch
 
 from common.command_line import Parser
 from common.errors import UserError
-from common.files import new_folder
+from common.output_files import new_folder
 from mamba_lm.checkpoint import load_model_and_tokenizer, save_model
 
 

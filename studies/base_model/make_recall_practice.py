@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from common.command_line import Parser, positive_int, seed
 from common.errors import UserError
-from common.files import keep_inputs, write_output
+from common.output_files import check_inputs_not_overwritten, write_output
 from mamba_lm.tokenizer import load_tokenizer_at
 from studies.base_model.pack import read_packed, read_texts
 from studies.base_model.processes import process_pool
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], args.texts)
+    check_inputs_not_overwritten([args.output], args.texts)
     make = functools.partial(practice, seed=args.seed, of_paragraph=args.of_paragraph)
     with process_pool(args.processes) as pool:
         found = pool.imap(make, documents(args.texts, args.tokenizer), _AT_ONCE)

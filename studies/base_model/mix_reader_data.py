@@ -18,8 +18,8 @@ from pathlib import Path
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError
-from common.files import keep_inputs, write_output
 from common.json_text import parse_json
+from common.output_files import check_inputs_not_overwritten, write_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], args.files)
+    check_inputs_not_overwritten([args.output], args.files)
     rows = []
     for path in map(Path, args.files):
         found = list(read_rows(path))

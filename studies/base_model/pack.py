@@ -21,8 +21,8 @@ import numpy as np
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError
-from common.files import check_output, keep_inputs, write_output
 from common.json_text import read_json
+from common.output_files import check_inputs_not_overwritten, check_output, write_output
 from mamba_lm.tokenizer import encode, load_tokenizer_at, vocabulary_bound
 from studies.base_model.processes import process_pool
 from studies.base_model.text_files import read_documents
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     outputs = (f"{args.output}.bin", f"{args.output}.json", _partial(args.output))
-    keep_inputs(outputs, args.texts)
+    check_inputs_not_overwritten(outputs, args.texts)
     for output in outputs:
         check_output(output, None)
     texts = (document.text for document in read_documents(args.texts))

@@ -22,8 +22,8 @@ import torch
 
 from common.command_line import Parser, positive_float, positive_int, seed
 from common.errors import UserError
-from common.files import Kind, check_output
 from common.json_text import parse_json
+from common.output_files import Kind, check_output
 from mamba_lm.checkpoint import find_tokenizer_of, load_model, save_model
 from mamba_lm.device import choose_device
 from mamba_lm.models.mamba import MambaLM

@@ -15,8 +15,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.atomic_files import atomic_folder
 from common.command_line import Parser, positive_float, positive_int
-from common.files import atomic_folder, keep_inputs, new_folder
+from common.output_files import check_inputs_not_overwritten, new_folder
 from mamba_lm.tokenizer import SAVED_FILES, load_tokenizer_at
 from studies.base_model.text_files import read_documents
 
@@ -36,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_inputs([args.output], args.texts)
+    check_inputs_not_overwritten([args.output], args.texts)
     new_folder(args.output)
     texts = sample((document.text for document in read_documents(args.texts)), args.megabytes * 1e6)
     train_tokenizer(texts, args.vocabulary, args.digits, args.output)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+from common.atomic_files import report_write_errors
 from common.command_line import Parser
-from common.files import named_errors, write_output
+from common.output_files import write_output
 from squad_utils import NO_ANSWER
 from studies.demo_model.domains import (
     DOMAINS,
@@ -341,7 +342,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with named_errors(args.output):
+    with report_write_errors(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.output / "train.jsonl", training_passages(TRAIN_SEED, 600, num_questions=6))
     rows = (rows for _, rows in validation_passages(NUM_VALIDATION_PASSAGES))

@@ -34,7 +34,7 @@ from transformers import TrainerCallback, set_seed
 
 from common.command_line import Parser, positive_float, positive_int
 from common.errors import UserError
-from common.files import new_folder
+from common.output_files import new_folder
 from common.provenance import describe_run
 from context_qa.answering import Answerer
 from context_qa.batches import Pairing, continuation

@@ -31,8 +31,8 @@ from transformers import TrainerCallback, set_seed
 
 from common.command_line import Parser, positive_float, positive_int
 from common.errors import UserError
-from common.files import Kind, check_output, keep_inputs
 from common.json_text import parse_json
+from common.output_files import Kind, check_inputs_not_overwritten, check_output
 from context_qa.batches import GroupedBatches, continuation
 from mamba_lm.checkpoint import load_model_and_tokenizer
 from mamba_lm.training.arguments import training_arguments
@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> None:
     if "LEARNING_RUN" in os.environ:
         train_one(args)
         return
-    keep_inputs([args.output], [args.train, args.held_out, args.model, args.tokenizer])
+    check_inputs_not_overwritten(
+        [args.output], [args.train, args.held_out, args.model, args.tokenizer]
+    )
     check_output(args.output, ROWS, overwrite=True)  # to which rows are added
     try:  # now, rather than after the first minutes of training
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

@@ -1,3 +1,5 @@
+"""Communication between processes: its end; tests/test_distributed_training.py tests the rest."""
+
 from torch import distributed
 
 from common.processes import disconnect
@@ -8,4 +10,4 @@ def test_processes_disconnect_at_the_end():
     assert distributed.is_initialized()
     disconnect()
     assert not distributed.is_initialized()
-    disconnect()  # as a single process does, which has no connections
+    disconnect()  # does nothing without connections

@@ -1,4 +1,4 @@
-"""Standard streams, file names and limits that are not what one expects: a line, no traceback."""
+"""Unusual standard streams, file names and limits: one line, no traceback."""
 
 from common.script import run_script
 
@@ -23,7 +23,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
 
 @pytest.fixture
 def results(tmp_path) -> str:
-    """A results file whose name is not UTF-8, as a command line gives it."""
+    """A results file whose name is not valid UTF-8, as on a command line."""
     path = os.fsencode(tmp_path) + b"/r\xff.jsonl"
     example = Example("q", "c", QUESTION, ("a",))
     rows = [result_row(idx, example, Answer("x", 0.5, 0.5, 1.0, 9, 9)) for idx in range(100)]
@@ -33,7 +33,7 @@ def results(tmp_path) -> str:
 
 
 def shell(command: str, *arguments: str, **environment: str) -> tuple[int, bytes, str]:
-    """Run a command, in which $1 is the first argument."""
+    """Run a shell command, in which $1 is the first argument."""
     process = subprocess.run(
         ["/bin/sh", "-c", command, "sh", *arguments],
         cwd=ROOT,
@@ -46,7 +46,7 @@ def shell(command: str, *arguments: str, **environment: str) -> tuple[int, bytes
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_what_an_encoding_lacks_is_escaped(encoding, results):
+def test_characters_that_an_encoding_lacks_are_escaped(encoding, results):
     wanted = {"PYTHONIOENCODING": encoding}
     sql = "SELECT idx, question FROM df LIMIT 1"
     code, out, _ = shell(f'{PYTHON} query_results.py "$1" "{sql}"', results, **wanted)
@@ -55,7 +55,7 @@ def test_what_an_encoding_lacks_is_escaped(encoding, results):
     assert code == 0 and rb"\u0394" in out
 
 
-def test_a_question_in_utf_8_is_read_whatever_the_locale():
+def test_a_question_in_utf_8_is_read_in_any_locale():
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     script = (
         "import sys; from context_qa.arguments import add_console_flags;"
@@ -67,7 +67,7 @@ def test_a_question_in_utf_8_is_read_whatever_the_locale():
     assert shell(run, QUESTION, **ascii_locale)[1].decode() == f"{QUESTION!a}\n"
 
 
-def test_json_and_csv_are_utf_8_whatever_the_locale(results):
+def test_json_and_csv_are_utf_8_in_any_locale(results):
     sql = "SELECT idx, question FROM df LIMIT 1"
     command = f'{PYTHON} query_results.py "$1" "{sql}" --format'
     assert json.loads(shell(f"{command} json", results, **LATIN)[1])["question"] == QUESTION
@@ -91,17 +91,17 @@ def test_a_name_that_is_not_utf_8_is_printed(results):
 
 
 @pytest.mark.parametrize("where", [pytest.param("2>/dev/full", marks=needs_full), "2>&-"])
-def test_standard_error_that_takes_nothing_ends_nothing(where, results):
+def test_standard_error_that_cannot_be_written_does_not_stop_a_script(where, results):
     assert shell(f'{PYTHON} query_results.py nope "SELECT 1" {where}')[0] == 2
     summary = Path(f"{results}.summary.json")
-    summary.write_text("{}")  # of a run that was cut off, which is a warning
+    summary.write_text("{}")  # of an interrupted run, which gives a warning
     code, out, _ = shell(f'{PYTHON} compare_results.py "$1" "$1" {where}', results)
     assert code == 0 and b"100 questions" in out
     assert shell(f"{PYTHON} -m data.prepare_squad nope out {where}")[0] == 2
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_no_file_takes_the_place_of_a_stream_that_was_closed(closed, tmp_path):
+def test_no_file_gets_the_number_of_a_closed_stream(closed, tmp_path):
     script = tmp_path / "script_of_test.py"
     script.write_text(
         "from common.script import run_script\n"
@@ -117,7 +117,7 @@ def test_no_file_takes_the_place_of_a_stream_that_was_closed(closed, tmp_path):
     assert code == 0 and written.read_text() == "['0', '1', '2'] True\n"
 
 
-def test_a_limit_on_the_size_of_files_is_told(results, tmp_path):
+def test_a_limit_on_the_size_of_files_is_reported(results, tmp_path):
     limited = f'ulimit -f 1; {PYTHON} query_results.py "$1" "FROM df" --format json'
     code, _, err = shell(f"({limited}) > '{tmp_path}/out'", results)
     assert (code, err) == (2, "error: standard output or input: File too large\n")
@@ -125,14 +125,14 @@ def test_a_limit_on_the_size_of_files_is_told(results, tmp_path):
     assert code == 2 and err.startswith("error: ") and "File too large" in err
 
 
-def test_a_query_writes_no_file_and_has_a_limit_of_memory(results):
+def test_a_query_writes_no_file_and_has_a_memory_limit(results):
     sql = "SELECT current_setting('temp_directory') AS t, current_setting('memory_limit') AS m"
     out = json.loads(shell(f'{PYTHON} query_results.py "$1" "{sql}" --format json', results)[1])
     assert out["t"] == "" and out["m"].endswith("iB")
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
-def test_a_query_beyond_its_memory_is_told_in_a_line(form, results, monkeypatch, capsys):
+def test_a_query_beyond_its_memory_limit_gives_one_line(form, results, monkeypatch, capsys):
     monkeypatch.setitem(query_results.LIMITS, "memory_limit", "50MB")
     sql = "SELECT list(range || repeat('x', 1000)) FROM range(10000000)"
     monkeypatch.setattr(sys, "argv", ["query_results.py", results, sql, "--format", form])

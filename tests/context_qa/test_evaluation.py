@@ -69,7 +69,7 @@ def test_a_threshold_is_not_tuned_on_what_is_scored(run, data, tmp_path):
         run(scored, "--tune_on", mixed)
     output = tmp_path / "r.jsonl"
     other.rename(f"{output}.tuning.jsonl")
-    with pytest.raises(UserError, match="is read too and would be lost"):
+    with pytest.raises(UserError, match="is also an input and would be overwritten"):
         run(scored, "--tune_on", f"{output}.tuning.jsonl", "--overwrite")
     assert not (tmp_path / "r.jsonl").exists()
 

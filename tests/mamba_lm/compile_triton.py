@@ -1,9 +1,9 @@
-"""Compile, without a GPU, every Triton kernel that training and decoding launch, as they launch it.
+"""Compile, without a GPU, every Triton kernel as training and decoding launch it.
 
     python -m tests.mamba_lm.compile_triton 90        # for compute capability 9.0
 
-The launches are real, up to the compiled kernel, which is not run. Prints one JSON object: of each
-kernel, by name and how often it was seen before, the PTX target and the bytes of machine code.
+The launches are real, but the compiled kernel is not run. Prints one JSON object: for each launch,
+named by the kernel and a number, the PTX target and the bytes of machine code.
 """
 
 import json
@@ -21,7 +21,7 @@ from mamba_lm.models.mamba import MambaConfig, MambaLM
 
 
 class NoGPU:
-    """A driver for launches that end at compilation."""
+    """A driver for launches that end after compilation."""
 
     def __init__(self, capability: int):
         self.target = GPUTarget("cuda", capability, 32)
@@ -39,7 +39,7 @@ class NoGPU:
 def compile_launches(capability: int) -> dict[str, tuple[str, int]]:
     compiled, run = {}, JITFunction.run
 
-    def only_compile(kernel, *args, grid, warmup, **settings):
+    def compile_only(kernel, *args, grid, warmup, **settings):
         binary = run(kernel, *args, grid=grid, warmup=True, **settings)
         name = kernel.fn.__name__
         seen = sum(key.split()[0] == name for key in compiled)
@@ -47,7 +47,7 @@ def compile_launches(capability: int) -> dict[str, tuple[str, int]]:
         compiled[f"{name} {seen}"] = target.split()[1], len(binary.asm["cubin"])
 
     triton.runtime.driver.set_active(NoGPU(capability))
-    JITFunction.run = only_compile
+    JITFunction.run = compile_only
     from mamba_lm.selective_scan import triton as kernels
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -57,7 +57,7 @@ def compile_launches(capability: int) -> dict[str, tuple[str, int]]:
 
 
 def launch_training(kernels, dtype: torch.dtype) -> None:
-    """mamba-130m's width: parts of projections, forward and backward, in spans and not."""
+    """The width of mamba-130m; views of projections, both passes, with and without spans."""
     b, l, d, n, r = 8, 160, 1536, 16, 48
     x, z = torch.zeros(b, l, 2 * d, dtype=dtype, requires_grad=True).chunk(2, dim=2)
     B, C = torch.zeros(b, l, r + 2 * n, dtype=dtype).split((r, n, n), dim=2)[1:]

@@ -615,7 +615,7 @@ def test_an_asked_for_tokenizer_goes_before_the_models_own(tokenizer, make_model
 
 def test_without_a_tokenizer_of_its_own_a_model_gets_that_of_gpt_neox(folder):
     for model in (str(folder), str(CONFIGS / "mamba-130m.json")):
-        with pytest.raises(UserError, match=r"EleutherAI/gpt-neox-20b.*--tokenizer"):
+        with pytest.raises(UserError, match=r"EleutherAI/gpt-neox-20b.*a tokenizer\.json file"):
             load_tokenizer(model)
 
 

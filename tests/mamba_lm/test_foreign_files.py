@@ -1,5 +1,5 @@
-"""A model's folder that a stranger has made: what is no file, too deep, too large or a lie is
-refused by name, before memory is taken."""
+"""Untrusted files of a model's folder: what is not a file, too deep, too large or inconsistent is
+refused with the file's name, before memory is allocated."""
 
 import json
 import os
@@ -48,10 +48,10 @@ def change(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-# What is read is a file
+# Paths that are not files
 
 
-READ = {  # each by loading a whole model with its tokenizer
+READ = {  # the files that are read when a model and its tokenizer are loaded
     **dict.fromkeys(("config.json", "model.safetensors", "tokenizer.json"), None),
     "generation_config.json": "{}",
     "tokenizer_config.json": "{}",
@@ -70,15 +70,15 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-def circle(path: Path) -> None:
+def link_cycle(path: Path) -> None:
     path.symlink_to(path)
 
 
-@pytest.mark.parametrize("make", [pipe, device, circle, Path.mkdir])
+@pytest.mark.parametrize("make", [pipe, device, link_cycle, Path.mkdir])
 @pytest.mark.parametrize("name", READ)
-def test_what_is_no_file_is_refused(name, make, folder):
-    if "/" in name and make in (circle, Path.mkdir):
-        pytest.skip("it is not read then")
+def test_a_path_that_is_not_a_file_is_refused(name, make, folder):
+    if "/" in name and make in (link_cycle, Path.mkdir):
+        pytest.skip("this is not read")
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
@@ -94,15 +94,15 @@ def test_a_pipe_in_place_of_other_files_is_refused(name, folder):
     assert f"{folder / name}: not a file" in refusal(read, str(folder))
 
 
-def test_a_pipe_that_the_class_of_a_tokenizer_may_read_is_refused(folder):
-    """Which files that are without a tokenizer.json, a field of a config decides."""
+def test_a_pipe_that_a_tokenizer_class_may_read_is_refused(folder):
+    """Without a tokenizer.json, a field of a config decides which files are read."""
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text("{}")
     os.mkfifo(folder / "tiktoken.model")
     assert f"{folder}/tiktoken.model: not a file" in refusal(load_tokenizer_at, folder)
 
 
-def test_links_out_of_the_folder_are_followed_as_in_the_hubs_cache(folder, tmp_path):
+def test_links_out_of_the_folder_are_followed_as_the_hub_cache_needs(folder, tmp_path):
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(folder.iterdir())):
@@ -116,7 +116,7 @@ def test_links_out_of_the_folder_are_followed_as_in_the_hubs_cache(folder, tmp_p
 
 @pytest.mark.parametrize("text", [DEEP, '{"":' * 100_000, "", "[1]", "7", "\ud800", "9" * 5000])
 @pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
-def test_json_that_is_too_deep_or_of_another_kind_is_refused(name, text, folder):
+def test_json_that_is_too_deep_or_of_another_type_is_refused(name, text, folder):
     (folder / name).write_bytes(text.encode(errors="surrogatepass"))
     assert str(folder / name) in refusal(load_model_and_tokenizer, str(folder))
 
@@ -126,12 +126,12 @@ def test_json_that_is_too_large_is_refused(folder, monkeypatch):
     assert "tokenizer.json: has 131," in refusal(load_tokenizer_at, folder)
 
 
-def test_layers_that_are_nested_too_deep(folder):
+def test_delta_layers_that_are_nested_too_deep_are_refused(folder):
     (folder / LAYERS).write_text(DEEP)
     assert f"{LAYERS}: is nested too deep" in refusal(delta_layers, str(folder), 2)
 
 
-# Sizes, before memory is taken
+# Sizes, before memory is allocated
 
 
 SIZES = [2**31 - 1, 2**31, 2**62, 10**400, 0, -1, 1.5, True, "8", None, [8], {}]
@@ -143,9 +143,9 @@ SIZES = [2**31 - 1, 2**31, 2**62, 10**400, 0, -1, 1.5, True, "8", None, [8], {}]
     ["vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel",
      "intermediate_size", "time_step_rank"],
 )  # fmt: skip
-def test_sizes_that_are_not_the_weights_are_refused(name, size, folder):
+def test_sizes_that_differ_from_the_weights_are_refused(name, size, folder):
     if (name, size) == ("intermediate_size", None):
-        return  # is expand * hidden_size
+        return  # null means expand * hidden_size
     change(folder / "config.json", **{name: size})
     found = refusal(load_model, str(folder))
     assert str(folder) in found and "config.json" in found
@@ -159,7 +159,7 @@ def test_the_number_of_parameters_is_that_of_the_model(changes, make_model):
     assert model.config.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_random_weights_have_a_bound(monkeypatch):
+def test_random_weights_that_do_not_fit_into_memory_are_refused(monkeypatch):
     path = str(ROOT / "models/configs/mamba-130m.json")
     monkeypatch.setattr(checkpoint, "memory_bytes", lambda: 4 * 129_135_359)
     assert "129,135,360 random weights need 0.5 GB of memory; this machine" in refusal(
@@ -167,8 +167,8 @@ def test_random_weights_have_a_bound(monkeypatch):
     )
 
 
-def test_no_memory_is_taken_for_a_model_that_its_file_does_not_hold(folder, tmp_path):
-    """A gigabyte in each of the ways: loading must not need one."""
+def test_no_memory_is_allocated_for_expanded_tensors(folder, tmp_path):
+    """The tensor has 2**28 elements (1 GiB) and its file one number; loading has half of that."""
     (folder / "model.safetensors").unlink()
     weights, size = MambaLM(MambaConfig(64, 16, 1)).state_dict(), 2**28
     expanded = weights | {"backbone.norm_f.weight": torch.ones(1).expand(size)}
@@ -179,8 +179,8 @@ import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from mamba_lm.checkpoint import load_model
 from common.errors import UserError
-there = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (there + 2**29,) * 2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,) * 2)
 try:
     load_model({str(folder)!r})
 except UserError as error:
@@ -208,14 +208,14 @@ D = "backbone.layers.0.mixer.D"
      torch.ones(48).int()],
     ids=["sparse", "meta", "complex", "integer"],
 )  # fmt: skip
-def test_tensors_of_other_kinds_are_named(value, folder):
+def test_tensors_of_unsupported_kinds_are_refused(value, folder):
     weights = load_file(folder / "model.safetensors") | {D: value}
     path = put_pickle(folder, weights)
     assert f"{path}: " in refusal(load_model, str(folder))
 
 
-def test_many_tensors_that_share_their_numbers_are_refused(make_model, tmp_path):
-    """A large model of a small file."""
+def test_tensors_that_share_memory_are_refused(make_model, tmp_path):
+    """A small file would become a large model."""
     model = make_model(n_layer=40, d_model=64)
     weights = model.state_dict()
     shared = torch.zeros(max(value.numel() for value in weights.values()))
@@ -227,8 +227,8 @@ def test_many_tensors_that_share_their_numbers_are_refused(make_model, tmp_path)
     assert "repeats numbers" in refusal(load_model, str(tmp_path / "model"))
 
 
-def test_a_compressed_file_of_weights_is_refused(folder):
-    """A thousandth of what it takes."""
+def test_a_compressed_weights_file_is_refused(folder):
+    """Decompressed, it could take a thousand times its size."""
     path = put_pickle(folder, {"a": torch.zeros(10_000)})
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -248,7 +248,7 @@ def repickled(path: Path, pickled: bytes) -> None:
 
 
 START = b"\x80\x02}"
-BOMBS = {  # pickles that torch reads, and that take all time or all memory
+BOMBS = {  # pickles that torch accepts, and that take unlimited time or memory
     "tuples": START
     + b"K\x01\x85q\x00"
     + b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(60))
@@ -260,14 +260,14 @@ BOMBS = {  # pickles that torch reads, and that take all time or all memory
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_pickles_that_never_end_or_take_all_memory_are_refused(name, folder):
+def test_pickles_that_take_unlimited_time_or_memory_are_refused(name, folder):
     path = put_pickle(folder, {"a": torch.ones(1)})
     repickled(path, BOMBS[name])
     assert f"{path}: contains " in refusal(load_model, str(folder))
 
 
-def test_a_tensor_of_two_names_is_read(make_model, tmp_path):
-    """The same object, which a pickle then names twice, as conversions leave it."""
+def test_a_tensor_with_two_names_is_read(make_model, tmp_path):
+    """Converted checkpoints contain the same object under two names."""
     save_model(make_model(), tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
     weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
@@ -281,8 +281,8 @@ def test_a_tensor_of_two_names_is_read(make_model, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_weights_of_before_torch_1_6_are_refused_by_name(folder):
-    """They say how much memory to take before they have it."""
+def test_weights_from_before_torch_1_6_are_refused(folder):
+    """This format allocates memory before the size of the file is known to suffice."""
     path = put_pickle(folder, {"a": torch.ones(1)}, _use_new_zipfile_serialization=False)
     assert f"{path}: truncated or not a weights file of torch 1.6" in refusal(
         load_model, str(folder)
@@ -292,7 +292,7 @@ def test_weights_of_before_torch_1_6_are_refused_by_name(folder):
 @pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", "..", ".", "", "a/b", 3,
     None, ["w"], "w\0.safetensors", "\ud800.safetensors", "w" * 5000 + ".safetensors", "w.bin",
     "config.json"])  # fmt: skip
-def test_an_index_names_files_of_its_folder(name, folder):
+def test_an_index_that_names_other_files_is_refused(name, folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder.parent / "w.safetensors")
     index = folder / "model.safetensors.index.json"
@@ -330,13 +330,13 @@ def put_tokenizer(tokenizer: Tokenizer | str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", [models.WordLevel, models.WordPiece])
-def test_words_that_a_tokenizer_does_not_know(model, tmp_path, capsys):
-    """They are its unknown token, if it has one; else a text with them is refused in one line."""
+def test_unknown_words_become_the_unknown_token_or_are_refused(model, tmp_path, capsys):
+    """A tokenizer without an unknown token refuses a text with unknown words, in one line."""
     written = words(model, "[UNK]")
-    written.add_special_tokens(["[UNK]"])  # named by no config, and no control token either
+    written.add_special_tokens(["[UNK]"])  # in no config, and not a control token
     known = load_tokenizer_at(put_tokenizer(written, tmp_path / "a"))
     assert encode(known, ["who is\nshe", "\n", ""]) == [[1, 2, 4], [], []]
-    assert "the tokenizer drops newlines: no token" in capsys.readouterr().err
+    assert "the tokenizer drops newlines: it has no token" in capsys.readouterr().err
     found = load_tokenizer_at(put_tokenizer(words(model), tmp_path / "b"))
     assert encode(found, ["who is"]) == [[1, 2]]
     for write in (encode, encode_with_offsets):
@@ -344,8 +344,8 @@ def test_words_that_a_tokenizer_does_not_know(model, tmp_path, capsys):
         assert "for one of 2 texts" in refusal(write, found, ["who", "who is she"])
 
 
-def test_a_text_without_tokens_is_not_continued(make_model):
-    """No row of a batch, nor one alone, is continued from padding."""
+def test_a_text_without_tokens_is_refused(make_model):
+    """Neither a row of a batch nor a single row is continued from padding."""
     model = make_model()
     state = prefill(model, [[3], []])
     assert "no token for any part" in refusal(read, model, [[1], []], state)
@@ -353,16 +353,18 @@ def test_a_text_without_tokens_is_not_continued(make_model):
     assert "no token for any part" in refusal(read_and_score, model, [], one, [1, 2], {0})
 
 
-def test_characters_that_a_tokenizer_drops_are_warned_about(tmp_path, capsys):
+def test_characters_that_a_tokenizer_drops_give_a_warning(tmp_path, capsys):
     found = load_tokenizer_at(put_tokenizer(words(models.BPE), tmp_path / "a"))
     assert encode(found, ["who?!"]) == [[1, 2, 3]]
-    said = "a: the tokenizer drops newlines and characters that it does not know: no token stands"
-    assert said in capsys.readouterr().err
+    warning = (
+        "a: the tokenizer drops newlines and characters that it does not know: it has no token"
+    )
+    assert warning in capsys.readouterr().err
     load_tokenizer_at(TOKENIZER)
     assert capsys.readouterr().err == ""
 
 
-PANICS = {  # in Rust: no Exception, and with lines of their own on standard error
+PANICS = {  # panics in Rust are not an Exception and print lines on standard error
     "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "//////////8="}},
     "charsmap of text": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
     "pieces": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
@@ -377,7 +379,7 @@ PANICS = {  # in Rust: no Exception, and with lines of their own on standard err
 
 
 @pytest.mark.parametrize("name", PANICS)
-def test_odd_tokenizers_are_refused_in_one_line(name, tmp_path, capfd):
+def test_invalid_tokenizers_are_refused_in_one_line(name, tmp_path, capfd):
     written = json.loads(words(models.BPE).to_str()) | PANICS[name]
     folder = put_tokenizer(json.dumps(written), tmp_path / "a")
     if name in ("charsmap of text", "pieces"):
@@ -389,23 +391,23 @@ def test_odd_tokenizers_are_refused_in_one_line(name, tmp_path, capfd):
         assert capfd.readouterr() == ("", "")
 
 
-def test_a_tokenizer_that_needs_code_is_refused_by_name(folder):
+def test_a_tokenizer_that_needs_code_is_refused(folder):
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]})
-    load_tokenizer_at(folder)  # its tokenizer.json needs none
+    load_tokenizer_at(folder)  # its tokenizer.json needs no code
     (folder / "tokenizer.json").rename(folder / "vocab.json")
-    assert "tokenizer_config.json: by the field auto_map" in refusal(load_tokenizer_at, folder)
+    assert "tokenizer_config.json: the field auto_map" in refusal(load_tokenizer_at, folder)
 
 
-def test_what_the_library_prints_does_not_reach_standard_output(folder, capfd):
+def test_output_of_the_library_does_not_reach_standard_output(folder, capfd):
     (folder / "special_tokens_map.json").write_text('{"x_token": {"content": "x", "odd": 1}}')
     load_tokenizer_at(folder)
     assert capfd.readouterr().out == ""
 
 
-# Whose error it is
+# Errors of libraries and our own
 
 
-def test_an_error_of_a_library_is_the_files_and_no_other():
+def test_an_error_of_a_library_becomes_a_user_error():
     def fail(error):
         with parsing(lambda reason: f"x: {reason}"):
             raise error
@@ -417,7 +419,7 @@ def test_an_error_of_a_library_is_the_files_and_no_other():
             fail(error)
 
 
-def test_an_error_of_our_own_stays_one(folder, monkeypatch):
-    monkeypatch.setattr("mamba_lm.tokenizer._added_tokens", lambda file: {}[file])
+def test_a_bug_of_our_own_stays_a_traceback(folder, monkeypatch):
+    monkeypatch.setattr("mamba_lm.tokenizer._read_added_tokens", lambda file: {}[file])
     with pytest.raises(KeyError):
         load_tokenizer_at(folder)

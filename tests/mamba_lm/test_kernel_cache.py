@@ -1,4 +1,4 @@
-"""CPU kernels where what was compiled cannot be kept."""
+"""CPU kernels whose compiled code cannot be cached."""
 
 import pytest
 from numba.core import caching
@@ -6,7 +6,7 @@ from numba.core import caching
 from mamba_lm.selective_scan.cpu import threads
 
 
-def no_place(self, *args):
+def no_folder(self, *args):
     raise RuntimeError("cannot cache function 'kernel': no locator available for file 'x.py'")
 
 
@@ -14,13 +14,13 @@ def too_large(self, *args):
     raise OSError(27, "File too large")
 
 
-def compiles_wrongly(self, *args):
-    raise RuntimeError("some other thing")
+def fail_otherwise(self, *args):
+    raise RuntimeError("another error")
 
 
 @pytest.fixture(autouse=True)
-def said_anew():
-    threads._say_not_kept.cache_clear()
+def forget_warnings():
+    threads._warn_not_cached.cache_clear()
 
 
 def kernel(packed):
@@ -29,17 +29,17 @@ def kernel(packed):
 
 @pytest.mark.parametrize(
     "where, fails, reason",
-    [("__init__", no_place, "no folder"), ("save_overload", too_large, "File too large")],
+    [("__init__", no_folder, "no folder"), ("save_overload", too_large, "File too large")],
 )
-def test_a_kernel_runs_that_cannot_be_kept(where, fails, reason, monkeypatch, capsys):
+def test_a_kernel_that_cannot_be_cached_runs(where, fails, reason, monkeypatch, capsys):
     monkeypatch.setattr(caching.Cache, where, fails)
-    assert threads._cached(kernel).address
-    assert threads._cached(kernel).address
+    assert threads._compile_cached(kernel).address
+    assert threads._compile_cached(kernel).address
     err = capsys.readouterr().err
     assert err.startswith("warning: ") and err.count("\n") == 1 and reason in err
 
 
-def test_other_errors_of_numba_stay_errors(monkeypatch):
-    monkeypatch.setattr(caching.Cache, "__init__", compiles_wrongly)
-    with pytest.raises(RuntimeError, match="some other thing"):
-        threads._cached(kernel)
+def test_other_errors_of_numba_are_raised(monkeypatch):
+    monkeypatch.setattr(caching.Cache, "__init__", fail_otherwise)
+    with pytest.raises(RuntimeError, match="another error"):
+        threads._compile_cached(kernel)

@@ -220,8 +220,8 @@ def test_same_bits_on_any_number_of_threads(dtype, team, make_model, threads, mo
     """On torch's threads and, where its OpenMP cannot be had, on a pool of our own, with more of
     them than there are cores, so that some come late."""
     if not team:
-        monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
-    elif cpu_threads._openmp() is None:
+        monkeypatch.setattr(cpu_threads, "_load_openmp", lambda: None)
+    elif cpu_threads._load_openmp() is None:
         pytest.skip("torch has no GNU OpenMP here")
     monkeypatch.setattr(cpu_threads, "_PARALLEL_THRESHOLD", 0)
     model = make_model(d_model=90, d_state=40, dt_rank=80).to(dtype)  # much in every phase

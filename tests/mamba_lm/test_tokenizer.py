@@ -1,4 +1,4 @@
-"""Tokenizers as they are written; text that is never markup; ids with holes."""
+"""Tokenizers as their files define them; control tokens in text; ids with gaps."""
 
 import json
 from fnmatch import fnmatch
@@ -34,7 +34,7 @@ TEXT = "In 1998 Zoé paid $45 for 12 <|endoftext|> tickets.\n"
 
 
 def byte_level(split_digits: bool = False, specials=(EOS,)) -> Tokenizer:
-    """Trained on a line in which "1998" is a word."""
+    """A tokenizer trained on a line in which "1998" is a word."""
     tokenizer = Tokenizer(models.BPE())
     parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if split_digits:
@@ -51,7 +51,7 @@ def byte_level(split_digits: bool = False, specials=(EOS,)) -> Tokenizer:
 
 
 def sentencepiece_like(unigram: bool = False) -> Tokenizer:
-    """Blanks are part of words, and the first word gets one."""
+    """A tokenizer in which spaces are part of words, and the first word gets one."""
     tokenizer = Tokenizer(models.Unigram() if unigram else models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -66,7 +66,7 @@ def sentencepiece_like(unigram: bool = False) -> Tokenizer:
     return tokenizer
 
 
-def folder_of(tokenizer: Tokenizer, folder: Path, **config) -> Path:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, **config) -> Path:
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS} | config))
@@ -78,12 +78,10 @@ CLASSES = ["GPTNeoXTokenizerFast", "GPT2Tokenizer", "LlamaTokenizerFast", "PreTr
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("beside_a_model", [False, True])
-def test_tokens_are_those_of_the_file_whatever_the_class(
-    name, beside_a_model, tmp_path, make_model
-):
-    """transformers 5 rebuilds what it knows by its class's name: digits would stay together."""
+def test_tokens_are_those_of_the_file_for_every_class(name, beside_a_model, tmp_path, make_model):
+    """transformers 5 rebuilds tokenizers from their class name: digits would not be split."""
     written = byte_level(split_digits=True)
-    folder = folder_of(written, tmp_path / "t", tokenizer_class=name)
+    folder = save_tokenizer(written, tmp_path / "t", tokenizer_class=name)
     if beside_a_model:
         save_model(make_model(vocab_size=400), folder)
     wanted = written.encode("in 1998", add_special_tokens=False)
@@ -97,39 +95,39 @@ def test_tokens_are_those_of_the_file_whatever_the_class(
 
 
 def test_a_change_by_transformers_is_refused(tmp_path, monkeypatch):
-    folder = folder_of(byte_level(split_digits=True), tmp_path / "t")
+    folder = save_tokenizer(byte_level(split_digits=True), tmp_path / "t")
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
     loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: loaded)
-    with pytest.raises(UserError, match=r"tokenizer.json: not loaded as it is written .pre_tok"):
+    with pytest.raises(UserError, match=r"tokenizer.json: not loaded as it is defined .pre_tok"):
         load_tokenizer_at(folder)
 
 
-def test_a_file_alone_has_the_usual_end_of_text_only_if_it_is_in_it(tmp_path):
-    folder = folder_of(byte_level(), tmp_path / "a")
+def test_a_single_file_has_the_default_end_of_text_only_if_it_contains_it(tmp_path):
+    folder = save_tokenizer(byte_level(), tmp_path / "a")
     (folder / "tokenizer_config.json").unlink()
     assert load_tokenizer("", str(folder / "tokenizer.json")).eos_token == EOS
-    folder = folder_of(byte_level(specials=["<end>"]), tmp_path / "b")
+    folder = save_tokenizer(byte_level(specials=["<end>"]), tmp_path / "b")
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer("", str(folder / "tokenizer.json"))
 
 
-def test_a_truncation_in_the_file_cuts_nothing(tmp_path):
+def test_truncation_settings_in_the_file_are_not_applied(tmp_path):
     tokenizer = byte_level()
     tokenizer.enable_truncation(max_length=3)
     tokenizer.enable_padding(length=9)
-    loaded = load_tokenizer_at(folder_of(tokenizer, tmp_path / "t"))
+    loaded = load_tokenizer_at(save_tokenizer(tokenizer, tmp_path / "t"))
     text = "one two three four five six"
     assert loaded.decode(token_ids(loaded, text)) == text
     [(ids, _)] = encode_with_offsets(loaded, [text])
     assert ids == token_ids(loaded, text)
 
 
-# Which tokenizer
+# Choice of the tokenizer
 
 
-def test_a_falcon_mamba_model_needs_its_own(make_model, tmp_path):
+def test_a_falcon_mamba_model_needs_its_own_tokenizer(make_model, tmp_path):
     save_model(make_model(bcdt_rms_eps=1e-6), tmp_path / "model")
     for name in (tmp_path / "model", ROOT / "models/configs/mamba-demo.json"):
         with pytest.raises(UserError, match=r"Falcon-Mamba model without a tokenizer.*--tok"):
@@ -138,33 +136,33 @@ def test_a_falcon_mamba_model_needs_its_own(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "vocab.txt", "spiece.model"])
-def test_a_tokenizer_of_another_kind_is_not_passed_over(name, make_model, tmp_path):
-    """A broken one is an error, not a reason to take GPT-NeoX's."""
+def test_a_broken_tokenizer_of_another_kind_is_an_error(name, make_model, tmp_path):
+    """It is no reason to use GPT-NeoX's tokenizer."""
     save_model(make_model(), tmp_path / "model")
     (tmp_path / "model" / name).write_text("{")
-    said = "(: no tokenizer can be loaded|/vocab.json: not JSON)"
-    with pytest.raises(UserError, match=f"{tmp_path}/model{said}"):
+    reason = "(: no tokenizer can be loaded|/vocab.json: not JSON)"
+    with pytest.raises(UserError, match=f"{tmp_path}/model{reason}"):
         load_tokenizer(str(tmp_path / "model"))
 
 
-def test_messages_name_the_tokenizer_of_a_file_alone(make_model, tmp_path, capsys):
+def test_messages_name_a_tokenizer_that_is_a_single_file(make_model, tmp_path, capsys):
     save_model(make_model(vocab_size=5000), tmp_path / "model")
     file = tmp_path / "alone.json"
     byte_level().save(str(file))
     load_model_and_tokenizer(str(tmp_path / "model"), str(file))
-    said = capsys.readouterr().err
-    assert f", the tokenizer {file} has only " in said and "  " not in said
+    err = capsys.readouterr().err
+    assert f", the tokenizer {file} has only " in err and "  " not in err
 
 
-def test_a_tokenizer_much_smaller_than_the_vocabulary_is_warned_about(make_model, tmp_path, capsys):
-    for rows, is_said in ((2156, False), (2216, False), (4000, True)):
+def test_a_tokenizer_much_smaller_than_the_vocabulary_gives_a_warning(make_model, tmp_path, capsys):
+    for rows, is_warned in ((2156, False), (2216, False), (4000, True)):
         save_model(make_model(vocab_size=rows), tmp_path / str(rows))
         load_model_and_tokenizer(str(tmp_path / str(rows)), str(DEMO))
-        assert ("only 2,156 token ids" in capsys.readouterr().err) == is_said
+        assert ("only 2,156 token ids" in capsys.readouterr().err) == is_warned
 
 
-def test_the_files_that_are_read(tmp_path):
-    folder = folder_of(byte_level(), tmp_path / "t")
+def test_tokenizer_files_are_those_that_are_read(tmp_path):
+    folder = save_tokenizer(byte_level(), tmp_path / "t")
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "unrelated.json"):
         (folder / name).write_text("{}")
     read = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
@@ -172,19 +170,20 @@ def test_the_files_that_are_read(tmp_path):
     assert {path.name for path in tokenizer_files(folder / "tokenizer.json")} == set(read)
 
 
-# Ids with holes
+# Ids with gaps
 
 
 @pytest.fixture
-def holes(tmp_path) -> Path:
-    """End-of-text is id 300 of 257 tokens: a case from outside where it is there, else the same."""
+def gaps(tmp_path) -> Path:
+    """A tokenizer of 257 tokens whose end-of-text has id 300: the shared case, or the same made
+    here."""
     if (CASES / "tokenizer_holes").exists():
         return CASES / "tokenizer_holes"
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)} | {EOS: 300}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    folder = folder_of(tokenizer, tmp_path / "holes")
+    folder = save_tokenizer(tokenizer, tmp_path / "gaps")
     written = json.loads((folder / "tokenizer.json").read_text())
     written["added_tokens"] = [
         {"id": 300, "content": EOS, "single_word": False, "lstrip": False, "rstrip": False,
@@ -194,23 +193,23 @@ def holes(tmp_path) -> Path:
     return folder
 
 
-def test_the_bound_of_a_vocabulary_is_its_largest_id(holes, make_model, tmp_path):
-    tokenizer = load_tokenizer_at(holes)
+def test_the_bound_of_a_vocabulary_is_its_largest_id(gaps, make_model, tmp_path):
+    tokenizer = load_tokenizer_at(gaps)
     assert (len(tokenizer), tokenizer.eos_token_id, vocabulary_bound(tokenizer)) == (257, 300, 301)
     save_model(make_model(vocab_size=296), tmp_path / "small")
     with pytest.raises(
         UserError, match=r"296 vocabulary rows, the tokenizer .* has token ids up to 300;"
     ):
-        load_model_and_tokenizer(str(tmp_path / "small"), str(holes))
+        load_model_and_tokenizer(str(tmp_path / "small"), str(gaps))
     save_model(make_model(vocab_size=304), tmp_path / "fit")
-    load_model_and_tokenizer(str(tmp_path / "fit"), str(holes))
+    load_model_and_tokenizer(str(tmp_path / "fit"), str(gaps))
 
 
 # Added tokens
 
 
-def change(folder: Path, **added: object) -> None:
-    """Add a token, or change those that are there, in tokenizer.json."""
+def add_token(folder: Path, **added: object) -> None:
+    """Append an added token to tokenizer.json."""
     path = folder / "tokenizer.json"
     written = json.loads(path.read_text())
     plain = {"id": 0, "content": "", "special": False, "normalized": False}
@@ -219,52 +218,52 @@ def change(folder: Path, **added: object) -> None:
     path.write_text(json.dumps(written))
 
 
-def test_an_added_token_whose_id_the_library_does_not_keep_is_refused(tmp_path):
-    folder = folder_of(byte_level(), tmp_path / "a")
-    change(folder, id=7000, content="<z>")
-    with pytest.raises(UserError, match=r"not loaded as it is written .the id 7000 of .*<z>"):
+def test_an_added_token_whose_id_the_library_changes_is_refused(tmp_path):
+    folder = save_tokenizer(byte_level(), tmp_path / "a")
+    add_token(folder, id=7000, content="<z>")
+    with pytest.raises(UserError, match=r"not loaded as it is defined .the id 7000 of .*<z>"):
         load_tokenizer_at(folder)
     decoder = {"9000": {"content": "<ctl>", "special": True, "normalized": False,
                         "lstrip": False, "rstrip": False, "single_word": False}}  # fmt: skip
-    folder = folder_of(byte_level(), tmp_path / "b", added_tokens_decoder=decoder)
+    folder = save_tokenizer(byte_level(), tmp_path / "b", added_tokens_decoder=decoder)
     with pytest.raises(UserError, match="the id 9000 of the added token '<ctl>'"):
         load_tokenizer_at(folder)
 
 
 @pytest.mark.parametrize("flag", ["special", "lstrip", "rstrip", "single_word"])
-def test_an_added_token_that_is_found_otherwise_is_refused(flag, tmp_path):
+def test_an_added_token_that_is_found_differently_is_refused(flag, tmp_path):
     written = byte_level()
     written.add_tokens(["  "])
     number = written.token_to_id("  ")
     flags = dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)
     decoder = {str(number): {"content": "  "} | flags | {"normalized": True, flag: True}}
-    folder = folder_of(written, tmp_path / "a", added_tokens_decoder=decoder)
-    with pytest.raises(UserError, match="how the added token '  ' is found in texts"):
+    folder = save_tokenizer(written, tmp_path / "a", added_tokens_decoder=decoder)
+    with pytest.raises(UserError, match="how the added token '  ' is found in text"):
         load_tokenizer_at(folder)
 
 
-def test_words_that_become_tokens_by_another_file_are_warned_about(tmp_path, capsys):
-    folder = folder_of(byte_level(), tmp_path / "a", pad_token="[PAD]")
+def test_words_that_another_file_makes_tokens_give_a_warning(tmp_path, capsys):
+    folder = save_tokenizer(byte_level(), tmp_path / "a", pad_token="[PAD]")
     assert load_tokenizer_at(folder).pad_token_id is not None
-    assert capsys.readouterr().err == ""  # a control token is in no text
-    folder = folder_of(byte_level(), tmp_path / "b")
+    assert capsys.readouterr().err == ""  # a control token does not occur in text
+    folder = save_tokenizer(byte_level(), tmp_path / "b")
     (folder / "added_tokens.json").write_text(json.dumps({"zzz": len(load_tokenizer_at(folder))}))
     loaded = load_tokenizer_at(folder)
     assert loaded.convert_tokens_to_ids("zzz") == len(loaded) - 1
-    assert "'zzz' is a token that tokenizer.json does not have" in capsys.readouterr().err
+    assert "'zzz' is a token that tokenizer.json does not contain" in capsys.readouterr().err
 
 
 def test_dropout_is_refused(tmp_path):
     tokenizer = byte_level()
     tokenizer.model.dropout = 0.1
     with pytest.raises(UserError, match="dropout"):
-        load_tokenizer_at(folder_of(tokenizer, tmp_path / "a"))
+        load_tokenizer_at(save_tokenizer(tokenizer, tmp_path / "a"))
 
 
 # Folders with other files
 
 
-def test_a_models_folder_with_a_tokenizer_json_alone(make_model, tmp_path):
+def test_a_model_folder_with_only_a_tokenizer_json(make_model, tmp_path):
     save_model(make_model(vocab_size=400), tmp_path / "model")
     byte_level().save(str(tmp_path / "model/tokenizer.json"))
     assert load_tokenizer(str(tmp_path / "model")).eos_token == EOS
@@ -275,8 +274,8 @@ def test_a_models_folder_with_a_tokenizer_json_alone(make_model, tmp_path):
         assert load_tokenizer("", str(tmp_path / path)).eos_token == "<end>"
 
 
-def test_the_class_that_config_json_names_is_part_of_the_record(tmp_path):
-    """Without a tokenizer.json it decides how text is split."""
+def test_config_json_is_a_tokenizer_file_without_a_tokenizer_json(tmp_path):
+    """The class that it names decides how text is split."""
     (tmp_path / "vocab.json").write_text("{}")
     for name in ("merges.txt", "config.json", "unrelated.json"):
         (tmp_path / name).write_text("{}")
@@ -285,22 +284,22 @@ def test_the_class_that_config_json_names_is_part_of_the_record(tmp_path):
     }  # fmt: skip
 
 
-def test_all_of_a_tokenizer_is_downloaded(monkeypatch, tmp_path):
-    asked = []
+def test_all_files_of_a_tokenizer_are_downloaded(monkeypatch, tmp_path):
+    requested = []
 
     def download(name, allow_patterns):
-        asked.extend(allow_patterns)
+        requested.extend(allow_patterns)
         return str(DEMO)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for find in (lambda: find_tokenizer_of("", "some/name"), lambda: find_folder("some/name")):
-        asked.clear()
+        requested.clear()
         find()
         for name in (*TOKENIZER_FILES, "config.json"):
-            assert any(fnmatch(name, pattern) for pattern in asked), name
+            assert any(fnmatch(name, pattern) for pattern in requested), name
 
 
-def test_a_saved_model_keeps_nothing_of_an_older_tokenizer(make_model, tmp_path):
+def test_saving_removes_the_files_of_an_older_tokenizer(make_model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("added_tokens.json", "chat_template.jinja", "special_tokens_map.json"):
@@ -311,18 +310,18 @@ def test_a_saved_model_keeps_nothing_of_an_older_tokenizer(make_model, tmp_path)
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
-    save_model(make_model(vocab_size=2156), folder)  # without one, what is there stays
+    save_model(make_model(vocab_size=2156), folder)  # without a tokenizer, the files stay
     assert {path.name for path in folder.iterdir()} == names
 
 
-# Text is text
+# Control tokens in text
 
 
 def tokenizers(tmp_path):
     yield load_tokenizer_at(DEMO)
-    yield load_tokenizer_at(folder_of(byte_level(), tmp_path / "byte"))
+    yield load_tokenizer_at(save_tokenizer(byte_level(), tmp_path / "byte"))
     for unigram in (False, True):
-        folder = folder_of(
+        folder = save_tokenizer(
             sentencepiece_like(unigram),
             tmp_path / f"{unigram}",
             eos_token="</s>",
@@ -331,7 +330,7 @@ def tokenizers(tmp_path):
         yield load_tokenizer_at(folder)
 
 
-def test_the_name_of_a_control_token_in_a_text_is_text(tmp_path):
+def test_the_name_of_a_control_token_in_a_text_is_plain_text(tmp_path):
     for tokenizer in tokenizers(tmp_path):
         name = tokenizer.eos_token
         texts = [f"see {name} here", name, f"{name}{name}", f"x{name}\n", "no markup", ""]
@@ -348,8 +347,8 @@ def test_the_name_of_a_control_token_in_a_text_is_text(tmp_path):
             assert all(0 <= start <= end <= len(text) for start, end in offsets)
 
 
-def test_markup_is_text_even_if_it_is_not_called_special(tmp_path):
-    folder = folder_of(byte_level(), tmp_path / "a")
+def test_markup_is_plain_text_even_if_it_is_not_a_special_token(tmp_path):
+    folder = save_tokenizer(byte_level(), tmp_path / "a")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["<|im_start|>", "hotel"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -360,15 +359,15 @@ def test_markup_is_text_even_if_it_is_not_called_special(tmp_path):
     assert loaded.decode(ids) == "a hotel <|im_start|>user"
 
 
-def test_a_special_token_that_is_a_mark_or_a_word_does_not_stop_a_text(tmp_path):
+def test_a_special_token_that_is_a_mark_or_a_word_is_used_in_text(tmp_path):
     written = byte_level(specials=[EOS, "!", "Question"])
-    folder = folder_of(written, tmp_path / "a", pad_token="!", mask_token="Question")
+    folder = save_tokenizer(written, tmp_path / "a", pad_token="!", mask_token="Question")
     loaded = load_tokenizer_at(folder)
     text = "A Question! An answer!"
     assert loaded.decode(token_ids(loaded, text)) == text
 
 
-def test_ordinary_text_has_the_tokens_it_always_had():
+def test_ordinary_text_has_the_tokens_of_the_library():
     tokenizer = load_tokenizer_at(DEMO)
     text = "The Wild Swan Hotel has 62 rooms. It costs $95 – naïve?\n\nQ: Who?\nA:"
     assert token_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -378,12 +377,14 @@ def test_a_slow_tokenizer_is_refused_where_offsets_are_needed():
     class Slow:
         is_fast, name_or_path = False, "some/slow"
 
-    with pytest.raises(UserError, match=r"some/slow: a slow tokenizer.*--constrain_to_"):
+    with pytest.raises(
+        UserError, match=r"some/slow: a slow tokenizer.*convert it to a tokenizer\.json"
+    ):
         encode_with_offsets(Slow(), ["x"])
 
 
-def test_the_tokenizer_that_is_saved_is_the_one_that_was_loaded(make_model, tmp_path):
-    source = folder_of(
+def test_the_saved_tokenizer_is_the_loaded_one(make_model, tmp_path):
+    source = save_tokenizer(
         byte_level(split_digits=True), tmp_path / "t", tokenizer_class="GPT2Tokenizer"
     )
     tokenizer = load_tokenizer_at(source)

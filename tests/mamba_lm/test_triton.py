@@ -1,4 +1,4 @@
-"""Triton's kernels beyond the scan's definition: they compile, and the model trains with them."""
+"""The triton backend beyond parity: its kernels compile, the model trains with it."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_ahead_of_time(capability):
-    """The interpreter runs what a compiler may refuse."""
+    """The interpreter also runs kernels that the compiler refuses."""
     command = [sys.executable, "-m", "tests.mamba_lm.compile_triton", str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +37,7 @@ def test_every_kernel_compiles_ahead_of_time(capability):
 def test_training_on_forked_states_equals_the_reference(
     make_model, gradients, assert_near, monkeypatch
 ):
-    """Contexts and questions of unlike lengths, read back to back, with gradients through forks."""
+    """Prefixes and suffixes of different lengths, packed, with gradients through forks."""
     model = PrefixSuffixLM(make_model(d_state=4))
     examples = [
         Item.with_target(range(1, 1 + prefix), [7, 8, 9][:prompt], [3, 4, 0][:target])
@@ -57,7 +57,7 @@ def test_training_on_forked_states_equals_the_reference(
 
 
 def test_a_gpu_without_mamba_ssm_is_used(monkeypatch, capsys):
-    """`auto` and `cuda` both: Triton needs nothing installed."""
+    """Both `auto` and `cuda`: the triton backend needs no other package."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(selective_scan, "_inference_backend", lambda: "triton")
     for name in ("auto", "cuda"):
@@ -66,6 +66,6 @@ def test_a_gpu_without_mamba_ssm_is_used(monkeypatch, capsys):
     missing = "the triton selective scan is not installed"
     monkeypatch.setattr(device, "load_backend", Mock(side_effect=UserError(missing)))
     assert choose_device("auto") == torch.device("cpu")
-    assert f"warning: a GPU is here, but {missing}" in capsys.readouterr().err
+    assert f"warning: there is a GPU, but {missing}" in capsys.readouterr().err
     with pytest.raises(UserError, match=missing):
         choose_device("cuda")

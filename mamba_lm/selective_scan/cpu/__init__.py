@@ -1,4 +1,8 @@
-"""Fused operations for the CPU; the scan holds no (b, l, d, n) tensor and computes in float32."""
+"""The CPU backend: fused Numba kernels that compute in float32.
+
+The scan never materialises a (b, l, d, n) tensor. The kernels are in the modules of this folder;
+here are the autograd functions and the operations of `mamba_lm.selective_scan`.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,16 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from mamba_lm.selective_scan import reference
 from mamba_lm.selective_scan.common import (
-    as_tokens,
     layers_fit,
+    locate_rows,
     needs_grad,
-    places,
     states_fit,
+    with_stride,
 )
 from mamba_lm.selective_scan.cpu import step_kernels
 from mamba_lm.selective_scan.cpu.conv_kernels import TILE as CONV_TILE
 from mamba_lm.selective_scan.cpu.conv_kernels import conv_backward, conv_forward
-from mamba_lm.selective_scan.cpu.products import FEW_ROWS, are_alike, linear
+from mamba_lm.selective_scan.cpu.products import FEW_ROWS, have_kernel_dtype, linear
 from mamba_lm.selective_scan.cpu.scan_kernels import (
     CHUNK,
     GROUP,
@@ -27,7 +31,7 @@ from mamba_lm.selective_scan.cpu.scan_kernels import (
     scan_forward,
     scan_step,
 )
-from mamba_lm.selective_scan.cpu.threads import give_way, keep_freed_memory, run
+from mamba_lm.selective_scan.cpu.threads import keep_freed_memory, run_kernel, yield_core_address
 from mamba_lm.selective_scan.cpu.token_kernels import (
     BLOCK,
     norm_backward,
@@ -36,9 +40,9 @@ from mamba_lm.selective_scan.cpu.token_kernels import (
     softplus_forward,
 )
 
-PACKED = True  # rows of unlike lengths stand back to back, without padding
+PACKED = True  # rows of different lengths may be packed without padding
 
-SEQUENCE_BYTES = 1 << 28  # of the states after each token of a sequence
+SEQUENCE_BYTES = 1 << 28  # the largest size of the states after each token of a sequence
 
 keep_freed_memory()
 
@@ -62,7 +66,7 @@ class _SelectiveScan(torch.autograd.Function):
         gz = _outputs(x, lengths) if z is not None else None
         gB, gC = x.new_zeros(2, tiles, *B.shape[:-1], n + -n % GROUP)
         gA, gD, ginitial = x.new_empty(b, n, d), x.new_empty(b, d), x.new_empty(b, n, d)
-        run(
+        run_kernel(
             scan_backward,
             *(b, tokens, d, n, *_scan_inputs(x, delta, A, B, C, D, z), starts, lengths, saved),
             *(gy.contiguous(), gfinal.contiguous(), gx, gdelta, gz, gA, gB, gC, gD, ginitial),
@@ -87,9 +91,9 @@ class _CausalConv1d(torch.autograd.Function):
         (d, w), b = weight.shape, len(lengths)
         gx, gweight, gbias = x.new_empty(x.shape), x.new_empty(b, w, d), x.new_empty(b, d)
         gtail = x.new_empty(b, w - 1, d) if tail is not None else None
-        run(
+        run_kernel(
             conv_backward,
-            *(b, d, w, *as_tokens(x), _taps(weight), bias, tail, starts, lengths),
+            *(b, d, w, *with_stride(x), _taps(weight), bias, tail, starts, lengths),
             *(gy.contiguous(), gx, gweight, gbias, gtail),
             jobs=b * -(-d // CONV_TILE),
             work=x.numel() * w,
@@ -104,7 +108,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps = eps
         m, y = len(weight), torch.empty_like(x)
         tokens = x.numel() // m
-        run(
+        run_kernel(
             norm_forward, tokens, m, eps, x, weight, y, jobs=-(-tokens // BLOCK), work=8 * x.numel()
         )
         return y
@@ -118,7 +122,7 @@ class _RMSNorm(torch.autograd.Function):
         blocks = -(-tokens // BLOCK)
         gweight = x.new_empty(blocks, m)
         values = (x, weight, gy.contiguous(), gx, gweight)
-        run(norm_backward, tokens, m, ctx.eps, *values, jobs=blocks, work=8 * x.numel())
+        run_kernel(norm_backward, tokens, m, ctx.eps, *values, jobs=blocks, work=8 * x.numel())
         return gx, gweight.sum(0), None
 
 
@@ -127,8 +131,10 @@ class _Softplus(torch.autograd.Function):
     def forward(ctx, x, bias):
         d, y = len(bias), torch.empty_like(x)
         tokens = x.numel() // d
-        run(softplus_forward, tokens, d, x, bias, y, jobs=-(-tokens // BLOCK), work=16 * x.numel())
-        ctx.save_for_backward(y)  # which the scan keeps as well
+        run_kernel(
+            softplus_forward, tokens, d, x, bias, y, jobs=-(-tokens // BLOCK), work=16 * x.numel()
+        )
+        ctx.save_for_backward(y)  # the scan saves the same tensor
         return y
 
     @staticmethod
@@ -140,31 +146,32 @@ class _Softplus(torch.autograd.Function):
         blocks = -(-tokens // BLOCK)
         gbias = y.new_empty(blocks, d)
         values = (y, gy.contiguous(), gx, gbias)
-        run(softplus_backward, tokens, d, *values, jobs=blocks, work=16 * y.numel())
+        run_kernel(softplus_backward, tokens, d, *values, jobs=blocks, work=16 * y.numel())
         return gx, gbias.sum(0)
 
 
 def selective_scan(
     x, delta, A, B, C, D, z=None, initial_state=None, lengths=None, return_state=True
 ):
-    """Arguments and results as `mamba_lm.selective_scan.selective_scan`; computes in float32."""
+    """Arguments and results: `mamba_lm.selective_scan.selective_scan`. Computes in float32."""
     floats = [None if v is None else v.float() for v in (x, delta, A, B, C, D, z, initial_state)]
     is_step = x.dim() == 3 and x.shape[1] == 1 and lengths is None and initial_state is not None
     if is_step and not needs_grad(floats):
         y, final_state = _one_step(*floats)
     else:
         scan = _SelectiveScan.apply if needs_grad(floats) else _scan
-        y, final_state = scan(*floats, *places(x, lengths))
+        y, final_state = scan(*floats, *locate_rows(x, lengths))
     return y.to(x.dtype), final_state if return_state else None
 
 
 def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
-    """y, as x, and the final state (b, n, d); the state before each chunk goes to `saved`."""
+    """Return y, shaped as x, and the final state (b, n, d). The state before each chunk goes into
+    `saved`."""
     (d, n), b = A.shape, len(lengths)
     y, final_state = _outputs(x, lengths), x.new_empty(b, n, d)
     h0 = None if initial_state is None else initial_state.contiguous()
     inputs = _scan_inputs(x, delta, A, B, C, D, z)
-    run(
+    run_kernel(
         scan_forward,
         *(b, d, n, *inputs, h0, starts, lengths, y, final_state, saved),
         jobs=b * -(-d // TILE),
@@ -174,10 +181,10 @@ def _scan(x, delta, A, B, C, D, z, initial_state, starts, lengths, saved=None):
 
 
 def _one_step(x, delta, A, B, C, D, z, h0):
-    """One step without gradients: y (b, 1, d) and the new state (b, n, d)."""
+    """Compute one step without gradients: y (b, 1, d) and the new state (b, n, d)."""
     (b, _, d), n = x.shape, A.shape[1]
     y, h1 = x.new_empty(b, 1, d), x.new_empty(b, n, d)
-    run(
+    run_kernel(
         scan_step,
         *(b, d, n, *_scan_inputs(x, delta, A, B, C, D, z), h0.contiguous(), y, h1),
         jobs=b * -(-d // TILE),
@@ -187,23 +194,23 @@ def _one_step(x, delta, A, B, C, D, z, h0):
 
 
 def causal_conv1d(x, weight, bias, initial_tail=None, lengths=None):
-    """Arguments and result as `mamba_lm.selective_scan.causal_conv1d`; computes in float32."""
+    """Arguments and result: `mamba_lm.selective_scan.causal_conv1d`. Computes in float32."""
     bias = (
         x.new_zeros(x.shape[-1], dtype=torch.float32) if bias is None else bias.float().contiguous()
     )
     tail = None if initial_tail is None else initial_tail.float().contiguous()
     inputs = (x.float(), weight.float(), bias, tail)
     convolve = _CausalConv1d.apply if needs_grad(inputs) else _convolution
-    y = convolve(*inputs, *places(x, lengths))
+    y = convolve(*inputs, *locate_rows(x, lengths))
     return y.to(x.dtype)
 
 
 def _convolution(x, weight, bias, tail, starts, lengths):
     (d, w), b = weight.shape, len(lengths)
     y = x.new_empty(x.shape)
-    run(
+    run_kernel(
         conv_forward,
-        *(b, d, w, *as_tokens(x), _taps(weight), bias, tail, starts, lengths, y),
+        *(b, d, w, *with_stride(x), _taps(weight), bias, tail, starts, lengths, y),
         jobs=b * -(-d // CONV_TILE),
         work=x.numel() * w,
     )
@@ -211,19 +218,20 @@ def _convolution(x, weight, bias, tail, starts, lengths):
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """weight (d, w) as kernels read it: (w, d), with rows of zeros in front that make fours."""
+    """Transpose weight (d, w) for the kernels: (w, d), with rows of zeros in front up to a multiple
+    of four."""
     return F.pad(weight.T, (0, 0, -weight.shape[1] % 4, 0)).contiguous()
 
 
 def rms_norm(x, weight, eps):
-    """Arguments and result as `mamba_lm.selective_scan.rms_norm`."""
+    """Arguments and result: `mamba_lm.selective_scan.rms_norm`."""
     if x.dtype == weight.dtype == torch.float32 and x.shape[-1:] == weight.shape:
         return _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def softplus_linear(x, weight, bias):
-    """Arguments and result as `mamba_lm.selective_scan.softplus_linear`."""
+    """Arguments and result: `mamba_lm.selective_scan.softplus_linear`."""
     y = linear(x, weight)
     if y.dtype == bias.dtype == torch.float32 and bias.shape == y.shape[-1:]:
         return _Softplus.apply(y.contiguous(), bias.contiguous())
@@ -231,8 +239,11 @@ def softplus_linear(x, weight, bias):
 
 
 def fused_layers(weights):
-    """Argument and result as `mamba_lm.selective_scan.fused_layers`: few rows, no gradients; of a
-    sequence, states that fit into SEQUENCE_BYTES."""
+    """Argument and result: `mamba_lm.selective_scan.fused_layers`.
+
+    For at most `FEW_ROWS` rows, without gradients; for a sequence, if its states fit into
+    `SEQUENCE_BYTES`.
+    """
     (m, d), (_, r), w = (
         weights[0].out_proj.shape,
         weights[0].dt_proj.shape,
@@ -240,8 +251,8 @@ def fused_layers(weights):
     )
     n, n_layer, dtype = weights[0].A_log.shape[1], len(weights), weights[0].out_proj.dtype
     norm_eps, bcdt_rms_eps = weights[0][:2]
-    parameters = [p for of_layer in weights for p in of_layer[2:]]
-    if not layers_fit(weights) or not are_alike([p for p in parameters if p is not None]):
+    parameters = [p for layer in weights for p in layer[2:]]
+    if not layers_fit(weights) or not have_kernel_dtype([p for p in parameters if p is not None]):
         return None
     parameters = [None if p is None else p.contiguous() for p in parameters]
     weight_table = _addresses(parameters)
@@ -255,14 +266,15 @@ def fused_layers(weights):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or not states_fit(weights, rows, convs, ssms)
-            or not are_alike([*convs, parameters[0]])
-            or not are_alike([*ssms, residual])
+            or not have_kernel_dtype([*convs, parameters[0]])
+            or not have_kernel_dtype([*ssms, residual])
             or (in_sequence and n_layer * b * n * d * 4 > SEQUENCE_BYTES)
         ):
             return None
         if in_sequence:
-            # What one token leaves behind is where the kernel, row after row, looks for the next.
-            (convs, new_convs), (ssms, new_ssms) = _chain(convs, b), _chain(ssms, b)
+            # The state after a token is the memory from which the kernel reads for the next token.
+            convs, new_convs = _allocate_chain(convs, b)
+            ssms, new_ssms = _allocate_chain(ssms, b)
         else:
             convs, ssms = [v.contiguous() for v in convs], [v.contiguous() for v in ssms]
             new_convs = convs[0].new_empty(n_layer, b, w - 1, d).unbind()
@@ -271,36 +283,41 @@ def fused_layers(weights):
         residual = residual.clone(memory_format=torch.contiguous_format)
         progress = residual.new_zeros(n_layer, step_kernels.PHASES, 2, dtype=torch.int64)
         space = residual.new_empty(b * (5 * d + r + 2 * n + m))
-        run(
+        run_kernel(
             step_kernels.step[dtype],
             *(n_layer, b, m, d, n, r, w, norm_eps, -1.0 if bcdt_rms_eps is None else bcdt_rms_eps),
-            *(give_way(), progress, residual, space, _addresses(states), weight_table),
-            jobs=min(d, m, r + 2 * n),  # no phase has fewer: each gets as many shares
+            *(yield_core_address(), progress, residual, space, _addresses(states), weight_table),
+            jobs=min(d, m, r + 2 * n),  # of the smallest phase: all phases have as many shares
             work=n_layer * b * m * d,
-            holding=[parameters, states],
+            keep_alive=[parameters, states],
         )
         return residual, new_convs, new_ssms
 
     return step
 
 
-def _chain(states: Sequence[Tensor], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Room for each layer's state (1, ...) before each of `length` tokens, of which the first is
-    the given one, and after each: (length, ...), where one token's after is the next one's before.
+def _allocate_chain(
+    states: Sequence[Tensor], length: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Allocate the states before and after each of `length` tokens, (length, ...) for each layer.
+
+    They overlap: the state after a token is the state before the next one. The first state is
+    copied from `states`, (1, ...) for each layer.
     """
-    room = states[0].new_empty(len(states), length + 1, *states[0].shape[1:])
-    room[:, 0] = torch.cat(list(states))
-    return room[:, :-1].unbind(), room[:, 1:].unbind()
+    chain = states[0].new_empty(len(states), length + 1, *states[0].shape[1:])
+    chain[:, 0] = torch.cat(list(states))
+    return chain[:, :-1].unbind(), chain[:, 1:].unbind()
 
 
 def _addresses(tensors: Iterable[Tensor | None]) -> Tensor:
-    """A table for kernels, which see no more of these tensors: whoever runs them holds them."""
+    """Make the table of addresses through which kernels read these tensors. The caller keeps the
+    tensors alive while a kernel runs."""
     addresses = [0 if v is None else v.data_ptr() for v in tensors]
     return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
 def _outputs(x: Tensor, lengths: Tensor) -> Tensor:
-    """Room for results as x: kernels write where tokens are, zeros stay in the padding."""
+    """Allocate a result shaped as x. Kernels write the tokens only; the padding stays zero."""
     is_padded = int(lengths.sum()) < x.shape[:-1].numel()
     return x.new_zeros(x.shape) if is_padded else x.new_empty(x.shape)
 
@@ -309,6 +326,6 @@ def _scan_inputs(x, delta, A, B, C, D, z) -> tuple[Tensor | int | None, ...]:
     if A.shape[1] % GROUP:
         B, C = (F.pad(v, (0, -A.shape[1] % GROUP)) for v in (B, C))
     return (
-        *as_tokens(x), *as_tokens(delta), A.contiguous(), *as_tokens(B), *as_tokens(C),
-        D.contiguous(), *as_tokens(z),
+        *with_stride(x), *with_stride(delta), A.contiguous(), *with_stride(B), *with_stride(C),
+        D.contiguous(), *with_stride(z),
     )  # fmt: skip

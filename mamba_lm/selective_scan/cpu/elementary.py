@@ -1,4 +1,4 @@
-"""What kernels are made of: compiler settings, rows of flat arrays, bfloat16, exp2 and its kin."""
+"""Building blocks of the kernels: compiler settings, slices of rows, bfloat16, exp2 and others."""
 
 import functools
 
@@ -10,25 +10,25 @@ from numba.extending import intrinsic, overload
 f32 = np.float32
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 _LOWEST, HIGHEST = f32(-125.0), f32(126.0)
-# Adding 1.5 * 2^23 rounds a float32 to an integer that stands in its lowest mantissa bits.
+# Adding 1.5 * 2^23 rounds a float32 to an integer, which is then in its lowest mantissa bits.
 _ROUND = f32(12582912.0)
 
 kernel = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract"})
-# Sums over a tile vectorise only where the order of addition is free.
+# Sums over a tile are vectorised only if the compiler may change the order of addition.
 reduction_kernel = functools.partial(
     numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}
 )
 
 
 @numba.njit(inline="always")
-def part(source, row, row_stride, first, width):
-    """Channels [first, first + width) of one row of a flat array."""
+def slice_row(source, row, row_stride, first, width):
+    """Slice channels [first, first + width) of one row of a flat array."""
     at = row * row_stride + first
     return source[at : at + width]
 
 
-def reinterpreted(source, target):
-    """A function for kernels: the value of type `target` that has the bits of one of `source`."""
+def make_bitcast(source, target):
+    """Make a function for kernels that reads the bits of a `source` value as a `target` value."""
 
     @intrinsic
     def reinterpret(typing_context, value):
@@ -40,12 +40,12 @@ def reinterpreted(source, target):
     return reinterpret
 
 
-_float_bits = reinterpreted(types.float32, types.int32)
-_bits_float = reinterpreted(types.int32, types.float32)
+_float_bits = make_bitcast(types.float32, types.int32)
+_bits_float = make_bitcast(types.int32, types.float32)
 
 
 def to_float(value):
-    """A float32, or the 16 bits of a bfloat16, as float32."""
+    """Convert a float32, or the 16 bits of a bfloat16, to float32."""
     raise NotImplementedError("for use in kernels")
 
 
@@ -56,35 +56,35 @@ def _to_float(value):
     return lambda value: value
 
 
-def put(array, at, value):
-    """Store a float32 in an array of them or of bfloat16s, rounded to the nearest."""
+def store_rounded(array, at, value):
+    """Store a float32 in an array of float32 or of bfloat16, rounded to the nearest value."""
     raise NotImplementedError("for use in kernels")
 
 
-@overload(put, inline="always")
-def _put_rounded(array, at, value):
-    def put_bfloat16(array, at, value):
+@overload(store_rounded, inline="always")
+def _store_rounded(array, at, value):
+    def store_bfloat16(array, at, value):
         bits = _float_bits(value)
         odd = (bits >> numba.int32(16)) & numba.int32(1)  # ties go to even
         if value == value:
             bits += numba.int32(0x7FFF) + odd
         else:
-            bits |= numba.int32(0x400000)  # whatever its lower half: NaN
+            bits |= numba.int32(0x400000)  # stays NaN when its lower half is dropped
         array[at] = numba.uint16(bits >> numba.int32(16))
 
-    def put_float(array, at, value):
+    def store_float(array, at, value):
         array[at] = value
 
-    return put_bfloat16 if array.dtype == types.uint16 else put_float
+    return store_bfloat16 if array.dtype == types.uint16 else store_float
 
 
-# The rounding trick does not survive reassociation: no reduction_kernel here.
+# Not a reduction_kernel: the rounding fails if the compiler reorders the additions.
 @kernel()
 def exp2(x):
-    """2^x for x <= 126 within 2 ulp, branch-free so that it vectorises; NaN stays NaN.
+    """2^x for x <= 126 within 2 ulp, without branches so that it is vectorised; NaN stays NaN.
 
-    The polynomial is the minimax one of 2^r - 1 on [-1/2, 1/2]: 9e-8 off at most. Below 2^-125 it
-    stays there, since subnormal numbers are slow.
+    The minimax polynomial of 2^r - 1 on [-1/2, 1/2] has an error of at most 9e-8. Results are at
+    least 2^-125, because subnormal numbers are slow.
     """
     clamped = _LOWEST if x < _LOWEST else x
     shifted = clamped + _ROUND
@@ -101,15 +101,17 @@ def exp2(x):
 
 @kernel()
 def sigmoid(x):
+    """1 / (1 + e^-x)."""
     exponent = -LOG2E * x
     return f32(1.0) / (f32(1.0) + exp2(HIGHEST if exponent > HIGHEST else exponent))
 
 
 @kernel()
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + t), t = e^-|x|, within some ulp also where it is small.
+    """log(1 + e^x) = max(x, 0) + log(1 + t) with t = e^-|x|, within a few ulp, small results too.
 
-    log(1 + t) = 2 atanh(s), s = t / (2 + t) <= 1/3, by a minimax polynomial in s^2: 4e-9 off.
+    log(1 + t) = 2 atanh(s) with s = t / (2 + t) <= 1/3, by a minimax polynomial in s^2 whose error
+    is at most 4e-9.
     """
     t = exp2(-LOG2E * abs(x))
     s = t / (f32(2.0) + t)
@@ -124,9 +126,9 @@ def softplus(x):
 
 @kernel()
 def sigmoid_of_softplus(y):
-    """sigmoid(x), the derivative of softplus, where y = softplus(x): 1 - e^-y, within some ulp.
+    """The derivative of softplus at x, sigmoid(x), from y = softplus(x): 1 - e^-y within a few ulp.
 
-    Where y is small that difference would have few digits left: there by its Taylor polynomial.
+    For small y the difference would lose its digits; there it is computed by a Taylor polynomial.
     """
     p = f32(1 / 720)
     p = p * -y + f32(1 / 120)

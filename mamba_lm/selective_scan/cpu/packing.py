@@ -1,8 +1,9 @@
-"""What a kernel is called with: one array of integers, tensors in it as addresses.
+"""The argument of a kernel: one array of integers, in which tensors are addresses.
 
-`threads.run` packs it, `unpacked` takes it apart, `next_jobs` draws the caller's share of the work.
-What threads run is a function of that array, which does shares of a kernel's jobs until none is
-left. Those functions are written out: Numba would keep no closure on disk that made them.
+`threads.run_kernel` packs the array, `unpack` reads it inside a kernel, `next_jobs` takes the next
+share of the work. Threads run a function of this array, which takes shares of a kernel's jobs until
+none is left. These functions are written out one by one, because Numba does not cache closures on
+disk.
 """
 
 import numba
@@ -10,18 +11,18 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from mamba_lm.selective_scan.cpu.elementary import reinterpreted
+from mamba_lm.selective_scan.cpu.elementary import make_bitcast
 
-# The next share, the number of shares, that of jobs, and then what `run` was given.
+# The next share, the number of shares, the number of jobs; then the values given to `run_kernel`.
 _NEXT, _SHARES, _JOBS, HEADER = range(4)
 _PACKED = types.CPointer(types.int64)
 SIGNATURE = types.void(_PACKED)
 
-_ENDLESS = 1 << 60  # arrays do not know their length
+_UNBOUNDED = 1 << 60  # the length of arrays inside kernels: it is not passed
 
 
 def _pointer_to(element):
-    """A function for kernels: an address as a pointer."""
+    """Make a function for kernels that converts an address to a pointer."""
 
     @intrinsic
     def pointer(typing_context, address):
@@ -36,45 +37,47 @@ def _pointer_to(element):
 _KINDS = {
     "i": "{0}",
     "e": "to_double({0})",
-    "f": "carray(to_float32s({0}), (ENDLESS if {0} != 0 else 0,))",
-    "h": "carray(to_bfloat16s({0}), (ENDLESS if {0} != 0 else 0,))",
-    "l": "carray(to_int64s({0}), (ENDLESS,))",
+    "f": "carray(to_float32s({0}), (UNBOUNDED if {0} != 0 else 0,))",
+    "h": "carray(to_bfloat16s({0}), (UNBOUNDED if {0} != 0 else 0,))",
+    "l": "carray(to_int64s({0}), (UNBOUNDED,))",
     "p": "to_int64s({0})",
 }
 _NAMES = {
     "carray": numba.carray,
-    "to_double": reinterpreted(types.int64, types.float64),
+    "to_double": make_bitcast(types.int64, types.float64),
     "to_float32s": _pointer_to(types.float32),
     "to_bfloat16s": _pointer_to(types.uint16),  # their bits
     "to_int64s": _pointer_to(types.int64),
-    "ENDLESS": _ENDLESS,
+    "UNBOUNDED": _UNBOUNDED,
 }
 
 
-def unpacked(packed, kinds):
-    """The values that `run` was given, by a literal of their kinds: i an integer, e a double, f an
-    array of float32, h one of bfloat16, l one of int64, empty where None was given, and p a pointer
-    to int64. Of an array of int64, all values are taken.
+def unpack(packed, kinds):
+    """Unpack the values given to `run_kernel` (from a pointer), or all values of an int64 array.
+
+    `kinds` is a literal with a letter for each value: i an integer, e a double, f an array of
+    float32, h an array of bfloat16, l an array of int64, p a pointer to int64. For None, arrays of
+    float32 and bfloat16 are empty.
     """
     raise NotImplementedError("for use in kernels")
 
 
-@overload(unpacked, prefer_literal=True)
-def _unpacked(packed, kinds):
+@overload(unpack, prefer_literal=True)
+def _generate_unpack(packed, kinds):
     is_pointer = isinstance(packed, types.CPointer)
     first, array = (HEADER, "carray(packed, (64,))") if is_pointer else (0, "packed")
     kinds = kinds.literal_value.replace(" ", "")
     values = ", ".join(_KINDS[kind].format(f"p[{first + i}]") for i, kind in enumerate(kinds))
-    source = f"def unpack(packed, kinds):\n p = {array}\n return ({values},)"
+    source = f"def generated(packed, kinds):\n p = {array}\n return ({values},)"
     names = dict(_NAMES)
     exec(source, names)  # Numba has no other way to make a tuple of several types
-    return names["unpack"]
+    return names["generated"]
 
 
 @intrinsic
 def _fetch_add(typing_context, numbers, place):
-    """Add one to the integer at a place and return what it was; what the thread wrote before, those
-    see that read the integer with _acquire."""
+    """Add one to the integer at an index and return its old value. Threads that then read it with
+    _acquire see everything that this thread has written."""
 
     def generate(context, builder, signature, arguments):
         at, one = builder.gep(arguments[0], [arguments[1]]), ir.Constant(ir.IntType(64), 1)
@@ -85,7 +88,7 @@ def _fetch_add(typing_context, numbers, place):
 
 @intrinsic
 def _acquire(typing_context, numbers, place):
-    """The integer at a place, read anew."""
+    """Read the integer at an index from memory."""
 
     def generate(context, builder, signature, arguments):
         at = builder.gep(arguments[0], [arguments[1]])
@@ -96,7 +99,7 @@ def _acquire(typing_context, numbers, place):
 
 @intrinsic
 def _call(typing_context, address):
-    """Call the C function without arguments at an address."""
+    """Call the C function at an address, without arguments."""
 
     def generate(context, builder, signature, arguments):
         function = ir.FunctionType(ir.VoidType(), [])
@@ -108,7 +111,7 @@ def _call(typing_context, address):
 
 @numba.njit(inline="always")
 def next_jobs(packed):
-    """The next share [start, stop) of the jobs; an empty one where none is left."""
+    """Take the next share [start, stop) of the jobs; empty if none is left."""
     header = numba.carray(packed, (HEADER,))
     return _share(_fetch_add(packed, _NEXT), header[_SHARES], header[_JOBS])
 
@@ -119,9 +122,9 @@ def _share(share, shares, jobs):
     return jobs * share // shares, jobs * min(share + 1, shares) // shares
 
 
-# Kernels of several phases. Each waits until the shares of the one before are done, not until all
-# threads have come: one that another process keeps from its core holds up no more than its share.
-# progress counts for every phase the shares that have been drawn and those that are done.
+# Kernels of several phases. A phase waits until all shares of the phase before are done, not until
+# all threads have arrived: a thread that another process keeps from its core delays only its share.
+# progress counts, for each phase, the shares that were taken and the shares that are done.
 
 
 @numba.njit(inline="always")
@@ -130,21 +133,22 @@ def num_shares(packed):
 
 
 @numba.njit(inline="always")
-def next_of_phase(progress, phase, shares, jobs):
-    """The next share [start, stop) of a phase's jobs, at least as many as shares."""
+def next_phase_jobs(progress, phase, shares, jobs):
+    """Take the next share [start, stop) of a phase's jobs, which are at least as many as shares."""
     return _share(_fetch_add(progress, 2 * phase), shares, jobs)
 
 
 @numba.njit(inline="always")
-def share_is_done(progress, phase):
+def mark_share_done(progress, phase):
     _fetch_add(progress, 2 * phase + 1)
 
 
 @numba.njit(inline="always")
-def wait_for_phase(progress, phase, shares, give_way):
-    """give_way: the address of a function that offers the core to another thread, or 0."""
+def wait_for_phase(progress, phase, shares, yield_core):
+    """Wait until all shares of a phase are done. yield_core is the address of a function that lets
+    another thread use the core, or 0."""
     tries = 0
     while _acquire(progress, 2 * phase + 1) < shares:
         tries += 1
-        if tries % 1024 == 0 and give_way != 0:
-            _call(give_way)
+        if tries % 1024 == 0 and yield_core != 0:
+            _call(yield_core)

@@ -1,8 +1,8 @@
 """The depthwise causal convolution and its SiLU in Triton, forward and backward, in float32.
 
-A program has a tile of STEPS tokens of one row and CHANNELS channels. Rows are `lengths` tokens
-from `starts` on; `xs` is the distance between tokens of x. taps (WIDTH, d) are the weights, oldest
-input first; tail (rows, WIDTH - 1, d) is what came before each row, or None for zeros.
+A program computes a tile of STEPS tokens of one row and CHANNELS channels. Rows are `lengths`
+tokens from `starts` on; `xs` is the stride between tokens of x. taps (WIDTH, d) are the weights,
+oldest input first; tail (rows, WIDTH - 1, d) are the inputs before each row, or None for zeros.
 """
 
 import triton
@@ -16,7 +16,7 @@ def _place(
     starts, lengths, rows, tokens_of_all, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program's slot and channels, and of the slot what `tile_in` says."""
+    """Return a program's slot and channels, and the values of `tile_in` for the slot."""
     slots = num_slots(tokens_of_all, rows, STEPS)
     slot = tl.program_id(0) % slots
     channels = tl.program_id(0) // slots * CHANNELS + tl.arange(0, CHANNELS)
@@ -26,7 +26,7 @@ def _place(
 
 @triton.jit
 def _window(x, xs, tail, row, start, step, channels, d, in_row, WIDTH: tl.constexpr):
-    """Inputs at `step` (STEPS,) of a row; those before it are in its tail."""
+    """Load the inputs at `step` (STEPS,) of a row; negative steps are in its tail."""
     in_d = (channels < d)[None]
     inputs = load(x + (start + step)[:, None] * xs + channels[None],
                   (in_row & (step >= 0))[:, None] & in_d)  # fmt: skip
@@ -54,7 +54,7 @@ def conv_forward(
     x, xs, taps, bias, tail, starts, lengths, y, rows, tokens_of_all, d, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, d)."""
+    """Write y (tokens, d)."""
     _slot, channels, row, start, length, step = _place(
         starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
     )
@@ -72,8 +72,8 @@ def conv_gradients(
     x, xs, taps, bias, tail, starts, lengths, gy, gsum, gtaps, gbias, rows, tokens_of_all, d,
     WIDTH: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """gsum (tokens, d), the gradient before the SiLU; parts of sums: gtaps (slots, WIDTH, d) and
-    gbias (slots, d)."""
+    """Write gsum (tokens, d), the gradient before the SiLU, and gtaps (slots, WIDTH, d) and gbias
+    (slots, d), which are terms of sums."""
     slot, channels, row, start, length, step = _place(
         starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
     )
@@ -101,8 +101,8 @@ def conv_backward(
     taps, starts, lengths, gsum, gx, gtail, rows, tokens_of_all, d, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """gx (tokens, d) and, of each row's first tile, gtail (rows, WIDTH - 1, d), from gsum. TAIL
-    is at least WIDTH - 1."""
+    """Compute gx (tokens, d) from gsum, and gtail (rows, WIDTH - 1, d) in each row's first tile.
+    TAIL is at least WIDTH - 1."""
     _slot, channels, row, start, length, step = _place(
         starts, lengths, rows, tokens_of_all, STEPS, CHANNELS, ROWS
     )
@@ -118,13 +118,13 @@ def conv_backward(
         store(gx + (start + steps)[:, None] * d + channels[None], gx_t,
               (steps < length)[:, None] & in_d)  # fmt: skip
         if gtail is not None:
-            places = tl.arange(0, TAIL)
+            tail_steps = tl.arange(0, TAIL)
             gtail_t = tl.zeros((TAIL, CHANNELS), tl.float32)
             for k in tl.static_range(WIDTH):
-                later = places - k
+                later = tail_steps - k
                 g = load(gsum + (start + later)[:, None] * d + channels[None],
                          ((later >= 0) & (later < length))[:, None] & in_d)  # fmt: skip
                 gtail_t += load(taps + k * d + channels, channels < d)[None] * g
-            at = row * (WIDTH - 1) + places
+            at = row * (WIDTH - 1) + tail_steps
             tl.store(gtail + at[:, None] * d + channels[None], gtail_t,
-                     mask=((places < WIDTH - 1) & (step == 0))[:, None] & in_d)  # fmt: skip
+                     mask=((tail_steps < WIDTH - 1) & (step == 0))[:, None] & in_d)  # fmt: skip

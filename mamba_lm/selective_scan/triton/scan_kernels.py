@@ -1,26 +1,26 @@
 """The scan in Triton, forward and backward, in float32: any length, any d, a state in and out.
 
 A program is one warp with a tile of STEPS tokens, STATES >= n states and CHANNELS channels. Lanes
-lie along states and channels, so that a thread holds all steps of its own (state, channel) pairs
-and the recurrence never leaves its registers: `_at` takes a step out of a tile, or `tl.where` puts
-one in, at no cost, for the compiler knows which register a step is.
+are along states and channels, so that a thread has all steps of its own (state, channel) pairs and
+the recurrence stays in its registers. `_select_step` reads a step of a tile and `tl.where` writes
+one at no cost, because the compiler knows the register of each step.
 
-    scan_forward     walks rows forward, leaving y and, for the backward pass, the state before
-                     every tile
-    scan_gradients   walks rows backward, leaving the state's gradient behind every tile
-    scan_backward    all other gradients: tiles no longer wait for each other, so that a program
-                     takes one tile of tokens through many channels and sums the gradients of B and
-                     C over them in registers, without atomics
-    scan_carry       joins spans
+    scan_forward     reads rows forward; writes y and, for the backward pass, the state before every
+                     tile
+    scan_gradients   reads rows backward; writes the state's gradient after every tile
+    scan_backward    computes all other gradients. Tiles are now independent, so that a program
+                     computes one tile of tokens for many channels and sums the gradients of B and C
+                     over them in registers, without atomics
+    scan_carry       computes the state before each span
 
-Where rows are too few to fill the GPU, each is walked in `spans` pieces of `span` steps at once,
-twice: from zero, for the state that a piece adds and how much of an earlier one it leaves; then,
-after `scan_carry`, from the right state. This is the chunked scan of Dao & Gu 2024 ("Transformers
-are SSMs", section 6) for Mamba-1, whose decay differs from state to state.
+If there are too few rows to fill the GPU, each row is split into `spans` spans of `span` steps,
+which are read in parallel, twice: first from zero, to compute the state that a span adds and the
+decay over it; then, after `scan_carry`, from the right state. This is the chunked scan of Dao & Gu
+2024 ("Transformers are SSMs", section 6) for Mamba-1, where each state has its own decay.
 
-Rows of the batch are `lengths` tokens from `starts` on; `?s` is the distance between tokens of `?`.
-States are (rows, spans, n, d), or (slots, n, d) where there is one a tile (`slot_of`). Nothing is
-read or written beyond a row's length.
+Rows of the batch are `lengths` tokens from `starts` on. `xs`, `ds`, `bs`, ... are the strides
+between tokens of x, delta, B, ... States are (rows, spans, n, d), or (slots, n, d) with one for
+each tile (`slot_of`). Nothing is read or written beyond a row's length.
 """
 
 import triton
@@ -39,23 +39,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _at(tile, here):
-    """The one step of a tile (STEPS, ...) where `here`, (STEPS, 1, ...), is true. Summed as
-    integers: compilers may not leave out the addition of a 0.0."""
+def _select_step(tile, here):
+    """Select the step of a tile (STEPS, ...) where `here`, (STEPS, 1, ...), is true. The sum is
+    over integers, because compilers may not remove the addition of a 0.0."""
     bits = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _decays(delta, A):
-    """exp(Δ A) of a tile: delta (STEPS, CHANNELS), A (STATES, CHANNELS)."""
+    """Compute exp(Δ A) of a tile: delta (STEPS, CHANNELS), A (STATES, CHANNELS)."""
     return tl.exp2(delta[:, None, :] * (A * LOG2E)[None])
 
 
 @triton.jit
 def _place(starts, lengths, d, span, spans, CHANNELS: tl.constexpr):
-    """A program's channels, its row and where that starts; of its piece of the row, the place
-    among all pieces, the first step and the end."""
+    """Return a program's channels, its row and the row's first token; then the index of its span
+    among the spans of all rows, the span's first step and its end."""
     tiles = tl.cdiv(d, CHANNELS)
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     place = tl.program_id(0) // tiles
@@ -71,7 +71,7 @@ def scan_forward(
     d, span, spans, n: tl.constexpr, STEPS: tl.constexpr, STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, d) and the state after each span; or, without y, that and the sum of its Δ."""
+    """Write the state after each span, and y (tokens, d); without y, the sum of each span's Δ."""
     channels, row, start, place, first, end = _place(starts, lengths, d, span, spans, CHANNELS)
     steps, states = tl.arange(0, STEPS), tl.arange(0, STATES)
     own = in_state(states, channels, d)
@@ -98,7 +98,7 @@ def scan_forward(
         hs = update
         for step in tl.static_range(STEPS):
             here = (steps == step)[:, None, None]
-            h = _at(decay, here) * h + _at(update, here)
+            h = _select_step(decay, here) * h + _select_step(update, here)
             hs = tl.where(here, h[None], hs)
         if y is not None:
             C_t = load(C + tokens * cs + states[None], in_n)
@@ -120,8 +120,9 @@ def scan_gradients(
     d, span, spans, n: tl.constexpr, STEPS: tl.constexpr, STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state before each span, from gfinal behind it and gy (tokens, d); in
-    `saved`, if given, that behind each tile; or else `elapsed`, the sum of a span's Δ."""
+    """Compute the gradient of the state before each span from gfinal, the one after it, and gy
+    (tokens, d). Writes the gradient after each tile to `saved`, or, without it, the sum of a span's
+    Δ to `elapsed`."""
     channels, row, start, place, first, end = _place(starts, lengths, d, span, spans, CHANNELS)
     steps, states = tl.arange(0, STEPS), tl.arange(0, STATES)
     own = in_state(states, channels, d)
@@ -151,7 +152,7 @@ def scan_gradients(
         from_y = gy_t[:, None, :] * C_t[:, :, None]
         for k_step in tl.static_range(STEPS):
             here = (steps == STEPS - 1 - k_step)[:, None, None]
-            g = _at(decay, here) * (g + _at(from_y, here))
+            g = _select_step(decay, here) * (g + _select_step(from_y, here))
         if saved is None:
             total += tl.sum(delta_t, axis=0)
     tl.store(ginitial + place.to(tl.int64) * n * d + own, g, mask=is_own)
@@ -164,8 +165,9 @@ def scan_carry(
     A, elapsed, first, added, carried, d, spans, n: tl.constexpr, STATES: tl.constexpr,
     CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What stands before each span, `carried`: `first` (rows, n, d), zeros if None, before the
-    first, then what the span before leaves of that and has `added`. Or so from the last on."""
+    """Compute `carried`, the state before each span: before the first span it is `first`
+    (rows, n, d), or zeros for None; then the state before the previous span, decayed over it, plus
+    the state that it has `added`. With REVERSE, the same for gradients, from the last span on."""
     tiles = tl.cdiv(d, CHANNELS)
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -190,10 +192,10 @@ def scan_backward(
     gz, gA, gB, gC, gD, rows, tokens_of_all, d, group, n: tl.constexpr, STEPS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of tokens over a group of channels.
+    """Compute the gradients of one tile of tokens for a group of channels.
 
-    before and behind, (slots, n, d): the state before each tile, the state's gradient behind it.
-    gA (slots, n, d), gD (slots, d), gB and gC (groups, tokens, n) are parts of sums.
+    before and behind (slots, n, d) are the state before each tile and the state's gradient after
+    it. gA (slots, n, d), gD (slots, d), gB and gC (groups, tokens, n) are terms of sums.
     """
     slots = num_slots(tokens_of_all, rows, STEPS)
     slot, first_channel = tl.program_id(0) % slots, tl.program_id(0) // slots * group
@@ -223,12 +225,12 @@ def scan_backward(
 
             decay = _decays(delta_t, A_own)
             update = (delta_t * x_t)[:, None, :] * B_t[:, :, None]
-            hs, kept = update, update  # the states, and what of each is left of the one before
+            hs, kept = update, update  # the states, and the decayed states of the steps before
             for step in tl.static_range(STEPS):
                 here = (steps == step)[:, None, None]
-                h = _at(decay, here) * h
+                h = _select_step(decay, here) * h
                 kept = tl.where(here, h[None], kept)
-                h += _at(update, here)
+                h += _select_step(update, here)
                 hs = tl.where(here, h[None], hs)
 
             if z is not None:
@@ -245,9 +247,9 @@ def scan_backward(
             gs = from_y
             for k_step in tl.static_range(STEPS):
                 here = (steps == STEPS - 1 - k_step)[:, None, None]
-                g += _at(from_y, here)
+                g += _select_step(from_y, here)
                 gs = tl.where(here, g[None], gs)
-                g = _at(decay, here) * g
+                g = _select_step(decay, here) * g
 
             gB_t += gs * (delta_t * x_t)[:, None, :]
             gupdate = tl.sum(gs * B_t[:, :, None], axis=1)
@@ -261,7 +263,7 @@ def scan_backward(
         part = (tl.program_id(0) // slots).to(tl.int64) * tokens_of_all + tokens
         tl.store(gB + part * n + states[None], tl.sum(gB_t, axis=2), mask=in_n)
         tl.store(gC + part * n + states[None], tl.sum(gC_t, axis=2), mask=in_n)
-    else:  # a slot without a tile adds nothing
+    else:  # a slot without a tile adds zeros
         for channel in tl.range(first_channel, tl.minimum(first_channel + group, d), CHANNELS):
             channels, states = channel + tl.arange(0, CHANNELS), tl.arange(0, STATES)
             is_own = (states < n)[:, None] & (channels < d)[None]

@@ -1,7 +1,7 @@
-"""One token through all layers without gradients: three Triton kernels a layer, four products.
+"""One token through all layers without gradients: three Triton kernels per layer and four products.
 
-A launch takes as long as such a kernel, so that each does, in float32, all that stands between two
-matrix products: residual and norm; convolution; Δ, the scan's step and the gate.
+A launch takes as long as such a kernel runs. So each kernel computes, in float32, everything
+between two matrix products: residual and norm; convolution; Δ, the scan's step and the gate.
 """
 
 import torch
@@ -12,13 +12,13 @@ import triton.language as tl
 from mamba_lm.selective_scan.common import layers_fit, states_fit
 from mamba_lm.selective_scan.triton.tiles import load, store
 
-CONV_CHANNELS, SCAN_TILE = 256, 2048  # of a program: channels; channels times states
+CONV_CHANNELS, SCAN_TILE = 256, 2048  # in a program: channels; channels times states
 
 
 @triton.jit
 def norm_step(residual, added, weight, summed, normed, eps, m, WIDTH: tl.constexpr):
-    """summed = residual + added, normed = its RMS norm; a row (m,) a program. Rounded as
-    `reference.rms_norm` is."""
+    """Compute summed = residual + added and normed = its RMS norm, one row (m,) per program. Rounds
+    as `reference.rms_norm`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     in_m = at < m
     x = load(residual + row * m + at, in_m)
@@ -34,7 +34,8 @@ def norm_step(residual, added, weight, summed, normed, eps, m, WIDTH: tl.constex
 def conv_step(
     x, xs, weight, bias, tail, y, new_tail, d, WIDTH: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """y (b, d) and the tail with x (b, d) at its end, (b, WIDTH - 1, d); weight (d, WIDTH)."""
+    """Compute y (b, d) and the new tail (b, WIDTH - 1, d), which ends with x (b, d), from weight
+    (d, WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = channels < d
@@ -55,7 +56,7 @@ def conv_step(
 
 @triton.jit
 def _log1p(x):
-    """With all digits for a small x too (Goldberg 1991, theorem 4)."""
+    """log(1 + x) with full precision for small x too (Goldberg 1991, theorem 4)."""
     more = 1.0 + x
     return tl.where(more == 1.0, x, tl.log(more) * (x / (more - 1.0)))
 
@@ -65,7 +66,8 @@ def scan_step(
     x, dt, dt_bias, A_log, B, C, bcs, D, z, zs, h, y, new_h, d, n: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Δ = softplus(dt + dt_bias), the recurrence from h to new_h (b, n, d) and y (b, d), gated."""
+    """Compute Δ = softplus(dt + dt_bias), the step from h to new_h (b, n, d), and y (b, d) with its
+    gate."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     states = tl.arange(0, STATES)
@@ -85,10 +87,12 @@ def scan_step(
 
 
 def fused_layers(weights):
-    """Argument and result as `mamba_lm.selective_scan.fused_layers`: no gradients, no
-    sequences; one dtype of weights, a residual in float32."""
+    """Argument and result: `mamba_lm.selective_scan.fused_layers`.
+
+    Without gradients and sequences; for weights of one dtype and a residual in float32.
+    """
     dtype = weights[0].in_proj.dtype
-    given = [v for of_layer in weights for v in of_layer[2:] if v is not None]
+    given = [v for layer in weights for v in layer[2:] if v is not None]
     if not layers_fit(weights) or any(v.dtype != dtype or not v.is_contiguous() for v in given):
         return None
 
@@ -115,7 +119,7 @@ def fused_layers(weights):
 
 
 def _add_and_norm(residual, output, layer):
-    """residual + output, and its norm in the dtype of the weights."""
+    """Return residual + output, and its norm in the dtype of the weights."""
     b, m = residual.shape
     summed, normed = torch.empty_like(residual), residual.new_empty(b, m, dtype=layer.norm.dtype)
     width = triton.next_power_of_2(m)
@@ -126,7 +130,7 @@ def _add_and_norm(residual, output, layer):
 
 
 def _mix(u, layer, conv, ssm):
-    """The mixer's output (b, m), the new conv (b, w - 1, d) and ssm (b, n, d)."""
+    """Return the mixer's output (b, m), the new conv (b, w - 1, d) and the new ssm (b, n, d)."""
     (d, _, w), n, r = layer.conv.shape, layer.A_log.shape[1], layer.dt_proj.shape[1]
     b, conv, ssm = len(u), conv.contiguous(), ssm.contiguous()
     xz = F.linear(u, layer.in_proj, layer.in_proj_bias)

@@ -158,14 +158,14 @@ def test_a_summary_that_another_program_puts_there_is_kept(path):
     summary = path.with_name("results.jsonl.summary.json")
     with opened(path) as results:
         summary.write_text("mine")
-        with pytest.raises(UserError, match="something else than the summary of a run"):
+        with pytest.raises(UserError, match="something other than the summary of a run"):
             results.write(ROWS)
     assert summary.read_text() == "mine"
     summary.unlink()
     with opened(path) as results:
         results.write(ROWS)
         summary.write_text("mine")
-        with pytest.raises(UserError, match="something else than the summary of a run"):
+        with pytest.raises(UserError, match="something other than the summary of a run"):
             results.finish()
     assert summary.read_text() == "mine" and read_results(str(path)) == ROWS
 
@@ -176,7 +176,7 @@ def test_rows_with_a_column_more_are_kept(path, extra):
     path.write_text("".join(json.dumps(row | extra) + "\n" for row in (ROWS[1], ROWS[0])))
     before = path.read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"another layout|something else than results"):
+        with pytest.raises(UserError, match=r"another layout|something other than results"):
             opened(path, overwrite=overwrite)
     assert path.read_bytes() == before
 
@@ -555,7 +555,7 @@ def fill(path: Path) -> None:
     for _ in range(2):
         with opened(path, examples=many) as results:
             count = len(results.rows)
-            complaint = r"results\.jsonl(\.summary\.json)?: cannot be written \(.+\); mend"
+            complaint = r"results\.jsonl(\.summary\.json)?: cannot be written \(.+\); fix"
             with pytest.raises(UserError, match=complaint):
                 for idx in range(count, len(many), 7):
                     results.write(rows[idx : idx + 7])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import Kind
+from common.output_files import Kind
 from mamba_lm.training import run_folder
 from mamba_lm.training.run_folder import CARD, RunFolder
 
@@ -75,14 +75,17 @@ def test_an_input_in_the_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.data").write_text("x")
     inputs = [None, "a/hub-name", str(tmp_path / "run/.data")]
-    with pytest.raises(UserError, match="would be lost"), enter(tmp_path / "run", inputs=inputs):
+    with (
+        pytest.raises(UserError, match="would be overwritten"),
+        enter(tmp_path / "run", inputs=inputs),
+    ):
         pass
 
 
 def test_a_card_of_the_users_own_is_kept(finished):
     (finished / CARD).write_text("mine")
     with (
-        pytest.raises(UserError, match="something else than a card of ours"),
+        pytest.raises(UserError, match="something other than a card of ours"),
         enter(finished, overwrite=True),
     ):
         pass
