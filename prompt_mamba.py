@@ -1,11 +1,11 @@
-"""Ask a language model trivia, after a fixed list of questions with answers.
+"""Ask a language model trivia questions, after a fixed list of questions with answers.
 
     python prompt_mamba.py state-spaces/mamba-130m
     python prompt_mamba.py state-spaces/mamba-130m --shots shots.jsonl --show_prompt
     echo "Who wrote Hamlet?" | python prompt_mamba.py state-spaces/mamba-130m --json
 
 Without --question, questions come from standard input, one a line. The list is read once; each
-question is asked from the state after it.
+question is answered from the state after it.
 """
 
 from common.script import loading, run_script
@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="local folder or Hub name")
     parser.add_argument(
-        "--shots", metavar="FILE", help="JSONL of question, answer (default: eight of our own)"
+        "--shots", metavar="FILE", help="JSONL of question, answer (default: eight built-in ones)"
     )
     parser.add_argument("--show_prompt", action="store_true", help="print what the model reads")
     add_console_flags(parser)

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="with each answer, what the model let in of the context, by Δ",
+        help="with each answer, how much of the context the model let in, by Δ",
     )
     add_console_flags(parser)
     return parser.parse_args()
@@ -36,14 +36,14 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.context_file == "-" and not args.question:
-        raise UserError("--context_file -: is all of standard input; ask by --question")
+        raise UserError("--context_file -: the context is all of standard input; give --question")
     context = None if args.context_file is None else read_context(args.context_file)
     require_model(args.model, args.tokenizer)
     order = trained_prompt_order(args.model)
     if order != "context_first":
         warn(
             f"{args.model} was trained with --prompt_order {order}; here the context is read first,"
-            " and once"
+            " and only once"
         )
     with loading(f"PyTorch and {args.model}"):
         from context_qa.console.console import ConsoleSettings, load_console

@@ -1,4 +1,4 @@
-"""Contexts -> states -> questions -> answers with confidence: the one answering loop."""
+"""The answering loop: contexts -> states -> questions -> answers with confidence."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from mamba_lm.models.interface import LanguageModel
 from mamba_lm.models.state import MambaState
 from squad_utils import NO_ANSWER, is_scored_as_empty
 
-WINDOW = 512  # prompts: what is answered out of order
+WINDOW = 512  # prompts that are answered in any order
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,18 +31,18 @@ class _Guess(NamedTuple):
 
 
 class Answerer:
-    """Answers questions with a model, greedily, each context read once for its questions.
+    """Answers questions with a model, greedily. Each context is read once for all its questions.
 
-    A guess ends before the first token that holds a newline or is end-of-text. max_batch_tokens
-    bounds memory: the tokens, padding included, of contexts that are read together, and those of
-    questions that are answered together, each with max_new_tokens for its answer.
+    A guess ends before the first token that contains a newline or is end-of-text. max_batch_tokens
+    limits memory: the tokens, padding included, of contexts that are read together, and those of
+    questions that are answered together, each plus max_new_tokens for its answer.
 
-    With a no_answer_threshold T the guess is NO_ANSWER where that has a probability above T. Where
-    it has not and the greedy guess is scored as the empty answer, the guess is what the model says
-    if it may neither stop at once nor begin as NO_ANSWER does: now and then "the I don't know", or
-    another text that is scored so. Spans never are, but for a context without any.
+    With a no_answer_threshold T, the guess is NO_ANSWER if its probability is above T. If it is
+    not, and the greedy guess is scored as the empty answer, the model guesses again and may neither
+    stop at once nor start with the first token of NO_ANSWER. The new guess is rarely scored as the
+    empty answer too, for example "the I don't know". A span never is, unless the context has none.
 
-    span_borders: where guesses end that are spans of their contexts, see `spans.Spans`.
+    span_borders: where spans may end if guesses are spans of their contexts, see `spans.Spans`.
     """
 
     def __init__(
@@ -67,25 +67,27 @@ class Answerer:
         prompts: Sequence[tuple[str, str]],
         contexts: Sequence[str] | None = None,
         done: Collection[int] = (),
-        part: int = 0,
-        parts: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         on_state: Callable[[dict[int, list[int]], MambaState], object] | None = None,
     ) -> Iterator[dict[int, Answer]]:
-        """Answers to prompts, (prefix, suffix) texts, by their place, a batch at a time.
+        """Yield answers to prompts, (prefix, suffix) texts, by their index, one batch at a time.
 
-        They come window after window of WINDOW prompts. Inside one, each prefix is read once, with
-        others of its length. With `contexts`, one a prompt, guesses are spans of these, or
-        NO_ANSWER. Batches depend on the prompts alone, and so, to the last bit, do answers: batches
-        whose places are all `done` are left out, and of the others this part of `parts` gets its
-        share. on_state is called with the suffixes of a batch, token ids by place, and the state
-        after their prefixes, a row each.
+        Windows of WINDOW prompts are answered one after the other. Within a window, each prefix is
+        read once, together with others of similar length. With `contexts`, one per prompt, guesses
+        are spans of these, or NO_ANSWER.
+
+        Batches depend only on the prompts, so that answers have the same bits in every run. Batches
+        whose indices are all in `done` are skipped; the others are shared among ranks. on_state is
+        called with the suffixes of a batch, token ids by index, and the state after their prefixes,
+        one row each.
         """
         if contexts is not None:
             require_pieces(self.tokenizer)
         done = frozenset(done)
         kept: tuple[list[list[int]], MambaState] | None = None
         for unit, (prefixes, rows) in enumerate(self._units(prompts)):
-            if unit % parts != part:
+            if unit % world_size != rank:
                 continue
             suffixes = dict(
                 zip(rows, self.tokens.encode([prompts[p][1] for p in rows]), strict=True)
@@ -96,7 +98,7 @@ class Answerer:
             if not batches:
                 continue
             started = time.perf_counter()
-            # What all prompts begin with is a unit of every window, and read once in all.
+            # A prefix that all prompts share is a unit of every window: it is read only once.
             state = kept[1] if kept and kept[0] == prefixes else self.read_prefixes(prefixes)
             kept = (prefixes, state) if len(prefixes) == 1 else None
             seconds = (time.perf_counter() - started) / len(rows)
@@ -118,8 +120,8 @@ class Answerer:
     def _units(
         self, prompts: Sequence[tuple[str, str]]
     ) -> Iterator[tuple[list[list[int]], dict[int, int]]]:
-        """Token ids of prefixes that are read together, and the row of each prompt that has one, by
-        its place."""
+        """Yield the token ids of prefixes that are read together, and the rows of their prompts, by
+        index."""
         for window in _windows(prompts):
             ids = dict(zip(window, self.tokens.encode(list(window)), strict=True))
             lengths = {prefix: len(tokens) for prefix, tokens in ids.items()}
@@ -133,8 +135,8 @@ class Answerer:
         prefixes: Sequence[Sequence[int]],
         on_read: Callable[[int], object] = lambda length: None,
     ) -> MambaState:
-        """The state after each prefix, token ids as `tokens.encode` gives them, a row each. on_read
-        is called with the number of tokens of the longest that have been read, piece by piece."""
+        """The state after each prefix, one per row. Prefixes are token ids from `tokens.encode`.
+        on_read is called after each piece with the number of tokens of the longest prefix in it."""
         return prefill(self.model, prefixes, self.max_batch_tokens, on_read)
 
     @torch.inference_mode()
@@ -146,10 +148,11 @@ class Answerer:
         reading_seconds: float = 0.0,
         contexts: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Answers to suffixes, token ids as `tokens.encode` gives them, each asked from its own row
-        of the state; with `contexts`, each a span of its own one, or NO_ANSWER.
+        """Answer suffixes, token ids from `tokens.encode`, one for each row of the state. With
+        `contexts`, each guess is a span of its row's context, or NO_ANSWER.
 
-        reading_seconds, a prefix's share of the time that it took to read it, is added to theirs.
+        reading_seconds, the share of each suffix in the time for reading the prefixes, is added to
+        the time of its answer.
         """
         started = time.perf_counter()
         reading = read(self.model, suffixes, state, self.vocab_size)
@@ -183,33 +186,32 @@ class Answerer:
             _Guess(NO_ANSWER, log_prob, len(self.no_answer_ids)) for log_prob in no_answer
         ]
         is_above = [as_probability(log_prob) > self.no_answer_threshold for log_prob in no_answer]
-        again = [
-            r
-            for r, guess in enumerate(guesses)
-            if is_scored_as_empty(guess.text) and not is_above[r]
+        rows = [
+            row
+            for row, guess in enumerate(guesses)
+            if is_scored_as_empty(guess.text) and not is_above[row]
         ]
-        if again:
-            forked = reading.fork(torch.tensor(again, device=reading.log_probs.device))
-            others = contexts and [contexts[row] for row in again]
-            replaced = dict(zip(again, self._guess(forked, others, False), strict=True))
+        if rows:
+            forked = reading.fork(torch.tensor(rows, device=reading.log_probs.device))
+            own_contexts = contexts and [contexts[row] for row in rows]
+            others = self._guess(forked, own_contexts, may_abstain=False)
+            replaced = dict(zip(rows, others, strict=True))
             guesses = [replaced.get(row, guess) for row, guess in enumerate(guesses)]
-        return [
-            one if above else other
-            for one, other, above in zip(abstention, guesses, is_above, strict=True)
-        ]
+        return [abstention[row] if is_above[row] else guess for row, guess in enumerate(guesses)]
 
     def _guess(
         self, reading: Reading, contexts: Sequence[str] | None, may_abstain: bool = True
     ) -> list[_Guess]:
-        """What the model says, greedily; if it may not abstain, it says something else."""
+        """Greedy guesses; without may_abstain, the first token is neither a stop nor that of
+        NO_ANSWER."""
         if contexts is not None:
             return self._guess_spans(reading, contexts, may_abstain)
         if not may_abstain:
-            barred = torch.tensor([*self.stop_ids, self.no_answer_ids[0]])
-            log_probs = reading.log_probs.index_fill(
-                1, barred.to(reading.log_probs.device), -math.inf
+            log_probs = reading.log_probs
+            excluded = torch.tensor(
+                [*self.stop_ids, self.no_answer_ids[0]], device=log_probs.device
             )
-            reading = reading._replace(log_probs=log_probs)
+            reading = reading._replace(log_probs=log_probs.index_fill(1, excluded, -math.inf))
         generations = decode(
             self.model, reading, self.stop_ids, self.max_new_tokens, self.vocab_size
         )
@@ -231,11 +233,12 @@ class Answerer:
             for context in dict.fromkeys(contexts)
         }
         spans = [by_context[context] for context in contexts]
-        choices = [
-            [*one.choices, abstention] if may_abstain or not one.choices else one.choices
-            for one in spans
-        ]
-        chooser = Constrained(choices)
+        chooser = Constrained(
+            [
+                [*one.sequences, abstention] if may_abstain or not one.sequences else one.sequences
+                for one in spans
+            ]
+        )
         generations = decode(
             self.model, reading, self.stop_ids, chooser.max_new_tokens, self.vocab_size, chooser
         )
@@ -246,15 +249,15 @@ class Answerer:
 
 
 def as_probability(log_prob: float) -> float:
-    """UserError if the model computed NaN."""
+    """The probability, at most 1. Raises UserError if the model computed NaN."""
     if math.isnan(log_prob):
-        raise UserError("the model computes NaN: its weights are broken; train it anew")
-    return min(math.exp(log_prob), 1.0)  # rounding can lift a sum of logarithms above 0
+        raise UserError("the model computes NaN: its weights are broken; train it again")
+    return min(math.exp(log_prob), 1.0)  # a sum of logarithms can be rounded to more than 0
 
 
 def _windows(prompts: Sequence[tuple[str, str]]) -> Iterator[dict[str, list[int]]]:
-    """The places of WINDOW prompts or fewer by prefix, window after window. Neighbours of one
-    prefix are in one window, unless they alone fill several."""
+    """Yield windows of at most WINDOW prompts: their indices by prefix. Adjacent prompts with the
+    same prefix are in one window, unless they are more than WINDOW."""
     window: dict[str, list[int]] = {}
     room = WINDOW
     runs = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place][0])
@@ -272,7 +275,8 @@ def _windows(prompts: Sequence[tuple[str, str]]) -> Iterator[dict[str, list[int]
 
 
 def _batches(sizes: Mapping[Key, int], max_tokens: int) -> Iterator[list[Key]]:
-    """Keys in order of size, as many together as fit when padded to the largest; one at least."""
+    """Yield batches of keys in order of size, each as large as max_tokens allows with padding, and
+    of at least one key."""
     batch: list[Key] = []
     for key in sorted(sizes, key=sizes.__getitem__):
         if batch and sizes[key] * (len(batch) + 1) > max_tokens:

@@ -1,5 +1,5 @@
-"""The tokens of prompts and answers: the one place that knows how their parts are tokenised, which
-tokens end an answer and which are the abstention. Their text is `squad_utils`'s."""
+"""The tokens of prompts and answers: how their parts are tokenised, which tokens end an answer, and
+which are the abstention. The text of prompts is defined in `squad_utils`."""
 
 import functools
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from squad_utils import NO_ANSWER, answer_text
 
 
 class PromptTokens:
-    """Token ids for one tokenizer. Each part of a prompt is tokenised by itself, without special
-    tokens, so that forking a state after a prefix never changes the ids of what follows."""
+    """Token ids for one tokenizer. Each part of a prompt is tokenised separately, without special
+    tokens, so that forking a state after a prefix never changes the ids of the suffix."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -22,30 +22,31 @@ class PromptTokens:
         return vocabulary_bound(self.tokenizer)
 
     def encode(self, parts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, a prefix or a suffix of a prompt."""
+        """Ids of each text: the prefix or the suffix of a prompt."""
         return encode(self.tokenizer, parts)
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer as it follows its prompt."""
+        """Ids of each answer as it follows a prompt."""
         return encode(self.tokenizer, [answer_text(answer) for answer in answers])
 
     def encode_targets(self, answers: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer and end-of-text: what training teaches."""
+        """Ids of each answer and end-of-text: the target of training."""
         end = self.tokenizer.eos_token_id
         return [[*ids, end] for ids in self.encode_answers(answers)]
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens before which an answer ends: end-of-text, and those with a newline."""
+        """The tokens before which an answer ends: end-of-text, and all that contain a newline."""
         return _stop_ids(self.tokenizer)
 
     @functools.cached_property
     def no_answer_ids(self) -> list[int]:
-        """Ids of NO_ANSWER as it follows a prompt. Raises UserError where it has none."""
+        """Ids of NO_ANSWER as it follows a prompt. Raises UserError if it has none."""
         [ids] = self.encode_answers([NO_ANSWER])
         if not ids:
             raise UserError(
-                f"the tokenizer {self.tokenizer.name_or_path} has no tokens for {NO_ANSWER!r}"
+                f"the tokenizer {self.tokenizer.name_or_path} has no tokens for {NO_ANSWER!r}; "
+                "use another tokenizer"
             )
         return ids
 

@@ -1,4 +1,4 @@
-"""The n-shot trivia prompt: questions with their answers, where a context would stand."""
+"""The n-shot prompt: questions with their answers, in place of a context."""
 
 from collections.abc import Iterable
 
@@ -21,21 +21,21 @@ SHOTS = (
 
 
 def n_shot_prompt(shots: Iterable[tuple[str, str]] = SHOTS) -> str:
-    """What `prompt_parts` takes as the context."""
+    """The text of shots, which `prompt_parts` takes as its context."""
     return "\n\n".join(question_text(question) + answer_text(answer) for question, answer in shots)
 
 
 def read_shots(path: str) -> list[tuple[str, str]]:
-    """Shots from a JSONL file of `question, answer`. UserError names the file, the line and what a
-    row needs."""
+    """Read shots from a JSONL file of `question, answer`. Raises UserError with the file, the line
+    and what a row needs."""
     shots = []
     for place, row in json_lines(read_text(path, f"a JSONL file of {KEYS}"), path):
         if not isinstance(row, dict):
-            raise UserError(f"{place}: no JSON object; a row needs {KEYS}")
+            raise UserError(f"{place}: not a JSON object; a row needs {KEYS}")
         question, answer = (
             checked_text(row.get(key), key, place, KEYS) for key in KEYS.split(", ")
         )
         shots.append((question, answer))
     if not shots:
-        raise UserError(f"{path}: no shot in it; a row needs {KEYS}")
+        raise UserError(f"{path}: contains no shots; a row needs {KEYS}")
     return shots

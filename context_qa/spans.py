@@ -1,4 +1,4 @@
-"""The spans of a context as the only things that may be said about it."""
+"""Restrict answers to spans of the context: the spans as token sequences."""
 
 import bisect
 import functools
@@ -15,14 +15,14 @@ from squad_utils import NORMALIZED_NO_ANSWER, answer_text, folded_answer, is_sco
 
 SPAN_BORDERS = ("words", "characters")
 _PIECE = regex.compile(r"\s*\S+")
-_CHARACTER = regex.compile(r"\X")  # as people count them: a letter with its accents is one
-# A word with the marks that belong to its letters; or a character that is none, or that is written
-# without blanks around it.
+_CHARACTER = regex.compile(r"\X")  # a grapheme: a letter with its accents is one
+# A word with the marks that belong to its letters; or one character that is not of a word, or whose
+# script is written without spaces.
 _WORD = regex.compile(
     rf"(?:(?!{UNSPACED.pattern})[\p{{L}}\p{{N}}_][\p{{M}}\u00ad\u200c\u200d\u2060]*)+|(?!\s)\X"
 )
 _ADDED = len(answer_text(""))
-_PROBES = (  # words, figures, marks and accents next to each other, with blanks of several kinds
+_PROBES = (  # words, digits, punctuation and accents next to each other, and several spaces
     "The \"Wild Swan\" (built in 1998) has 2,150 rooms; it's $19.75, isn't it?",
     "Zo\u00e9  Br\u00fbl\u00e9 \u2013 na\u00efve, 50% of it...\n\tU.S.A., St. John's 3-2 win!",
     "unbelievable internationalisation 12345678 \u6771\u4eac\u30bf\u30ef\u30fc. Jose\u0301 said",
@@ -30,13 +30,13 @@ _PROBES = (  # words, figures, marks and accents next to each other, with blanks
 
 
 class Spans:
-    """A context's spans as token sequences that follow a prompt, `choices`.
+    """The spans of a context as `sequences` of tokens that follow a prompt.
 
-    A span begins at a word or a mark, is at most max_tokens long, and has the tokens that the same
-    text has as an answer that training teaches; it ends where a word or a mark ends, or, by
-    `borders`, any character, and before the first of stop_ids. It is not scored as the empty
-    answer, as articles, punctuation and NO_ANSWER itself are. The tokenizer is one that
-    `require_pieces` accepts.
+    A span starts at a word or a punctuation mark, has at most max_tokens tokens, and contains none
+    of stop_ids. Its tokens are those of the same text as an answer in training. It ends after a
+    word or a punctuation mark; with `borders` "characters", after any character. Spans that are
+    scored as the empty answer are excluded: articles, punctuation and NO_ANSWER itself. The
+    tokenizer is one that `require_pieces` accepts.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Spans:
         borders: str = "words",
     ):
         self.context = context
-        self.choices: list[TokenSequence] = []
-        self._bounds: list[tuple[int, list[int | None]]] = []  # the start and the ends of each
-        said = NORMALIZED_NO_ANSWER.replace(" ", "")
-        self._holds_no_answer = said in "".join(folded_answer(context).split())
+        self.sequences: list[TokenSequence] = []
+        # Of each sequence: the start in the context, and the end of each token.
+        self._bounds: list[tuple[int, list[int | None]]] = []
+        no_answer = NORMALIZED_NO_ANSWER.replace(" ", "")
+        self._contains_no_answer = no_answer in "".join(folded_answer(context).split())
         self._characters = [match.end() for match in _CHARACTER.finditer(context)]
         self._ends = {match.end() for match in _WORD.finditer(context)}
         if borders == "characters":
@@ -76,15 +77,15 @@ class Spans:
             for place in offsets
         ]
         for (start, place), (ids, offsets) in zip(starts, encoded[len(pieces) :], strict=True):
-            # One token more than can be said shows whether the last of them ends a character.
+            # One token more than allowed shows whether the last allowed one ends a character.
             rest = slice(first[place + 1], first[place + 1] + max(max_tokens + 1 - len(ids), 0))
             own_ends = [self._character_end(start - _ADDED, *place) for place in offsets]
             self._add(start, ids + tail_ids[rest], own_ends + tail_ends[rest], max_tokens, stop_ids)
 
     def _character_end(self, shift: int, start: int, end: int) -> int | None:
-        """Where the character ends in which a token does: tokenizers that normalise may count a
-        letter without the accent that follows it. None for a token without a character, such as a
-        blank of its own that is trimmed."""
+        """The end of the character in which a token ends: tokenizers that normalise may give an
+        offset before the accent of a letter. None for a token without a character, such as a space
+        that the offsets exclude."""
         if start == end or shift + end <= 0:
             return None
         return self._characters[bisect.bisect_left(self._characters, shift + end)]
@@ -101,53 +102,53 @@ class Spans:
         length = min(length, max_tokens)
         may_end, after = [False] * len(ids), -1
         for n in reversed(range(len(ids))):
-            # Tokens that share a character have one end: only the last of them ends it.
+            # Only the last of the tokens that share a character ends it.
             if ends[n] is not None:
                 may_end[n] = start < ends[n] != after and ends[n] in self._ends
                 after = ends[n]
         for n in range(length):
             if may_end[n]:
                 may_end[n] = not is_scored_as_empty(self.context[start : ends[n]])
-                if may_end[n] and not self._holds_no_answer:
-                    break  # what is longer holds a word too
+                if may_end[n] and not self._contains_no_answer:
+                    break  # longer spans contain a word too
         while length and not may_end[length - 1]:
             length -= 1
         if length:
-            self.choices.append(TokenSequence(ids[:length], may_end[:length]))
+            self.sequences.append(TokenSequence(ids[:length], may_end[:length]))
             self._bounds.append((start, ends))
 
     def text(self, token_ids: Sequence[int]) -> str | None:
-        """The span that was said, blanks stripped; None if it was none."""
-        for choice, (start, ends) in zip(self.choices, self._bounds, strict=True):
-            if choice.contains(token_ids):
+        """The span of generated tokens, without outer spaces; None if they are not a span."""
+        for sequence, (start, ends) in zip(self.sequences, self._bounds, strict=True):
+            if sequence.contains(token_ids):
                 return self.context[start : ends[len(token_ids) - 1]].strip()
         return None
 
-    def said(self) -> list[tuple[str, list[int]]]:
-        """Every span, as text and as the tokens by which it is said."""
+    def items(self) -> list[tuple[str, list[int]]]:
+        """Every span, as text and as token ids."""
         return [
-            (self.context[start : ends[n]], list(choice.token_ids[: n + 1]))
-            for choice, (start, ends) in zip(self.choices, self._bounds, strict=True)
-            for n, may_end in enumerate(choice.may_end)
+            (self.context[start : ends[n]], list(sequence.token_ids[: n + 1]))
+            for sequence, (start, ends) in zip(self.sequences, self._bounds, strict=True)
+            for n, may_end in enumerate(sequence.may_end)
             if may_end
         ]
 
 
 @functools.lru_cache(maxsize=4)
 def require_pieces(tokenizer) -> None:
-    """UserError unless a text between blanks has the same tokens within a longer text and alone, as
-    with byte-level BPE: else spans put together from pieces would have other tokens than the
-    answers that training teaches."""
+    """Raise UserError unless a text between spaces has the same tokens alone and within a longer
+    text, as with byte-level BPE. Otherwise spans, whose tokens are joined from such pieces, would
+    have other tokens than the answers in training."""
     require_offsets(tokenizer)
     wrong = total = 0
     for probe in _PROBES:
-        spans = Spans(tokenizer, probe, max_tokens=len(probe)).said()
-        wanted = encode(tokenizer, [answer_text(text) for text, _ in spans])
-        wrong += sum(ids != other for (_, ids), other in zip(spans, wanted, strict=True))
+        spans = Spans(tokenizer, probe, max_tokens=len(probe)).items()
+        expected = encode(tokenizer, [answer_text(text) for text, _ in spans])
+        wrong += sum(ids != other for (_, ids), other in zip(spans, expected, strict=True))
         total += len(spans)
     if wrong or not total:
         raise UserError(
-            f"constrain_to_context: the tokenizer {tokenizer.name_or_path} tokenises a text "
-            f"otherwise within a longer one ({wrong} of {total} spans tried); it needs one that "
-            "does not, such as byte-level BPE"
+            f"constrain_to_context: the tokenizer {tokenizer.name_or_path} gives a text other "
+            f"tokens within a longer text than alone ({wrong} of {total} spans tried); use a model "
+            "with another tokenizer, such as byte-level BPE, or answer without this constraint"
         )

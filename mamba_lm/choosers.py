@@ -1,4 +1,4 @@
-"""Rules by which decoding chooses the next token: greedy, sampled, or constrained to sequences."""
+"""Decoding rules: greedy, sampled, or constrained to given token sequences."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -11,7 +11,7 @@ from mamba_lm.tensors import right_pad
 
 
 class Choice(NamedTuple):
-    """What is chosen for each row: a token, or the end of the row."""
+    """The choice for each row: a token, or the end of the row."""
 
     token_ids: Tensor  # (b,) int64
     log_probs: Tensor  # (b,) of the token, or of ending
@@ -21,13 +21,16 @@ class Choice(NamedTuple):
 class Chooser(Protocol):
     """A decoding rule. Changing how tokens are chosen means changing or adding one of these."""
 
-    is_capturable: bool  # whether `choose` consists of tensor operations that wait for no GPU
+    is_capturable: bool  # whether `choose` can be part of a CUDA graph
 
     def choose(self, log_probs: Tensor, stops: Tensor, places: Tensor | None) -> Choice:
-        """The next token of rows with log_probs (b, v). stops (s,) int64 are the tokens that end a
-        row; their probabilities count as one: that of ending. places (b,) are the rows' numbers in
-        the first batch, which rows leave as they end; None where the choice is captured. A row
-        whose log_probs are NaN ends, with a log-probability of NaN."""
+        """Choose the next token of each row.
+
+        log_probs (b, v): log-probabilities of the next token. stops (s,) int64: the tokens that end
+        a row; the probability that it ends is the sum of theirs. places (b,) int64: the index of
+        each row in the batch at the start, before finished rows were removed; None in a CUDA graph.
+        A row whose log_probs are NaN ends, with a log-probability of NaN.
+        """
 
 
 class Greedy:
@@ -43,10 +46,10 @@ class Greedy:
 
 
 class Sampler:
-    """A token drawn at a temperature above 0 from what top_k and top_p leave ("The Curious Case of
-    Neural Text Degeneration", Holtzman et al. 2020), by `transformers`' processors in their order.
-    Equal seeds draw equal tokens. The log-probability of a token is the model's own, at temperature
-    1."""
+    """A token sampled at a temperature above 0, with top-k and top-p filtering ("The Curious Case
+    of Neural Text Degeneration", Holtzman et al. 2020). The filters are those of `transformers`, in
+    the same order. Equal seeds give equal tokens. The reported log-probability of a token is the
+    model's own: at temperature 1, unfiltered."""
 
     is_capturable = False
 
@@ -81,8 +84,8 @@ class Sampler:
         return Choice(token_ids, gained.masked_fill(is_nan, torch.nan), is_stop | is_nan)
 
     def draw(self, log_probs: Tensor) -> int:
-        """A token drawn from log_probs (v,)."""
-        # The best becomes 0: no temperature, however low, takes it to minus infinity.
+        """Sample a token from log_probs (v,)."""
+        # The maximum becomes 0, so that no temperature, however low, turns it into -inf.
         scores = (log_probs - log_probs.max()).double().cpu()[None]
         probs = self._processors(None, scores).softmax(dim=1)
         return int(torch.multinomial(probs, 1, generator=self._generator))
@@ -91,7 +94,7 @@ class Sampler:
 def make_chooser(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0
 ) -> Greedy | Sampler:
-    """Greedy at temperature 0, else a sampler. UserError where top_k or top_p is given at
+    """Greedy at temperature 0, else a sampler. Raises UserError if top_k or top_p is given at
     temperature 0."""
     if temperature > 0:
         return Sampler(temperature, top_k, top_p, seed)
@@ -101,33 +104,34 @@ def make_chooser(
 
 
 class TokenSequence(NamedTuple):
-    """A sequence that may be generated, and whether it may end after each of its tokens."""
+    """A sequence that may be generated, and after which of its tokens it may end."""
 
     token_ids: Sequence[int]
     may_end: Sequence[bool]
 
     def contains(self, token_ids: Sequence[int]) -> bool:
-        """Whether token_ids, one at least, is this sequence up to a place where it may end."""
+        """Whether token_ids (not empty) is this sequence up to a token after which it may end."""
         n = len(token_ids)
         return list(self.token_ids[:n]) == list(token_ids) and self.may_end[n - 1]
 
 
 class Constrained:
-    """Greedy choice among token sequences, each row among its own: candidates are the tokens that
-    one of the row's sequences has next, and the stops where one may end.
+    """Greedy choice among token sequences; each row has its own list. Candidates are the next
+    tokens of the sequences that start with what the row has generated, and the stops where such a
+    sequence may end.
 
-    Log-probabilities are the model's own, over all tokens. Used for one decoding: it follows what
-    each row has generated. Raises ValueError where a row has no sequence, or one that may not end
-    after its last token.
+    Log-probabilities are the model's own, over all tokens. Use an instance for one decoding only:
+    it keeps what each row has generated. Raises ValueError if a row has no sequence, or has one
+    that may not end after its last token.
     """
 
     is_capturable = False
 
     def __init__(self, sequences: Sequence[Sequence[TokenSequence]]):
         if not all(row and all(one.may_end[-1:] == [True] for one in row) for row in sequences):
-            raise ValueError("each row needs sequences, which may each end after their last token")
-        self._remaining = [list(row) for row in sequences]  # those that begin as the row does
-        self._length = 0  # of what each row that has not ended has generated
+            raise ValueError("each row needs sequences, and each may end after its last token")
+        self._remaining = [list(row) for row in sequences]  # those that start as the row does
+        self._length = 0  # tokens generated in each row that has not ended
         self.max_new_tokens = max(len(one.token_ids) for row in sequences for one in row)
 
     def choose(self, log_probs: Tensor, stops: Tensor, places: Tensor | None) -> Choice:
@@ -142,7 +146,7 @@ class Constrained:
             ],
             device=log_probs.device,
         )
-        ends = may_end & ~(best > at_stops.max(dim=1).values)  # NaN too ends it
+        ends = may_end & ~(best > at_stops.max(dim=1).values)  # NaN ends a row too
         for place, tokens, token in zip(places, following, token_ids.tolist(), strict=True):
             self._remaining[place] = tokens.get(token, [])
         self._length += 1
@@ -150,7 +154,7 @@ class Constrained:
 
 
 def _by_next_token(sequences: Sequence[TokenSequence], n: int) -> dict[int, list[TokenSequence]]:
-    """The sequences longer than n tokens, by the next token."""
+    """The sequences of more than n tokens, by token n."""
     following: dict[int, list[TokenSequence]] = {}
     for sequence in sequences:
         if len(sequence.token_ids) > n:
@@ -159,9 +163,9 @@ def _by_next_token(sequences: Sequence[TokenSequence], n: int) -> dict[int, list
 
 
 def _best(candidates: Sequence[Sequence[int]], log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of log_probs (b, v): the highest among its candidates, and that candidate; -inf
-    and token 0 where it has none."""
-    ids, counts = right_pad([[*row, 0] for row in candidates])  # (b, k + 1): one place at least
+    """For each row of log_probs (b, v), the highest log-probability among its candidates, and that
+    candidate; -inf and token 0 if it has no candidate."""
+    ids, counts = right_pad([[*row, 0] for row in candidates])  # (b, k + 1): never empty
     is_padding = torch.arange(ids.shape[1]) >= counts[:, None] - 1
     ids, is_padding = ids.to(log_probs.device), is_padding.to(log_probs.device)
     best, which = log_probs.gather(1, ids).masked_fill(is_padding, -torch.inf).max(dim=1)

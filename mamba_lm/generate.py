@@ -1,4 +1,4 @@
-"""Prefill, fork, decode: all that reads or writes tokens with a trained model."""
+"""Prefill, fork, decode: reading and generating tokens with a trained model."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -14,12 +14,13 @@ from mamba_lm.models.state import MambaState
 from mamba_lm.stepper import is_captured, make_captured_step, make_step, token_log_probs
 from mamba_lm.tensors import at_least_float32, right_pad
 
-GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens of a graph, and rows at most
+GRAPH_STEPS, GRAPH_ROWS = 4, 128  # tokens per graph, and the most rows of one
 NO_TOKEN = -1
 
 
 class Reading(NamedTuple):
-    """Rows that have been read: the log-probabilities (b, v) of the next token, and a state."""
+    """What follows rows that have been read: log-probabilities (b, v) of the next token, and the
+    state."""
 
     log_probs: Tensor
     state: MambaState
@@ -29,7 +30,7 @@ class Reading(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """New tokens of one row, without the stop, and the log-probability of them and the stop."""
+    """New tokens of one row, without the stop, and the log-probability of them and of the stop."""
 
     token_ids: list[int]
     log_prob: float
@@ -41,10 +42,10 @@ def prefill(
     max_tokens: int | None = None,
     on_read: Callable[[int], object] = lambda length: None,
 ) -> MambaState:
-    """The state after each sequence, one per row, of any lengths, 0 included.
+    """The state after each sequence, one per row. Sequences may differ in length and be empty.
 
-    max_tokens bounds what is read at once, rows times length; longer ones are read in pieces.
-    on_read is told the length of each.
+    max_tokens limits memory: batches of more tokens (rows times longest) are read in pieces.
+    on_read is called with the number of columns of each piece.
     """
     input_ids, lengths = right_pad(sequences)
     input_ids = input_ids.to(model.device)
@@ -64,10 +65,10 @@ def read(
     state: MambaState | None = None,
     vocab_size: int | None = None,
 ) -> Reading:
-    """Read one sequence per row, of any lengths, from `state` on. UserError for an empty one: a
-    tokenizer can have no token for any part of a text.
+    """Read one sequence per row, starting from `state`. Sequences may differ in length.
 
-    vocab_size, the tokenizer's length, bars the padded rows of the embedding from the output.
+    vocab_size, the tokenizer's length, excludes the padded rows of the embedding. Raises UserError
+    if a sequence is empty: a tokenizer may have no token for any part of a text.
     """
     _require_tokens(sequences)
     input_ids, lengths = right_pad(sequences)
@@ -78,12 +79,12 @@ def read(
 
 
 class _Rows(NamedTuple):
-    """Rows that are being continued, after a token is chosen and before it is read."""
+    """Rows during decoding, after a token has been chosen and before it is read."""
 
     token_ids: Tensor  # (b,) int64, chosen
-    is_active: Tensor  # (b,) bool: that is a new token; False from a stop or the last token on
-    log_probs: Tensor  # (b,) float64, of all that was chosen
-    left: Tensor  # (), the tokens that may still be chosen, this one included
+    is_active: Tensor  # (b,) bool: token_ids is a new token; False once the row has ended
+    log_probs: Tensor  # (b,) float64, of all tokens and the stop so far
+    left: Tensor  # (), how many tokens may still be chosen, this one included
     stops: Tensor  # (s,) int64, the tokens that end a row
     state: MambaState
 
@@ -100,16 +101,17 @@ class _Rows(NamedTuple):
 
 
 class Decoder:
-    """The decoding loop: continues the rows of a reading by a chooser, greedily by default.
+    """The decoding loop: generates tokens for each row of a reading by a chooser, greedily by
+    default.
 
-    A row ends before the first token of `stop_ids`, whose probabilities count as one, that of
-    ending; or after max_new_tokens, where only a stop still counts. Rows that have ended leave the
-    batch. `log_probs` (b,) float64 are, once the loop has ended, those of each row's tokens and of
-    its stop; NaN if the model computes that. vocab_size, the tokenizer's length, excludes the
-    padded rows of the embedding.
+    A row ends before the first token of `stop_ids`, or after max_new_tokens. The probability that
+    it ends is the sum of those of all stops; it counts after the last of max_new_tokens too. Rows
+    that have ended are removed from the batch. After the loop, `log_probs` (b,) float64 are the
+    log-probabilities of each row's tokens and its stop; NaN if the model computes NaN. vocab_size,
+    the tokenizer's length, excludes the padded rows of the embedding.
 
-    On a GPU, steps are CUDA graphs where the chooser can be captured; one decoder of a model at a
-    time, for they share memory.
+    On a GPU, steps run as CUDA graphs if the chooser can be captured. Run one decoder of a model at
+    a time: graphs share memory.
     """
 
     def __init__(
@@ -128,16 +130,19 @@ class Decoder:
         self.log_probs = torch.zeros(len(reading.log_probs), dtype=torch.float64, device=device)
 
     def stream(self) -> Iterator[int]:
-        """The new tokens of a batch of one, each before the next one is computed."""
+        """Yield the new tokens of a batch of one, each before the next one is computed."""
         for _, token_ids in self.steps(streams=True):
             yield token_ids.item()
 
     @torch.no_grad()
     def steps(self, streams: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (places (r,), token_ids (steps, r)): the rows that have not ended, by their numbers
-        in the reading, and their new tokens; NO_TOKEN where a row has ended within these steps.
-        streams: each token comes before the next one is computed; else the host waits for a GPU
-        once in GRAPH_STEPS tokens."""
+        """Yield (places (r,), token_ids (steps, r)): the indices in the reading of the rows that
+        have not ended, and their new tokens; NO_TOKEN after the end of a row. token_ids are valid
+        until the next step.
+
+        streams: yield each token before the next one is computed. Otherwise CUDA graphs make
+        GRAPH_STEPS tokens at a time, and the host waits for the GPU only once for all of them.
+        """
         model, chooser = self.model, self.chooser
         is_on_graphs = is_captured(model)
         has_loop_graph = is_on_graphs and chooser.is_capturable and not streams
@@ -159,11 +164,12 @@ class Decoder:
         if has_loop_graph:
             batch = _GraphBatch(advance, graphs_of(model, (self.vocab_size, len(self.stops))))
         device = self.log_probs.device
-        places = torch.arange(len(self.log_probs), device=device)  # what follows these is padding
+        places = torch.arange(len(self.log_probs), device=device)  # rows after these are padding
         everywhere = torch.ones_like(places, dtype=torch.bool)
+        totals = torch.zeros_like(self.log_probs)
         left = torch.tensor(self.max_new_tokens, device=device)
         log_probs, state = self.reading
-        rows = choose(log_probs, everywhere, self.log_probs, left, self.stops, state, places)
+        rows = choose(log_probs, everywhere, totals, left, self.stops, state, places)
         while len(active := rows.is_active.nonzero().squeeze(1)) > 0:  # here the host waits
             kept = batch.shrink(rows, active)
             if kept is not None:
@@ -176,25 +182,25 @@ class Decoder:
 
 
 class _Batch:
-    """Advances a token at a time; a row leaves as soon as it ends."""
+    """Advances one token at a time; a row is removed as soon as it ends."""
 
     def __init__(self, advance: Callable[[_Rows, Tensor | None], _Rows]):
         self.advance = advance
 
     def shrink(self, rows: _Rows, active: Tensor) -> _Rows | None:
-        """The rows `active`, perhaps with padding behind them, if the batch gets smaller by it."""
+        """The rows `active`, perhaps with padding; None if the batch would not be smaller."""
         return rows.fork(active) if len(active) < len(rows.is_active) else None
 
     def run(self, rows: _Rows, places: Tensor) -> tuple[Tensor, Callable[[], _Rows]]:
-        """The new token of each row at each step (steps, b), or NO_TOKEN, and a function that gives
-        the rows after them."""
+        """The new token of each row at each step (steps, b), or NO_TOKEN, and a function that
+        returns the rows after these steps."""
         return rows.token_ids[None], lambda: self.advance(rows, places)
 
 
 class _GraphBatch(_Batch):
-    """Advances GRAPH_STEPS tokens at a time, in a few sizes of batch, each a graph of its own.
-    Advances one token at a time while rows are so many that launches do not count and graphs would
-    fill the memory.
+    """Advances GRAPH_STEPS tokens at a time by CUDA graphs, one for each of a few batch sizes.
+    Advances one token at a time while there are more than GRAPH_ROWS rows: the cost of launches is
+    then small, and graphs would fill the memory.
     """
 
     def __init__(
@@ -242,7 +248,7 @@ def decode(
     vocab_size: int | None = None,
     chooser: Chooser | None = None,
 ) -> list[Generation]:
-    """Continuations of all rows, see `Decoder`."""
+    """Generate tokens for all rows, see `Decoder`."""
     decoder = Decoder(model, reading, stop_ids, max_new_tokens, vocab_size, chooser)
     device = decoder.log_probs.device
     tokens = torch.full((len(decoder.log_probs), max_new_tokens), NO_TOKEN, device=device)
@@ -263,7 +269,7 @@ def continuation_log_prob(
     stop_ids: Collection[int],
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Log-probability (b,) that each row goes on with token_ids and then stops."""
+    """Log-probability (b,) that each row continues with token_ids and then stops."""
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
     ids = torch.tensor([list(token_ids)], device=stops.device).expand(len(reading.log_probs), -1)
     hidden, _ = model.encode(ids, reading.state, keep_state=False)
@@ -282,8 +288,8 @@ def read_and_score(
     stop_ids: Collection[int],
     vocab_size: int | None = None,
 ) -> tuple[Reading, float]:
-    """`read` of one row, and the `continuation_log_prob` of what might follow: in one pass over the
-    weights where the model gives the states on the way."""
+    """`read` of one row, and the `continuation_log_prob` of `continuation` after it: in one pass
+    over the weights if the model can return the state after every token."""
     _require_tokens([token_ids])
     device = model.device
     each = model.encode_each(torch.tensor([*token_ids, *continuation], device=device), state)
@@ -301,4 +307,4 @@ def read_and_score(
 
 def _require_tokens(sequences: Sequence[Sequence[int]]) -> None:
     if not all(sequences):
-        raise UserError("the tokenizer has no token for any part of a text that is to be continued")
+        raise UserError("the tokenizer has no token for any part of a text; use another tokenizer")

@@ -1,4 +1,4 @@
-"""One more token a row: its log-probabilities and the state after it."""
+"""Read one more token per row: log-probabilities of the next token, and the state."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,8 +14,8 @@ Step = Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]
 
 
 def make_step(model: LanguageModel, vocab_size: int | None = None) -> Step:
-    """A function (token_ids (b,), state) -> the log-probabilities (b, v) of the next token, and the
-    state. It is valid until weights are moved or replaced, or modules are hooked."""
+    """Return a function (token_ids (b,), state) -> (log-probabilities (b, v) of the next token,
+    state). It is valid until weights are moved or replaced, or hooks are added."""
     step = model.stepper()
 
     def read_one(token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -26,7 +26,7 @@ def make_step(model: LanguageModel, vocab_size: int | None = None) -> Step:
 
 
 def make_captured_step(model: LanguageModel, vocab_size: int | None = None) -> Step:
-    """As `make_step`, for one row, by a CUDA graph: results are valid until the next call."""
+    """As `make_step`, for one row, as a CUDA graph. Results are valid until the next call."""
     read_one = make_step(model, vocab_size)
     graphs = graphs_of(model, ("one token", vocab_size))
 
@@ -46,12 +46,13 @@ def make_captured_step(model: LanguageModel, vocab_size: int | None = None) -> S
 
 
 def token_log_probs(model: LanguageModel, hidden: Tensor, vocab_size: int | None) -> Tensor:
-    """Log-probabilities (b, v) of what follows each row of hidden (b, m). vocab_size, the
+    """Log-probabilities (b, v) of the next token, from hidden states (b, m). vocab_size, the
     tokenizer's length, excludes the padded rows of the embedding."""
     return at_least_float32(model.lm_head(hidden)[..., :vocab_size]).log_softmax(dim=-1)
 
 
 def is_captured(model: LanguageModel) -> bool:
-    """Whether steps are CUDA graphs, in which hooks are not called and casts are not kept."""
+    """Whether steps run as CUDA graphs: on a GPU, but not with hooks, which a graph does not call,
+    and not under autocast, whose casts a graph does not keep."""
     is_on_gpu = model.device.type == "cuda"
     return is_on_gpu and model.is_plain() and not torch.is_autocast_enabled("cuda")

@@ -1,4 +1,4 @@
-"""The consoles at a pseudo-terminal, as a user sees them: typed, pasted, interrupted, ended."""
+"""The consoles at a pseudo-terminal: typing, pasting, interrupting, ending."""
 
 import os
 import re
@@ -20,8 +20,8 @@ ROOMS = "What number of rooms does the Wild Swan Hotel have?"
 WITH_CONTEXT, TRIVIA = "prompt_mamba_with_context.py", "prompt_mamba.py"
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
-# A model so slow that there is time to interrupt it.
-SLOWLY = """
+# A model so slow that it can be interrupted.
+SLOW = """
 import runpy, sys, time
 from mamba_lm import generate
 def slow(step):
@@ -32,7 +32,7 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # As if packages were not installed.
-PLAINLY = """
+WITHOUT_PACKAGES = """
 import runpy, sys
 sys.modules |= {"prompt_toolkit": None, "rich": None, "rich.console": None}
 sys.argv = sys.argv[1:]
@@ -40,8 +40,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-# SIGTERM comes while prompt_toolkit is in a task of its own.
-AMID_A_TASK = """
+# SIGTERM arrives while prompt_toolkit runs a task of its own.
+SIGTERM_IN_A_TASK = """
 import runpy, signal, sys
 from prompt_toolkit.output import vt100
 get_size = vt100._get_size
@@ -59,7 +59,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Terminal:
-    """A program at a pseudo-terminal, and what its screen shows."""
+    """A program at a pseudo-terminal, and its screen."""
 
     def __init__(self, command: list[str], size: tuple[int, int], environment: dict[str, str]):
         rows, columns = size
@@ -70,22 +70,22 @@ class Terminal:
         )
 
     def text(self) -> str:
-        """All lines, those that have left the screen too."""
-        gone = [
+        """All lines, including those that have scrolled off the screen."""
+        scrolled = [
             "".join(line[column].data for column in range(self.screen.columns))
             for line in self.screen.history.top
         ]
-        return "\n".join(line.rstrip() for line in [*gone, *self.screen.display]).rstrip()
+        return "\n".join(line.rstrip() for line in [*scrolled, *self.screen.display]).rstrip()
 
     def send(self, keys: str | bytes) -> None:
         self._process.send(keys)
 
     def paste(self, text: str) -> None:
-        """As terminals do it that tell what is pasted from what is typed."""
+        """Bracketed paste, which marks pasted text."""
         self.send(f"\x1b[200~{text}\x1b[201~")
 
     def wait_for(self, text: str, count: int = 1) -> str:
-        """All of the text, once it holds this so often."""
+        """All of the text, once it contains `text` count times."""
         self._wait(lambda: self.text().count(text) >= count, text)
         return self.text()
 
@@ -102,7 +102,7 @@ class Terminal:
         self._process.close(force=True)
 
     def _wait(self, is_there: Callable[[], bool], wanted: str | None) -> None:
-        """Until something is there, or the program has ended if nothing is wanted."""
+        """Until is_there(), or until the program ends if wanted is None."""
         deadline = time.monotonic() + 60
         while not is_there():
             try:
@@ -141,23 +141,23 @@ def start(tmp_path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_a_context_is_pasted_and_answers_are_interrupted(start, tmp_path):
-    terminal = start(WITH_CONTEXT, by=SLOWLY)
+    terminal = start(WITH_CONTEXT, by=SLOW)
     terminal.wait_for("Context, ended by an empty line:")
-    terminal.paste(f"{FIRST}\n\n{SECOND}")  # its own empty line does not end it
+    terminal.paste(f"{FIRST}\n\n{SECOND}")  # an empty line within pasted text does not end it
     terminal.send("\r\r")
     terminal.wait_for("\nQ:")
     terminal.send(f"{ROOMS}\r")
     terminal.wait_for("A: I")
     terminal.send(CTRL_C)
-    said = terminal.wait_for("stopped; Ctrl-D ends")
-    assert "confidence" not in said and " ...\n" in said
+    text = terminal.wait_for("stopped; Ctrl-D ends")
+    assert "confidence" not in text and " ...\n" in text
     terminal.send(f"{OWNER}\r")
     terminal.wait_for("A: Marco")
-    assert "Quill" not in terminal.text().split("A: Marco")[1], "words come one by one"
+    assert "Quill" not in terminal.text().split("A: Marco")[1], "words are printed one by one"
     terminal.wait_for("A: Marco Quill   (confidence 0.8")
     terminal.send(b"M\xe9xico?\r")
     terminal.wait_for("error: standard input: not UTF-8")
-    terminal.send("typed and thrown away" + CTRL_C)
+    terminal.send("typed and discarded" + CTRL_C)
     terminal.wait_for("stopped; Ctrl-D ends", count=2)
     terminal.send("/show\r")
     terminal.wait_for("at the Bright Feather Hotel is $75.", count=2)
@@ -166,18 +166,18 @@ def test_a_context_is_pasted_and_answers_are_interrupted(start, tmp_path):
     [history] = tmp_path.rglob("prompt_mamba_with_context_history")
     kept = [line[1:] for line in history.read_text().splitlines() if line.startswith("+")]
     assert kept[:2] == [ROOMS, OWNER] and kept[-1] == "/show"
-    assert history.stat().st_mode & 0o077 == 0, "for its owner alone"
+    assert history.stat().st_mode & 0o077 == 0, "only for its owner"
 
 
 def test_trivia_is_asked_and_interrupted(start, tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text('{"question": "Who is Bo?", "answer": "a cat"}\n')
     flags = ("--shots", str(shots), "--show_prompt", "--max_new_tokens", "4")
-    terminal = start(TRIVIA, *flags, by=SLOWLY)
+    terminal = start(TRIVIA, *flags, by=SLOW)
     terminal.wait_for("Commands: /show, /stats, /help.")
     assert "Q: Who is Bo?\nA: a cat\n" in terminal.text()
     terminal.send("Who is Ann?\r")
-    terminal.wait_for("Q: Who is Ann?", count=2)  # as it was typed, and as it is sent
+    terminal.wait_for("Q: Who is Ann?", count=2)  # as typed, and as the model reads it
     terminal.wait_for("\nA:\nA: ")
     terminal.send(CTRL_C)
     terminal.wait_for("stopped; Ctrl-D ends")
@@ -189,7 +189,7 @@ def test_trivia_is_asked_and_interrupted(start, tmp_path):
 
 
 def colours(terminal: Terminal, text: str) -> set[tuple[str, bool]]:
-    """Background and underline of the characters of a text on the screen, blanks left out."""
+    """Background and underline of the characters of a text on the screen, except spaces."""
     for row, line in enumerate(terminal.screen.display):
         if text in line:
             start = line.index(text)
@@ -198,7 +198,7 @@ def colours(terminal: Terminal, text: str) -> set[tuple[str, bool]]:
     raise AssertionError(f"no {text!r}")
 
 
-def test_explanations_are_coloured_and_what_was_asked_is_found_again(start, tmp_path):
+def test_explanations_have_colours_and_the_history_is_kept(start, tmp_path):
     history = tmp_path / "mamba_dive/prompt_mamba_with_context_history"
     history.parent.mkdir()
     history.write_bytes(f"\n# before\n+M\xe9xico?\n\n# then\n+{OWNER}\n".encode("latin-1"))
@@ -209,7 +209,7 @@ def test_explanations_are_coloured_and_what_was_asked_is_found_again(start, tmp_
     terminal.wait_for("the answer is marked)")
     assert "A: Marco Quill   (confidence 0.88" in terminal.text()
     assert {underlined for _, underlined in colours(terminal, "Marco Quill.")} == {True, False}
-    assert colours(terminal, " 209") == {("f57c1f", False)}, "it lets numbers in most of all"
+    assert colours(terminal, " 209") == {("f57c1f", False)}, "its Δ is largest at numbers"
     assert len(colours(terminal, "This page is about hotels.")) > 1
     terminal.send(CTRL_D)
     assert terminal.end() == 0
@@ -220,8 +220,8 @@ def test_a_tiny_terminal_without_colours(start):
     terminal = start(WITH_CONTEXT, *flags, size=(5, 24), NO_COLOR="1")
     terminal.wait_for("\nQ:")
     terminal.send(f"{OWNER}\r")
-    said = terminal.wait_for("the answer is")
-    assert "█" in said and "[Marco Quill]" in said
+    text = terminal.wait_for("the answer is")
+    assert "█" in text and "[Marco Quill]" in text
     assert {cell.bg for line in terminal.screen.buffer.values() for cell in line.values()} == {
         "default"
     }
@@ -229,8 +229,8 @@ def test_a_tiny_terminal_without_colours(start):
     assert terminal.end() == 0
 
 
-@pytest.mark.parametrize("by", [PLAINLY, ""], ids=["without packages", "dumb"])
-def test_a_terminal_of_lines(start, by):
+@pytest.mark.parametrize("by", [WITHOUT_PACKAGES, ""], ids=["without packages", "dumb"])
+def test_a_terminal_without_editing(start, by):
     terminal = start(WITH_CONTEXT, by=by, TERM="dumb")
     terminal.wait_for("Context, ended by an empty line:")
     # A terminal's own line buffer holds 4,096 bytes: lines, as a user would type them.
@@ -245,10 +245,10 @@ def test_a_terminal_of_lines(start, by):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (CTRL_C, 130), (CTRL_D, 0)])
-def test_a_context_that_never_comes(start, sent, code):
+def test_no_context_is_typed(start, sent, code):
     terminal = start(WITH_CONTEXT)
     terminal.wait_for("Context, ended by an empty line:")
-    time.sleep(0.5)  # a terminal takes a moment to be at the prompt
+    time.sleep(0.5)  # the prompt takes a moment to appear
     if isinstance(sent, str):
         terminal.send(sent)
     else:
@@ -257,13 +257,13 @@ def test_a_context_that_never_comes(start, sent, code):
     assert "Traceback" not in terminal.text()
 
 
-def test_sigterm_amid_a_task_of_the_prompt(start):
-    terminal = start(WITH_CONTEXT, by=AMID_A_TASK)
+def test_sigterm_in_a_task_of_the_prompt(start):
+    terminal = start(WITH_CONTEXT, by=SIGTERM_IN_A_TASK)
     assert terminal.end() == 143
     assert terminal.text().endswith("\nterminated")
 
 
-def test_json_at_a_terminal_is_all_that_standard_output_gets(start, tmp_path):
+def test_standard_output_has_only_json(start, tmp_path):
     output = tmp_path / "answers.jsonl"
     command = (
         f"exec {sys.executable} {WITH_CONTEXT} models/demo --json "

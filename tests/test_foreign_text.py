@@ -1,4 +1,4 @@
-"""Foreign text reaches a terminal without what would command it, by every door; JSON is JSON."""
+"""No script prints control characters of foreign text on a terminal; JSON output is valid JSON."""
 
 from common.script import run_script
 
@@ -26,11 +26,11 @@ from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "\x1b[2J\x9b31m\r\b\x07\x7f\u202eevil\u2066\u2028\x1b]0;title\x07\nerror: all lost\tx"
-COMMANDS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def is_harmless(text: str) -> bool:
-    return "evil" in text and not COMMANDS.search(text) and "\nerror: all lost" not in text
+    return "evil" in text and not CONTROLS.search(text) and "\nerror: all lost" not in text
 
 
 def write(path: Path, guess: str) -> Path:
@@ -39,8 +39,8 @@ def write(path: Path, guess: str) -> Path:
         texts = (f"{idx}{name} {HOSTILE}" for name in ("id", "context", "question", "answer"))
         identifier, context, question, answer = texts
         example = Example(identifier, context, question, (answer,))
-        said = answer if guess == "right" or idx == 1 else f"{guess} {HOSTILE}"
-        rows.append(result_row(idx, example, Answer(said, 0.5, 0.25, 0.5, 10, 1)))
+        guessed = answer if guess == "right" or idx == 1 else f"{guess} {HOSTILE}"
+        rows.append(result_row(idx, example, Answer(guessed, 0.5, 0.25, 0.5, 10, 1)))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {
         "arguments": {"model": HOSTILE, "data": HOSTILE},
@@ -56,7 +56,7 @@ def write(path: Path, guess: str) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a script on these arguments; all that it prints."""
+    """Run a script on these arguments; return what it prints."""
 
     def run(script, *arguments: object) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
@@ -77,10 +77,10 @@ def hostile(tmp_path) -> list[Path]:
 
 
 def strict(text: str) -> object:
-    def refuse(word: str):
+    def refuse_constant(word: str):
         raise ValueError(word)
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=refuse_constant)
 
 
 def test_compared_results(run, hostile):
@@ -107,20 +107,20 @@ def test_queried_results(run, hostile):
     assert is_harmless(out) and out.count("\n") == 3
     assert strict(out.split("\n")[0])[f"x{HOSTILE}"] == 1
     _, err = run(query_results, hostile[0], f"SELECT '{HOSTILE}' FROM nothing")
-    assert "\n" in err and not COMMANDS.search(err)
+    assert "\n" in err and not CONTROLS.search(err)
 
 
-def test_csv_is_data_but_on_a_terminal(run, hostile):
+def test_csv_is_exact_except_on_a_terminal(run, hostile):
     out, _ = run(query_results, hostile[0], "SELECT question FROM df", "--format", "csv")
     assert list(csv.reader(io.StringIO(out, newline="")))[1] == [f"0question {HOSTILE}"]
-    shown = at_terminal(
+    printed = at_terminal(
         "query_results.py", hostile[0], "SELECT question FROM df", "--format", "csv"
     )
-    assert is_harmless(shown) and shown.count("evil") == 3
+    assert is_harmless(printed) and printed.count("evil") == 3
 
 
 def at_terminal(*command: object) -> str:
-    """What a script's standard output, a terminal, gets."""
+    """The output of a script whose standard output is a terminal."""
     ours, theirs = pty.openpty()
     arguments = [sys.executable, *map(str, command)]
     subprocess.run(arguments, cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL, check=True)
@@ -133,7 +133,7 @@ def test_reported_results(run, hostile):
     assert is_harmless(out)
 
 
-def test_a_summarys_warnings(capsys):
+def test_warnings_of_a_summary(capsys):
     about = {"scores": {}, "intervals": {}, "intervals_over": "1 article"}
     print_summary(about | {"warnings": [HOSTILE, 5]})
     out = capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_a_console(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
     out, err = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == 0
-    assert not COMMANDS.search(out + err) and "evil" in out and "evil" in err
+    assert not CONTROLS.search(out + err) and "evil" in out and "evil" in err
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, env=environment)
     assert is_harmless(done.stdout.decode())
     assert strict(done.stdout.decode())["question"] == f"Who is Bo? {HOSTILE}"
@@ -175,10 +175,10 @@ def test_a_console(tmp_path):
 def test_a_screen(capsys):
     screen = Screen()
     for piece in HOSTILE:  # as the tokens of an answer come
-        screen.write(piece, "dim")
-    screen.say(HOSTILE)
+        screen.print_answer(piece, "dim")
+    screen.print_status(HOSTILE)
     out, err = capsys.readouterr()
-    assert not COMMANDS.search(out + err) and "evil" in out and "evil" in err
+    assert not CONTROLS.search(out + err) and "evil" in out and "evil" in err
 
 
 @pytest.mark.parametrize(
@@ -190,18 +190,18 @@ def test_a_screen(capsys):
         ("“日本”", '"“日本”"'),
     ],
 )
-def test_a_line_of_json(value, text):
+def test_json_line(value, text):
     line = json_line(value)
     assert line == text or (text is None and strict(line) == value)
-    assert not COMMANDS.search(line) and "\n" not in line
+    assert not CONTROLS.search(line) and "\n" not in line
     strict(line)
 
 
-def test_json_with_blanks_between_its_words():
+def test_json_with_whitespace_between_tokens():
     assert plain_json('{"a":\n\t[NaN,\r"\\n"]}') == '{"a":  [null, "\\n"]}'
 
 
-def test_numbers_that_are_none_in_a_query(run, tmp_path):
+def test_numbers_that_are_not_finite_in_a_query(run, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1.5, "s": "NaN, \\"Infinity\\""}\n')
     sql = "SELECT *, 'nan'::FLOAT AS n, [1.0, '-inf'::FLOAT] AS l, {'k': 'inf'::FLOAT} AS d FROM df"

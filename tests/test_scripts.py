@@ -1,4 +1,4 @@
-"""The root scripts as a user runs them: from training to SQL, and what bad input gets."""
+"""The root scripts as a user runs them: from training to SQL, and errors of bad input."""
 
 from common.script import run_script
 
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> SimpleNamespace:
-    """A tiny model that knows five answers by heart, its data and what its training printed."""
+    """A tiny model that has learnt five answers, its data and the output of its training."""
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "tiny.json"
     config.write_text(json.dumps(TINY))
@@ -170,7 +170,7 @@ def test_streams_that_are_closed_or_full(redirection, code, said):
         ["/bin/sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert process.returncode == code and "Traceback" not in process.stderr
-    assert process.stderr.endswith(said)
+    assert process.stderr.endswith(message)
 
 
 def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
@@ -189,10 +189,10 @@ def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "said"),
+    ("sent", "code", "message"),
     [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
 )
-def test_a_signal_leaves_whole_lines_and_is_told(trained, tmp_path, sent, code, said):
+def test_a_signal_leaves_whole_lines_and_is_reported(trained, tmp_path, sent, code, message):
     data = write_rows(tmp_path / "data.jsonl", ROWS * 2000)
     results = tmp_path / "results.jsonl"
     process = start(EVAL, trained.model, data, results, "--max_batch_tokens", 500)
@@ -202,7 +202,7 @@ def test_a_signal_leaves_whole_lines_and_is_told(trained, tmp_path, sent, code, 
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert err.endswith(said) and "Traceback" not in err
+    assert err.endswith(message) and "Traceback" not in err
     content = results.read_text()
     assert content.endswith("\n")
     rows = read_rows(results)
@@ -220,7 +220,7 @@ def test_an_error_is_the_only_line_that_a_process_prints(trained, tmp_path):
 
 @pytest.fixture
 def refuse(monkeypatch, capfd, tmp_path):
-    """Run a script in this process on input that cannot work; what it says on stderr."""
+    """Run a script in this process on bad input; return its stderr."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
 
@@ -240,7 +240,7 @@ def refuse(monkeypatch, capfd, tmp_path):
 
 @pytest.fixture
 def fail(refuse):
-    """As `refuse`, where one line must say it all."""
+    """As `refuse`, where stderr must be one line."""
 
     def run_to_failure(script: str, *arguments: object) -> str:
         err = refuse(script, *arguments)
@@ -267,7 +267,7 @@ every_script = pytest.mark.parametrize("script", [TRAIN, EVAL, N_SHOT, PROMPT, P
     ("content", "complaint"),
     [
         (None, "data.jsonl: cannot be read"),
-        (b"", "data.jsonl: no question in it"),
+        (b"", "data.jsonl: contains no questions"),
         (b"GOOD\nGOOD\n{'context': 1}\nGOOD\n", "data.jsonl line 3: not JSON"),
         (b'GOOD\n{"context": "c", "prompt": "p"}\n', "data.jsonl line 2: 'response' is missing"),
         (b'GOOD\n{"context": ["c"], "prompt": "p"}\n', "data.jsonl line 2: 'context' is ['c']"),
@@ -302,11 +302,11 @@ def test_a_bad_context_file_is_named(fail, trained, tmp_path, content, complaint
 def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
     shots = tmp_path / "shots.jsonl"
     shots.write_text('{"question": "Who?"}\n')
-    said = fail(PROMPT_N_SHOT, trained.model, "--shots", shots)
-    assert "shots.jsonl line 1: 'answer' is missing; a row needs text in question, answer" in said
+    error = fail(PROMPT_N_SHOT, trained.model, "--shots", shots)
+    assert "shots.jsonl line 1: 'answer' is missing; a row needs text in question, answer" in error
     assert "shots: is empty" in fail(PROMPT_N_SHOT, trained.model, "--shots", "")
     assert "context_file: is empty" in fail(PROMPT, trained.model, "--context_file", "")
-    assert "ask by --question" in fail(PROMPT, trained.model, "--context_file", "-")
+    assert "give --question" in fail(PROMPT, trained.model, "--context_file", "-")
     assert "give a temperature above 0" in fail(PROMPT, trained.model, "--top_k", 3)
     context = tmp_path / "context.txt"
     context.write_text("Bo is a cat.")
@@ -316,13 +316,13 @@ def test_bad_arguments_of_the_consoles_are_named(fail, trained, tmp_path):
     layers = trained.model / "delta_layers.json"
     layers.write_text("[7]")
     try:
-        said = fail(PROMPT, trained.model, "--context_file", context, "--explain")
+        error = fail(PROMPT, trained.model, "--context_file", context, "--explain")
     finally:
         layers.unlink()
-    assert said.endswith("delta_layers.json: give a list of layers, each from 0 to 0")
+    assert error.endswith("delta_layers.json: give a list of layers, each from 0 to 0")
 
 
-def test_a_model_that_learnt_another_prompt_is_told(refuse, tmp_path):
+def test_a_model_trained_with_another_prompt_order_gives_a_warning(refuse, tmp_path):
     record = {"arguments": {"prompt_order": "read_twice"}}
     (tmp_path / "training_args.json").write_text(json.dumps(record))
     warning = "was trained with --prompt_order read_twice; here the context is read first"
@@ -364,7 +364,7 @@ def test_an_output_that_cannot_be_written_is_named(fail, trained, tmp_path, scri
 
 
 @pytest.mark.parametrize("script", [EVAL, N_SHOT])
-def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script):
+def test_results_are_kept_if_a_run_cannot_start(fail, trained, tmp_path, script):
     results = tmp_path / "results.jsonl"
     results.write_text('{"idx": 0}\n')
     arguments = reading(script, trained.model, trained.data, results)
@@ -408,7 +408,7 @@ def test_a_trained_model_is_not_overwritten(fail, trained):
         (PROMPT_N_SHOT, "--max_new_tokens", -1),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(refuse, trained, script, flag, value):
+def test_invalid_numbers_are_refused(refuse, trained, script, flag, value):
     has_data = script in (TRAIN, EVAL)
     arguments = reading(script, trained.model, trained.data) if has_data else [trained.model]
     [*_, line] = refuse(script, *arguments, flag, value).splitlines()
@@ -424,12 +424,12 @@ def test_numbers_that_make_no_sense_are_refused(refuse, trained, script, flag, v
         ("--negatives", "same_article"),  # the data has no titles
     ],
 )
-def test_training_settings_that_cannot_be_are_named(fail, trained, flag, value):
+def test_invalid_training_settings_are_named(fail, trained, flag, value):
     assert value in fail(TRAIN, *reading(TRAIN, trained.model, trained.data), flag, value)
 
 
 @pytest.mark.parametrize("script", [TRAIN, EVAL, N_SHOT, PROMPT, PROMPT_N_SHOT])
-def test_a_tokenizer_with_more_tokens_than_the_model_is_told(fail, trained, tmp_path, script):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(fail, trained, tmp_path, script):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(TINY | {"vocab_size": 100}))
     has_data = script in (TRAIN, EVAL, N_SHOT)
@@ -465,7 +465,7 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(trained, m
 
 
 @pytest.mark.parametrize("kill", [KeyboardInterrupt, MemoryError])
-def test_what_was_answered_is_written_when_an_evaluation_breaks_off(
+def test_answers_are_written_when_an_evaluation_is_interrupted(
     trained, tmp_path, monkeypatch, kill
 ):
     script = importlib.import_module(EVAL)
@@ -501,7 +501,7 @@ def test_what_was_answered_is_written_when_an_evaluation_breaks_off(
         ("report_results", ["r"]),
     ],
 )
-def test_help_fits_a_screen_and_says_each_default(script, required, monkeypatch, capsys):
+def test_help_fits_a_screen_and_names_each_default(script, required, monkeypatch, capsys):
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [script, *required])
     values = vars(module.parse_args())
@@ -520,11 +520,11 @@ def test_help_fits_a_screen_and_says_each_default(script, required, monkeypatch,
         value = values[name]
         if value is None or value is False or value == []:
             continue
-        [said] = re.findall(r"default: (\S+?)\)?$|(\w+) \(default\)", about[name], re.MULTILINE)
-        assert str(value) in said or float("".join(said)) == value, name
+        [default] = re.findall(r"default: (\S+?)\)?$|(\w+) \(default\)", about[name], re.MULTILINE)
+        assert str(value) in default or float("".join(default)) == value, name
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path):
+def test_a_reader_that_closes_the_pipe_is_not_an_error(tmp_path):
     """As in `query_results.py ... | head -1`."""
     row = result_row(0, Example("q", "c", "q", ("a",)), Answer("x" * 1000, 0.5, 0.5, 1.0, 9, 9))
     results = write_rows(tmp_path / "results.jsonl", [row] * 300)  # more than a pipe holds

@@ -1,4 +1,4 @@
-"""Readers, prompts, negatives and scoring of squad_utils."""
+"""squad_utils: readers, prompts and scoring; and negatives."""
 
 import bz2
 import gzip
@@ -99,7 +99,7 @@ def test_hugging_face_layout(read):
 def test_squad_json(read, indent, name):
     known = {"id": "1", "question": "What?", "answers": [{"text": "a cat", "answer_start": 6}]}
     impossible = {"id": "2", "question": "Who?", "answers": [], "is_impossible": True}
-    # Some distributions keep a plausible but wrong answer in `answers` here.
+    # Some versions of SQuAD have a plausible but wrong answer in `answers` here.
     tempting = known | {"id": "3", "is_impossible": True}
     document = json.dumps(squad_json(known, impossible, tempting), indent=indent)
     examples = read(document.encode(), name=name)
@@ -107,7 +107,7 @@ def test_squad_json(read, indent, name):
     assert [(example.id, example.answers) for example in examples[1:]] == [("2", ()), ("3", ())]
 
 
-def test_reference_that_normalises_to_nothing_is_kept(read):
+def test_a_reference_that_is_empty_when_normalised_is_kept(read):
     (example,) = read(OXEN_ROW | {"response": "The"})
     assert example.answers == ("The",)
 
@@ -128,7 +128,7 @@ def test_unescaped_line_separators_stay_in_the_text(read):
     assert example.context == context
 
 
-def test_made_ids_are_stable_and_tell_contents_apart(read):
+def test_made_ids_are_stable_and_differ_by_content(read):
     rows = [OXEN_ROW, OXEN_ROW | {"prompt": "Who?"}, OXEN_ROW | {"response": NO_ANSWER}]
     ids = [example.id for example in read(*rows)]
     assert ids[0] == "2ddfaee117f010d7"
@@ -166,12 +166,12 @@ OTHER_FORMATS = {
 @pytest.mark.parametrize(
     ("data", "place", "complaint"),
     [
-        (b"", "", "no question"),
-        (b"\n \n", "", "no question"),
-        (json.dumps(squad_json()).encode(), "", "no question"),
+        (b"", "", "contains no questions"),
+        (b"\n \n", "", "contains no questions"),
+        (json.dumps(squad_json()).encode(), "", "contains no questions"),
         (as_lines(OXEN_ROW) + b'{"context": "a', " line 2", "not JSON"),
         (b"{'context': 'a'}\n" + as_lines(OXEN_ROW), " line 1", "not JSON"),
-        (as_lines([OXEN_ROW]), " line 1", "no JSON object"),
+        (as_lines([OXEN_ROW]), " line 1", "not a JSON object"),
         (b"[" * 100_000, " line 1", "nested too deep"),
         (as_lines(OXEN_ROW | {"more": nested(70)}), " line 1", "nested more than 64 levels"),
         (as_lines(HUB_ROW | {"answers": {"text": nested(60)}}), " line 1", "'answers' is [["),
@@ -189,8 +189,12 @@ OTHER_FORMATS = {
         (as_lines(OXEN_ROW | {"context": 3}), " line 1", "'context' is 3"),
         (as_lines(OXEN_ROW | {"prompt": " \n"}), " line 1", "'prompt' is ' \\n'"),
         (as_lines(OXEN_ROW | {"context": ""}), " line 1", "'context' is ''"),
-        (as_lines(HUB_ROW | {"answers": "a cat"}), " line 1", "'answers' is missing or no list"),
-        (as_lines(HUB_ROW | {"answers": {"text": "a"}}), " line 1", "'answers' is missing or no l"),
+        (as_lines(HUB_ROW | {"answers": "a cat"}), " line 1", "'answers' is missing or not a list"),
+        (
+            as_lines(HUB_ROW | {"answers": {"text": "a"}}),
+            " line 1",
+            "'answers' is missing or not a",
+        ),
         (as_lines(HUB_ROW | {"answers": ["cat", 1]}), " line 1", "'answers' is 1"),
         (
             as_lines(HUB_ROW | {"title": ["Cats"]}),
@@ -217,7 +221,7 @@ OTHER_FORMATS = {
         ),
     ],
 )
-def test_bad_files_get_one_line_that_names_the_place(read, tmp_path, data, place, complaint):
+def test_errors_of_files_are_one_line_with_the_place(read, tmp_path, data, place, complaint):
     with pytest.raises(UserError) as caught:
         read(data)
     message = str(caught.value)
@@ -234,7 +238,7 @@ def test_missing_file_and_directory(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["rajpurkar/squad", "someone/no-such-data"])
 def test_a_hub_data_set_without_a_split(name):
-    with pytest.raises(UserError, match=f"name a split, as in {name}:train or {name}:validation"):
+    with pytest.raises(UserError, match=f"give a split, as in {name}:train or {name}:validation"):
         read_examples(name)
 
 
@@ -271,7 +275,7 @@ def test_hub_data_set(monkeypatch):
         (ValueError('Unknown split "c"'), '(Unknown split "c")'),
     ],
 )
-def test_hub_errors_are_told_in_one_line(monkeypatch, error, reason):
+def test_hub_errors_are_reported_in_one_line(monkeypatch, error, reason):
     def load_dataset(name: str, split: str):
         raise error
 
@@ -281,7 +285,7 @@ def test_hub_errors_are_told_in_one_line(monkeypatch, error, reason):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_local_file_wins_over_a_hub_name(tmp_path, monkeypatch):
+def test_a_local_file_has_precedence_over_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner/name:train").write_bytes(as_lines(OXEN_ROW))
@@ -352,7 +356,7 @@ def articles(num_articles: int = 6, num_paragraphs: int = 5) -> list[Example]:
     return examples
 
 
-def holds(context: str, answer: str) -> bool:
+def contains(context: str, answer: str) -> bool:
     """An independent check, for answers without punctuation or articles."""
     return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", context.lower()) is not None
 
@@ -367,7 +371,7 @@ def test_negatives_are_other_contexts_without_the_answer(kind):
         assert len(drawn) == len(examples)
         for example, context in zip(examples, drawn, strict=True):
             assert context in known - {example.context}
-            assert not any(holds(context, answer) for answer in example.answers)
+            assert not any(contains(context, answer) for answer in example.answers)
 
 
 @pytest.mark.parametrize("kind", NEGATIVE_KINDS)
@@ -459,14 +463,14 @@ def test_hard_negatives_are_near_the_question():
 
 
 @pytest.mark.parametrize("kind", NEGATIVE_KINDS)
-def test_no_fit_context_gives_none(kind):
+def test_without_a_suitable_context_there_is_none(kind):
     contexts = ["Bo is four years old.", "Four it is, says everyone.", "Ann counts: four!"]
     examples = [Example(str(i), c, "How old?", ("four",), "A") for i, c in enumerate(contexts)]
     assert NegativeSampler(examples, kind).contexts(0) == [None] * 3
     assert NegativeSampler(examples[:1], kind).contexts(0) == [None]
 
 
-def test_the_one_fit_context_among_thousands_is_found():
+def test_the_only_suitable_context_among_thousands_is_found():
     examples = [Example(str(i), f"four and {i}", "How many?", ("four",)) for i in range(3000)]
     examples.append(Example("fit", "five and nothing", "Which?", ("five",)))
     assert set(NegativeSampler(examples[-40:] + examples[:1]).contexts(0)[:39]) == {
@@ -475,7 +479,7 @@ def test_the_one_fit_context_among_thousands_is_found():
 
 
 @pytest.mark.parametrize(
-    ("answer", "context", "is_held"),
+    ("answer", "context", "is_contained"),
     [
         ("Paris", "She left paris.", True),
         ("The Nile", "Along the Nile river", True),
@@ -503,14 +507,14 @@ def test_the_one_fit_context_among_thousands_is_found():
         ("Denver Broncos", "Denver and the Broncos", False),
     ],
 )
-def test_what_it_is_to_hold_an_answer(answer, context, is_held):
+def test_whether_a_context_contains_an_answer(answer, context, is_contained):
     examples = [Example("1", "own context", "q?", (answer,)), Example("2", context, "other?", ())]
-    assert NegativeSampler(examples).contexts(0)[0] == (None if is_held else context)
+    assert NegativeSampler(examples).contexts(0)[0] == (None if is_contained else context)
 
 
 @pytest.mark.parametrize("kind", NEGATIVE_KINDS)
 def test_a_question_is_not_asked_where_another_example_asks_it(kind):
-    """Or one row would say that a context does not answer what another row answers from it."""
+    """Otherwise two rows would contradict each other about one context."""
     contexts = ("Ann has two cats.", "Bo has three dogs.", "Cy has none.")
     answers = (("two",), ("three",), ())
     examples = [
@@ -522,7 +526,7 @@ def test_a_question_is_not_asked_where_another_example_asks_it(kind):
     assert drawn[:3] == ["Di has four."] * 3 and drawn[3] in contexts
 
 
-def test_unknown_kind_is_named():
+def test_an_unknown_kind_is_an_error():
     with pytest.raises(UserError, match="'easy': choose from random, same_article, hard"):
         NegativeSampler(articles(), "easy")
 
@@ -536,7 +540,7 @@ def test_negatives_on_real_data(kind):
     for example, context in zip(examples, drawn, strict=True):
         assert context != example.context
         plain = [a for a in example.answers if re.fullmatch(r"[^\W_]{4,}( [^\W_]{4,})*", a)]
-        assert not any(holds(context, answer) for answer in plain)
+        assert not any(contains(context, answer) for answer in plain)
 
 
 @pytest.mark.parametrize(
@@ -548,11 +552,11 @@ def test_negatives_on_real_data(kind):
         ("?!.", ""),
         ("U.S.A.", "usa"),
         ("$1,000.50", "100050"),
-        ("24\u201310", "24\u201310"),  # only ASCII punctuation goes
+        ("24\u201310", "24\u201310"),  # only ASCII punctuation is removed
         ("\u201cquoted\u201d", "\u201cquoted\u201d"),
         ("\u00c9COLE", "\u00e9cole"),
         ("a\u2014b", "\u2014b"),  # articles end at any non-word character
-        ("the-cat", "thecat"),  # punctuation goes first
+        ("the-cat", "thecat"),  # punctuation is removed first
         ("one\u00a0two\u2003three", "one two three"),
         (NO_ANSWER, "i dont know"),
     ],
@@ -583,9 +587,9 @@ def test_normalize_answer(text, normalized):
         (NO_ANSWER, ("cat",), 0, 0),
         (NO_ANSWER, ("i know",), 0, 0),  # an empty answer shares no words
         ("", ("cat",), 0, 0),
-        ("the", ("The", "a"), 1, 1),  # all references normalise to nothing: nothing is right
+        ("the", ("The", "a"), 1, 1),  # all references are empty: the empty answer is correct
         ("cat", ("The",), 0, 0),
-        ("the", ("The", "cat"), 0, 0),  # an empty reference is dropped beside another
+        ("the", ("The", "cat"), 0, 0),  # an empty reference is dropped if there is another
     ],
 )
 def test_exact_match_and_f1(guess, answers, em, f1):
@@ -595,7 +599,7 @@ def test_exact_match_and_f1(guess, answers, em, f1):
 
 
 def plain_scores(guess: str, answers: list[str]) -> tuple[float, float]:
-    """The official definitions once more, by other means: characters, word lists, multisets."""
+    """An independent implementation of the official definitions."""
 
     def words(text: str) -> list[str]:
         kept = "".join(c for c in text.lower() if not ("!" <= c <= "~" and not c.isalnum()))
@@ -670,7 +674,7 @@ def test_abstentions(guess):
 
 
 @pytest.mark.parametrize("guess", ["", " the ", "A.", "::::", "+"])
-def test_silence_and_punctuation_are_scored_as_empty_and_are_no_abstentions(guess):
+def test_empty_guesses_and_punctuation_are_scored_as_empty_but_are_not_abstentions(guess):
     """As the official script scores them; a right answer "A" is not an abstention."""
     assert is_scored_as_empty(guess) and not abstains(guess)
     assert exact_match(guess, []) == 1.0
@@ -680,7 +684,7 @@ def test_silence_and_punctuation_are_scored_as_empty_and_are_no_abstentions(gues
     "guess",
     ["I know.", "don't know", "0", "I don't know him", "¿I don’t know him?", "4: I don't know"],
 )
-def test_no_abstentions(guess):
+def test_guesses_that_are_not_abstentions(guess):
     assert not abstains(guess) and not is_scored_as_empty(guess)
 
 
@@ -726,13 +730,13 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize("texts", DIFFERENT, ids=str)
-def test_folding_keeps_what_is_another_word(texts):
-    """Vowel signs of Indian scripts are no accents."""
+def test_folding_keeps_different_words_apart(texts):
+    """Vowel signs of Indian scripts are not accents."""
     assert len({fold(text) for text in texts}) == len(texts)
 
 
-def test_folding_of_every_character_is_one_form_of_it():
-    """But for superscripts, and for these, of which NFKC makes a blank or two primes:"""
+def test_folding_gives_every_character_one_form():
+    """Except superscripts, and those that NFKC turns into a space or two primes."""
     exceptions = set("\u00b4\u1ffd\u2033\u2036")
     for number in itertools.chain(range(0xD800), range(0xE000, 0x110000)):
         character = chr(number)

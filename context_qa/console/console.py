@@ -1,4 +1,4 @@
-"""Asking questions at a prompt: what the two prompt scripts share."""
+"""The console of the two prompt scripts: read a context, answer questions, print."""
 
 import contextlib
 import copy
@@ -15,7 +15,12 @@ from common.errors import warn
 from common.json_text import json_line
 from context_qa.answering import Answerer
 from context_qa.arguments import MAX_NEW_TOKENS
-from context_qa.console.explanation import Explanation, answer_spans, shown, token_strengths
+from context_qa.console.explanation import (
+    Explanation,
+    find_answer,
+    to_printable,
+    token_strengths,
+)
 from context_qa.console.streamed_answer import StreamedAnswer, stream_answer
 from context_qa.console.terminal import Screen
 from context_qa.data_warnings import model_warnings
@@ -27,24 +32,24 @@ from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import require_offsets
 from squad_utils import abstains, prompt_parts
 
-READ_AT_ONCE = 512  # tokens: more at once is no faster, and tells less often how far it is
+READ_AT_ONCE = 512  # tokens: larger pieces are no faster, and update the progress bar less often
 
 
-class Passage(NamedTuple):
-    """What has been read: a text, the state after it and how it was read."""
+class ReadContext(NamedTuple):
+    """A context that has been read, and the state after it."""
 
     text: str
     state: MambaState
     num_tokens: int
     seconds: float
-    strengths: list[tuple[int, int, float]] | None  # of its tokens, if they are to be explained
+    strengths: list[tuple[int, int, float]] | None  # start, end, Δ of each token, to explain
 
 
 class Console:
-    """Reads a passage once and answers question after question from the state after it.
+    """Reads a context once and answers questions from the state after it.
 
-    layers: those whose Δ explains answers, none by default. show_prompt: whether all that is sent
-    to the model is shown too.
+    layers: the layers whose Δ explains answers, none by default. show_prompt: also print what the
+    model reads.
     """
 
     def __init__(
@@ -58,15 +63,15 @@ class Console:
         self.answerer, self.chooser, self.as_json = answerer, chooser, as_json
         self.layers, self.show_prompt = layers, show_prompt
         self.screen = Screen(as_json)
-        self.passage: Passage | None = None
-        self.first: StreamedAnswer | None = None  # answer on this passage
+        self.context: ReadContext | None = None
+        self.first: StreamedAnswer | None = None  # answer on this context
         self.last: StreamedAnswer | None = None
 
     def read(self, text: str) -> None:
-        """Read a passage, from whose state questions are asked from now on."""
+        """Read a context; questions that follow are about it."""
         tokenizer, model = self.answerer.tokenizer, self.answerer.model
         if self.show_prompt:
-            self.screen.say(text)
+            self.screen.print_status(text)
         started = time.perf_counter()
         [ids] = self.answerer.tokens.encode([text])
         with contextlib.ExitStack() as stack:
@@ -75,67 +80,73 @@ class Console:
             state = self.answerer.read_prefixes([ids], bar.update)
         seconds = time.perf_counter() - started
         strengths = token_strengths(tokenizer, text, deltas.by_layer()) if deltas else None
-        self.passage = Passage(text, state, len(ids), seconds, strengths)
+        self.context = ReadContext(text, state, len(ids), seconds, strengths)
         self.first = self.last = None
-        self.screen.say(
+        self.screen.print_status(
             f"read {len(ids):,} tokens in {seconds:.2f} s into a state of "
             f"{state.num_bytes / 1e3:,.0f} kB"
         )
 
     def ask(self, question: str, label: str = "") -> None:
-        """Answer a question on the passage that has been read; as text after a label, token by
-        token. UserError if the model computes NaN."""
-        text, state, num_tokens, *_ = self.passage
-        asked = prompt_parts(text, question)[1]
+        """Print the answer to a question on the context: as JSON, or as text after a label, token
+        by token. Raises UserError if the model computes NaN."""
+        text, state, num_tokens, *_ = self.context
+        suffix = prompt_parts(text, question)[1]
         if self.show_prompt:
-            self.screen.say(asked)
-        [suffix] = self.answerer.tokens.encode([asked])
+            self.screen.print_status(suffix)
+        [suffix_ids] = self.answerer.tokens.encode([suffix])
         if self.as_json:
-            answer = stream_answer(self.answerer, state, suffix, num_tokens, self.chooser)
+            answer = stream_answer(self.answerer, state, suffix_ids, num_tokens, self.chooser)
             print(json_line(self._record(question, answer)), flush=True)
         else:
-            self.screen.write(label)
+            self.screen.print_answer(label)
             try:
                 answer = stream_answer(
-                    self.answerer, state, suffix, num_tokens, self.chooser, self.screen.write
+                    self.answerer,
+                    state,
+                    suffix_ids,
+                    num_tokens,
+                    self.chooser,
+                    self.screen.print_answer,
                 )
             except KeyboardInterrupt:
-                self.screen.write(" ...\n")
+                self.screen.print_answer(" ...\n")
                 raise
-            self.screen.write(
-                f"{'' if answer.text else '(nothing)'}   ({_doubts(answer)})\n", "dim"
+            self.screen.print_answer(
+                f"{'' if answer.text else '(nothing)'}   ({_format_confidence(answer)})\n", "dim"
             )
-            if self.passage.strengths:
-                self.screen.explain(self._explanation(answer))
+            if self.context.strengths:
+                self.screen.print_explanation(self._explanation(answer))
         self.first, self.last = self.first or answer, answer
 
     def _record(self, question: str, answer: StreamedAnswer) -> dict:
-        """The first question on a passage bears the time of reading that, as in evaluation."""
-        reading = 0.0 if self.first else self.passage.seconds
-        seconds = reading + answer.seconds
+        """The JSON of an answer. The time of the first on a context includes reading it, as in
+        evaluation."""
+        reading_seconds = 0.0 if self.first else self.context.seconds
+        seconds = reading_seconds + answer.seconds
         record = {
             "question": question,
             "answer": answer.text,
             "confidence": answer.confidence,
             "no_answer_probability": answer.no_answer_probability,
             "time": seconds,
-            "time_to_first_token": reading + answer.seconds_to_first_token,
+            "time_to_first_token": reading_seconds + answer.seconds_to_first_token,
             "num_tokens": answer.num_tokens,
             "num_new_tokens": answer.num_new_tokens,
             "tokens_per_sec": answer.num_new_tokens / seconds,
         }
-        if self.passage.strengths:
+        if self.context.strengths:
             explanation = self._explanation(answer)
             record |= {"spans": explanation.spans, "delta": explanation.tokens}
         return record
 
     def _explanation(self, answer: StreamedAnswer) -> Explanation:
-        text = self.passage.text
-        return Explanation(text, self.passage.strengths, answer_spans(text, answer.text))
+        text = self.context.text
+        return Explanation(text, self.context.strengths, find_answer(text, answer.text))
 
 
-def _doubts(answer: StreamedAnswer) -> str:
-    """How sure the model is; where it abstains, how likely an answer was."""
+def _format_confidence(answer: StreamedAnswer) -> str:
+    """The confidence, and the probability of an abstention; of an answer if the model abstains."""
     confidence, no_answer = answer.confidence, answer.no_answer_probability
     if abstains(answer.text):
         return f"confidence {confidence:.2f}, an answer {1 - no_answer:.2f}"
@@ -144,12 +155,12 @@ def _doubts(answer: StreamedAnswer) -> str:
 
 @dataclass(frozen=True)
 class ConsoleSettings:
-    """What a console is asked to use and to show.
+    """The settings of a console.
 
-    model: a local folder or a Hub name; tokenizer: a folder, file or Hub name, the model's own by
-    default. temperature, top_k, top_p and seed: see `choosers.make_chooser`. explain: with each
-    answer, what the model let into its state of the context, by Δ. show_prompt: print all that the
-    model reads.
+    model: a local folder or a Hub name. tokenizer: a folder, file or Hub name; the model's own by
+    default. temperature, top_k, top_p and seed: see `choosers.make_chooser`. as_json: print answers
+    as JSON. explain: print with each answer how much of each token of the context the model let
+    into its state, by Δ. show_prompt: also print what the model reads.
     """
 
     model: str
@@ -167,8 +178,8 @@ class ConsoleSettings:
 
 
 def load_console(settings: ConsoleSettings) -> Console:
-    """A console with the model of the settings; the model's note is printed on stderr. Raises
-    UserError where the model, its tokenizer or a setting cannot be used."""
+    """Load the model of the settings, print its note on stderr, and return a console. Raises
+    UserError if the model, its tokenizer or a setting cannot be used."""
     chooser = make_chooser(settings.temperature, settings.top_k, settings.top_p, settings.seed)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -181,15 +192,15 @@ def load_console(settings: ConsoleSettings) -> Console:
     note = Path(settings.model) / NOTE
     if note.is_file():
         text = note.read_text(encoding="utf-8", errors="replace").strip()
-        print(shown(text), file=sys.stderr)
+        print(to_printable(text), file=sys.stderr)
     answerer = Answerer(model, tokenizer, settings.max_new_tokens, READ_AT_ONCE)
     _load_kernels(answerer)
     return Console(answerer, chooser, settings.as_json, layers, settings.show_prompt)
 
 
 def _load_kernels(answerer: Answerer) -> None:
-    """They are loaded, or compiled, at their first use: now, not amid the first answer."""
-    brief = copy.copy(answerer)
-    brief.max_new_tokens, brief.stop_ids = 1, set()
-    ids = brief.no_answer_ids  # any tokens
-    stream_answer(brief, brief.read_prefixes([ids]), ids, len(ids))
+    """Kernels are loaded, or compiled, at their first use: use them before the first answer."""
+    short = copy.copy(answerer)
+    short.max_new_tokens, short.stop_ids = 1, set()
+    ids = short.no_answer_ids  # any tokens
+    stream_answer(short, short.read_prefixes([ids]), ids, len(ids))

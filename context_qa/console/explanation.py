@@ -1,4 +1,4 @@
-"""What a model let in of a context, and where its answer stands there: shades and marks."""
+"""Explain an answer: shades for the Δ of each token of the context, marks where the answer is."""
 
 import itertools
 import math
@@ -14,41 +14,41 @@ from common.text import UNSPACED, fold
 from mamba_lm.tokenizer import encode_with_offsets
 from squad_utils import abstains
 
-if TYPE_CHECKING:  # all that waits for a line on a terminal is to be imported fast
+if TYPE_CHECKING:  # torch is imported late: the terminal waits for this module
     from torch import Tensor
 
 LEVELS = 5
-BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the weakest level on
-# Backgrounds of the same order, each with dark text on it: legible on light and dark terminals.
+BLOCKS, ASCII = " ░▒▓█", " .:+#"  # from the lowest level on
+# Backgrounds in the same order, with dark text: legible on light and dark terminals.
 COLORS = ("", *(f"black on #{rgb}" for rgb in ("ffe9b8", "ffcf70", "ffab40", "f57c1f")))
 MARK = "bold underline"
 OPEN, CLOSE = "[", "]"
-_CHARACTER = regex.compile(r"\X")  # as people count them: a letter with its accents is one
+_CHARACTER = regex.compile(r"\X")  # a grapheme: a letter with its accents is one
 
 
 class _Cell(NamedTuple):
-    """A character as it is shown and, below it, as many shades as it is columns wide."""
+    """A character as printed, and its shade, once for each column that it takes."""
 
     text: str
     shades: str
 
 
 class Explanation(NamedTuple):
-    """Of a context each token's place and strength, the norm of Δ, and the places of the answer."""
+    """A context, the strength of each token (the norm of Δ), and where the answer is."""
 
     context: str
     tokens: list[tuple[int, int, float]]  # start, end, strength
-    spans: list[tuple[int, int]]  # start, end; none where the model abstained or put it otherwise
+    spans: list[tuple[int, int]]  # start, end; empty if the answer is not in it
 
     def bounds(self) -> tuple[float, float]:
-        """Between what strengths shades lie: the weakest and the strongest, but for one token in
-        fifty at either end, which would leave no shades to the others."""
+        """The strengths of the lowest and the highest shade: quantiles 2 % and 98 %, so that a few
+        outliers do not take all shades."""
         strengths = sorted(strength for *_, strength in self.tokens)
-        spare = len(strengths) // 50
-        return strengths[spare], strengths[-1 - spare]
+        outliers = len(strengths) // 50
+        return strengths[outliers], strengths[-1 - outliers]
 
     def levels(self) -> list[int]:
-        """The level of each character's shade, 0 to LEVELS - 1, in even steps of strength."""
+        """The level of each character, 0 to LEVELS - 1, in equal steps of strength."""
         low, high = self.bounds()
         levels = [0] * len(self.context)
         for start, end, strength in self.tokens:
@@ -62,15 +62,13 @@ class Explanation(NamedTuple):
 
     def legend(self) -> str:
         low, high = self.bounds()
-        places = len(self.spans)
-        answer = {0: "stands nowhere in it", 1: "is marked"}.get(
-            places, f"is marked, {places} times"
-        )
+        count = len(self.spans)
+        answer = {0: "is not in the context", 1: "is marked"}.get(count, f"is marked {count} times")
         return f"shade: Δ from {low:.2f} to {high:.2f}; the answer {answer}"
 
     def plain_lines(self, width: int, shades: str = BLOCKS) -> Iterator[str]:
-        """The context in lines of at most `width` columns, each with its shades below it, and the
-        answer in brackets."""
+        """Yield the context in lines of at most `width` columns, the answer in brackets, and below
+        each line its shades."""
         levels = self.levels()
         opening = {start for start, _ in self.spans}
         closing = {end for _, end in self.spans}
@@ -80,16 +78,16 @@ class Explanation(NamedTuple):
             cells += [_Cell(CLOSE, " ")] * (start in closing) + [_Cell(OPEN, " ")] * (
                 start in opening
             )
-            text = shown(match[0])
+            text = to_printable(match[0])
             shade = shades[max(levels[start:end])]
             cells.append(_Cell(text, shade * max(wcswidth(text), 0)))
         cells += [_Cell(CLOSE, " ")] * (len(self.context) in closing)
-        for line in _wrapped(cells, width):
+        for line in _wrap(cells, width):
             for row in zip(*line, strict=True):
                 yield "".join(row).rstrip()
 
     def styles(self) -> Iterator[tuple[str, int, int]]:
-        """(style, start, end) for `rich`: backgrounds, then marks."""
+        """Yield (style, start, end) for `rich`: backgrounds, then marks."""
         start = 0
         for level, run in itertools.groupby(self.levels()):
             end = start + len(list(run))
@@ -99,15 +97,15 @@ class Explanation(NamedTuple):
 
 
 def token_strengths(tokenizer, context: str, norms: "Tensor") -> list[tuple[int, int, float]]:
-    """Each token's place in the context and its mean over layers of norms (layers, tokens)."""
+    """Each token's start and end in the context, and its mean of norms (layers, tokens)."""
     [(_, places)] = encode_with_offsets(tokenizer, [context])
     return [(*place, s) for place, s in zip(places, norms.mean(dim=0).tolist(), strict=True)]
 
 
-def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
-    """Where the answer is in the context, as words of its own where these are written apart,
-    whatever the blanks and in whatever form the characters are (`common.text.fold`); nowhere if it
-    is NO_ANSWER or folds to nothing. Spans are of whole characters, their marks included."""
+def find_answer(context: str, answer: str) -> list[tuple[int, int]]:
+    """The spans (start, end) of the answer in the context: of whole words in scripts with spaces,
+    in any Unicode form (`common.text.fold`) and with any spaces; none if it is NO_ANSWER or folds
+    to nothing. Spans contain whole characters, with their accents."""
     words = fold(answer).split()
     if abstains(answer) or not words:
         return []
@@ -130,27 +128,27 @@ def answer_spans(context: str, answer: str) -> list[tuple[int, int]]:
     ]
 
 
-def shown(text: str) -> str:
-    """Foreign text of several lines as a terminal may get it."""
+def to_printable(text: str) -> str:
+    """Text of several lines without control characters, safe to print on a terminal."""
     return printable(text.replace("\r\n", "\n").replace("\t", " "), keep="\n")
 
 
-def _wrapped(cells: list[_Cell], width: int) -> Iterator[list[_Cell]]:
-    """Lines of whole words; words alone that are wider than a line are broken."""
+def _wrap(cells: list[_Cell], width: int) -> Iterator[list[_Cell]]:
+    """Yield lines of whole words; a word that is wider than a line is broken."""
     line: list[_Cell] = []
-    columns = blank = 0  # taken by the line; and where, after its last blank, it can be broken
+    columns = after_space = 0  # width of the line; the cell after its last space
     for cell in cells:
         if cell.text == "\n":
             yield line
-            line, columns, blank = [], 0, 0
+            line, columns, after_space = [], 0, 0
             continue
         if line and columns + len(cell.shades) > width and cell.text != " ":
-            end = blank or len(line)
+            end = after_space or len(line)
             yield line[:end]
             line = line[end:]
-            columns, blank = sum(len(c.shades) for c in line), 0
+            columns, after_space = sum(len(c.shades) for c in line), 0
         line.append(cell)
         columns += len(cell.shades)
         if cell.text == " ":
-            blank = len(line)
+            after_space = len(line)
     yield line

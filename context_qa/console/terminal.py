@@ -1,7 +1,7 @@
-"""A console's two ends: what is typed or piped in, and what is shown.
+"""Input and output of a console.
 
-On a terminal prompt_toolkit edits lines and keeps their history, and rich styles what is shown.
-Without one, or without these packages, both are plain lines.
+On a terminal, prompt_toolkit edits lines and keeps a history, and rich prints styles. Without a
+terminal, or without these packages, both are plain lines.
 """
 
 import contextlib
@@ -16,67 +16,67 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.input_files import read_text
-from context_qa.console.explanation import ASCII, BLOCKS, Explanation, shown
+from context_qa.console.explanation import ASCII, BLOCKS, Explanation, to_printable
 
-ASKS_FOR_CONTEXT = "Context, ended by an empty line:"
-ASKS_FOR_QUESTION = "Q: "
+CONTEXT_PROMPT = "Context, ended by an empty line:"
+QUESTION_PROMPT = "Q: "
 
 
 class Screen:
-    """Answers go to standard output, everything else to standard error."""
+    """Prints answers on standard output, and everything else on standard error."""
 
     def __init__(self, as_json: bool = False):
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character shows "?"
+            if isinstance(stream, io.TextIOWrapper):  # "?" for a character that the locale lacks
                 stream.reconfigure(errors="replace")
                 if as_json and stream is sys.stdout:
                     stream.reconfigure(encoding="utf-8")
         self._rich = _rich_console()
 
-    def say(self, text: str, end: str = "\n") -> None:
-        print(shown(text), end=end, file=sys.stderr, flush=True)
+    def print_status(self, text: str, end: str = "\n") -> None:
+        print(to_printable(text), end=end, file=sys.stderr, flush=True)
 
-    def write(self, text: str, style: str = "") -> None:
-        """Show a piece of an answer, at once."""
-        text = shown(text)
+    def print_answer(self, text: str, style: str = "") -> None:
+        """Print a piece of an answer, at once."""
+        text = to_printable(text)
         if self._rich is None:
             print(text, end="", flush=True)
         else:
             self._rich.out(text, style=style, end="", highlight=False)
 
-    def explain(self, explanation: Explanation) -> None:
-        """Show a context by colours where they are to be had, else by a line of shades below each
-        of its lines."""
+    def print_explanation(self, explanation: Explanation) -> None:
+        """Print a context with colours if the terminal has them, else with a line of shades below
+        each line."""
         if self._rich is not None and self._rich.color_system and not self._rich.no_color:
             from rich.text import Text
 
-            parts = [shown(character) for character in explanation.context]
+            parts = [to_printable(character) for character in explanation.context]
             places = list(itertools.accumulate(map(len, parts), initial=0))
             text = Text("".join(parts))
             for style, start, end in explanation.styles():
                 text.stylize(style, places[start], places[end])
-            # Too narrow for words, rich would leave wide characters out; the terminal does not.
+            # On a narrow terminal rich drops wide characters; soft wrapping does not.
             self._rich.print(text, soft_wrap=self._rich.width < 20)
         else:
             width = shutil.get_terminal_size().columns
-            shades = BLOCKS if _holds(sys.stdout, BLOCKS) else ASCII
+            shades = BLOCKS if _can_encode(sys.stdout, BLOCKS) else ASCII
             print("\n".join(explanation.plain_lines(width, shades)))
-        self.write(f"({explanation.legend()})\n", "dim")
+        self.print_answer(f"({explanation.legend()})\n", "dim")
 
 
 def _rich_console():
-    """None where it would show plain text alone."""
+    """None if it would only print plain text."""
     try:
         from rich.console import Console
     except ImportError:
         return None
     console = Console(file=sys.stdout)
-    if not console.width:  # as COLUMNS=0 has it: nothing would be shown
+    if not console.width:  # with COLUMNS=0: nothing would be printed
         console.width = shutil.get_terminal_size().columns
     return console if console.is_terminal else None
 
 
-def _holds(stream, text: str) -> bool:
+def _can_encode(stream, text: str) -> bool:
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -84,49 +84,50 @@ def _holds(stream, text: str) -> bool:
     return True
 
 
-class Lines:
-    """What is typed or piped in, line by line."""
+class LineInput:
+    """Contexts and questions from standard input, line by line."""
 
     def __init__(self, screen: Screen):
         self._screen = screen
         self.is_interactive = sys.stdin.isatty()
 
     def context(self) -> str:
-        """What comes up to an empty line; EOFError where a terminal's user ends it before."""
-        self._screen.say(ASKS_FOR_CONTEXT)
+        """Lines up to an empty one. Raises EOFError if the user of a terminal ends it before."""
+        self._screen.print_status(CONTEXT_PROMPT)
         lines = []
-        while (line := typed(sys.stdin.readline)).strip("\n"):
+        while (line := read_input(sys.stdin.readline)).strip("\n"):
             lines.append(line)
         if self.is_interactive and not line and not lines:
             raise EOFError
         return "".join(lines)
 
     def question(self) -> str:
-        """The next line; EOFError at the end."""
+        """The next line. Raises EOFError at the end."""
         if self.is_interactive:
-            self._screen.say(ASKS_FOR_QUESTION, end="")
-        line = typed(sys.stdin.readline)
+            self._screen.print_status(QUESTION_PROMPT, end="")
+        line = read_input(sys.stdin.readline)
         if not line:
             raise EOFError
         return line.strip()
 
 
-def typed(read: Callable[[], str]) -> str:
-    """What standard input gives; UserError if that is not UTF-8, whatever the locale says."""
+def read_input(read: Callable[[], str]) -> str:
+    """Call read, which reads standard input, as UTF-8 in any locale. Raises UserError if the input
+    is not UTF-8."""
     stdin = sys.stdin
-    is_new = isinstance(stdin, io.TextIOWrapper) and stdin.encoding != "utf-8-sig"
-    if is_new and not stdin.isatty():  # it cannot be set once something has been read
+    is_unread = isinstance(stdin, io.TextIOWrapper) and stdin.encoding != "utf-8-sig"
+    if is_unread and not stdin.isatty():  # once something is read, it cannot be set
         stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     try:
         text = read()
-        text.encode()  # what is not UTF-8 fails here if a terminal let it through
+        text.encode()  # a terminal may give surrogates for bytes that are not UTF-8
     except UnicodeError as error:
         raise UserError("standard input: not UTF-8; convert it to UTF-8") from error
     return text
 
 
-class Prompts(Lines):
-    """A terminal's, by prompt_toolkit: lines can be edited, pasted whole and found again."""
+class PromptInput(LineInput):
+    """Input at a terminal by prompt_toolkit, with editing, pasting and history."""
 
     def __init__(self, screen: Screen, stream, history: Path | None, commands: Sequence[str]):
         super().__init__(screen)
@@ -140,49 +141,49 @@ class Prompts(Lines):
         )
         self._questions = PromptSession(
             output=output,
-            history=_kept(history),
+            history=_open_history(history),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
             enable_suspend=True,
         )
 
     def context(self) -> str:
-        self._screen.say(ASKS_FOR_CONTEXT)
-        return typed(lambda: _ask(self._contexts, ""))
+        self._screen.print_status(CONTEXT_PROMPT)
+        return read_input(lambda: _prompt(self._contexts, ""))
 
     def question(self) -> str:
-        return " ".join(typed(lambda: _ask(self._questions, ASKS_FOR_QUESTION)).split())
+        return " ".join(read_input(lambda: _prompt(self._questions, QUESTION_PROMPT)).split())
 
 
-def _ask(session, message: str) -> str:
-    """What is typed at a prompt. Signals that end the script are handled by its event loop: what
-    their handlers raise would be lost in one of the loop's own tasks."""
+def _prompt(session, message: str) -> str:
+    """The text typed at a prompt. Signals that end the script are handled by the event loop:
+    exceptions of their handlers would be lost in one of the loop's own tasks."""
     import asyncio
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in before.items() if callable(handler)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
 
     def end(number: int) -> None:
         try:
-            before[number](number, None)
+            handlers[number](number, None)
         except BaseException as error:
             if not session.app.is_done:
                 session.app.exit(exception=error)
 
     def prepare() -> None:
-        for number in before:
+        for number in handlers:
             asyncio.get_running_loop().add_signal_handler(number, end, number)
 
     try:
         return session.prompt(message, pre_run=prepare)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _context_keys():
-    """Enter on an empty last line ends a context, as does Ctrl-D, which with nothing typed ends the
-    console. Empty lines that are pasted are the context's own."""
+    """Enter on an empty last line ends a context, as does Ctrl-D. Ctrl-D with no text ends the
+    console. Pasted empty lines are part of the context."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -206,13 +207,13 @@ def _context_keys():
     return keys
 
 
-def _kept(path: Path | None):
-    """A history in a file that no one else can read, or in memory where there can be none."""
+def _open_history(path: Path | None):
+    """A history in a file that only its owner can read; in memory if it cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):
         def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):  # a full disk ends no conversation
+            with contextlib.suppress(OSError):  # a full disk must not end the conversation
                 super().store_string(string)
 
     if path is None:
@@ -226,37 +227,37 @@ def _kept(path: Path | None):
 
 
 def history_path(script: str) -> Path | None:
-    """Where a script keeps what was asked, by the XDG base directories; None without a home."""
+    """The history file of a script, by the XDG base directories; None without a home folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state):  # which is to be ignored
+    if not os.path.isabs(state):  # the XDG specification ignores it then
         state = os.path.expanduser("~/.local/state")
     return Path(state) / "mamba_dive" / f"{script}_history" if os.path.isabs(state) else None
 
 
-def keyboard(screen: Screen, script: str, as_json: bool, commands: Sequence[str]) -> Lines:
-    """Prompts where there is a terminal to type at and one to show what is typed: that of standard
-    error, or of standard output, unless that has JSON; elsewhere plain lines."""
+def make_input(screen: Screen, script: str, as_json: bool, commands: Sequence[str]) -> LineInput:
+    """A PromptInput if there is a terminal for input and one for output: standard error, or
+    standard output unless answers are JSON. Otherwise a LineInput."""
     streams = [sys.stderr] if as_json else [sys.stderr, sys.stdout]
     stream = next((stream for stream in streams if stream.isatty()), None)
     if not sys.stdin.isatty() or stream is None:
-        return Lines(screen)
+        return LineInput(screen)
     try:
-        return Prompts(screen, stream, history_path(script), commands)
+        return PromptInput(screen, stream, history_path(script), commands)
     except ImportError:
-        return Lines(screen)
+        return LineInput(screen)
 
 
 def read_context(path: str) -> str:
-    """The context in a file, or on standard input if that is "-"; without blanks around it."""
+    """Read a context from a file, or from standard input if path is "-"; without outer spaces."""
     if path != "-":
         context = read_text(os.path.expanduser(path), "a text file")
     else:
-        path, context = "standard input", typed(sys.stdin.read)
+        path, context = "standard input", read_input(sys.stdin.read)
     return checked_context(context, path)
 
 
 def checked_context(context: str, source: str) -> str:
-    """The context without blanks around it; UserError if that is all it was."""
+    """The context without outer spaces. Raises UserError if it is empty."""
     if not context.strip():
-        raise UserError(f"{source}: the context is empty")
+        raise UserError(f"{source}: the context is empty; give a text")
     return context.strip()

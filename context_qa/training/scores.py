@@ -81,7 +81,7 @@ def make_scorer(
             losses.update(zip(suffixes, found, strict=True))
 
         answers = Answerer(model, tokenizer).answer(
-            prompts, part=state.process_index, parts=state.num_processes, on_state=note_losses
+            prompts, rank=state.process_index, world_size=state.num_processes, on_state=note_losses
         )
         found: dict[int, tuple[Answer, tuple[float, int]]] = {}
         with tqdm(

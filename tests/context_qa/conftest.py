@@ -22,13 +22,13 @@ def answerer() -> Answerer:
     tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4)
     answerer = Answerer(MambaLM(config).eval(), tokenizer, max_new_tokens=4)
-    answerer.read_prefixes([[1, 2]])  # which backend runs is reported once
+    answerer.read_prefixes([[1, 2]])  # reports the backend, once
     return answerer
 
 
 @pytest.fixture(scope="module")
-def spoken(answerer):
-    """What a fresh reading of a context answers to a question."""
+def fresh_answer(answerer):
+    """The answer to a question on a context that is read for it alone."""
 
     def answer(context: str, question: str):
         [answers] = answerer.answer([prompt_parts(context, question)])
@@ -39,7 +39,7 @@ def spoken(answerer):
 
 @pytest.fixture(scope="session")
 def scripted():
-    """A chooser of tokens that a function gives."""
+    """A chooser of the tokens that a function returns."""
 
     class Scripted:
         is_capturable = False

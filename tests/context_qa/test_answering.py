@@ -1,4 +1,4 @@
-"""The answering loop: a guess depends on its prompt alone, and its confidence is a probability."""
+"""The answering loop: a guess depends only on its prompt, and its confidence is a probability."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def attentive(tokenizer) -> MambaLM:
-    """Random weights, large enough that every context and question gets a guess of its own."""
+    """Random weights, large enough that every prompt gets a different guess."""
     torch.manual_seed(1)
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4, tie_embeddings=False)
     model = MambaLM(config).eval()
@@ -55,13 +55,13 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def reciter(tokenizer, text: str, logit: float = 10.0) -> MambaLM:
-    """A model that says `text` and then end-of-text after any prompt, sure to a known degree.
+    """A model that generates `text` and then end-of-text after any prompt, with known probabilities.
 
-    Its layers add nothing, so that the last token alone decides: each token of the text has a
-    dimension of its own, from which the head gives the next token `logit` and all others 0.
+    Its layers add nothing, so that only the last token counts: each token of the text has its own
+    dimension, for which the head gives the next token `logit` and all others 0.
     """
     chain = [ids(tokenizer, "?\nA:")[-1], *ids(tokenizer, text), tokenizer.eos_token_id]
-    assert len(set(chain)) == len(chain), "a token comes twice: it cannot tell what is next"
+    assert len(set(chain)) == len(chain), "a token occurs twice: the next token is ambiguous"
     size = len(chain)
     config = MambaConfig(
         len(tokenizer), d_model=size, n_layer=1, d_state=4, tie_embeddings=False,
@@ -107,8 +107,8 @@ def assert_same(found: list[Answer], expected: list[Answer]) -> None:
         )
 
 
-def test_each_prompt_gets_a_guess_of_its_own(tokenizer, attentive):
-    """What the tests of equality below rest on: a mix-up of rows would show."""
+def test_each_prompt_gets_a_different_guess(tokenizer, attentive):
+    """The tests of equality below need this: they detect swapped rows."""
     answers = answers_to(Answerer(attentive, tokenizer, 6))
     assert len({answer.text for answer in answers}) == len(PROMPTS)
     assert len({answer.no_answer_probability for answer in answers}) == len(PROMPTS)
@@ -141,14 +141,14 @@ def test_answers_do_not_depend_on_which_prompts_share_a_context(tokenizer, atten
         places = [place for place, (prefix, _) in enumerate(PROMPTS) if prefix == context]
         together = answers_to(answerer, [PROMPTS[place] for place in places])
         assert_same(together, [expected[place] for place in places])
-    for place, prompt in enumerate(PROMPTS):  # the same prompt twice, and next to one stranger
+    for place, prompt in enumerate(PROMPTS):  # the same prompt twice, beside another
         alone = answers_to(answerer, [prompt, PROMPTS[place - 1], prompt])
         assert_same(alone, [expected[place], expected[place - 1], expected[place]])
 
 
 @pytest.fixture
 def reads(monkeypatch) -> list[tuple[int, int]]:
-    """The (rows, length) of everything that the model reads, in order."""
+    """The (rows, length) of all that the model reads, in order."""
     shapes, encode = [], MambaLM.encode
 
     def recorded(self, input_ids, *args, **settings):
@@ -160,7 +160,7 @@ def reads(monkeypatch) -> list[tuple[int, int]]:
 
 
 def prefixes_read(answerer: Answerer, prompts, monkeypatch) -> list[str]:
-    """Texts, which the prompts' prefixes are found by."""
+    """The texts of the prefixes that are read, in order."""
     read, really_read = [], answerer.read_prefixes
     monkeypatch.setattr(answerer, "read_prefixes", lambda p: read.extend(p) or really_read(p))
     answers_to(answerer, prompts)
@@ -177,8 +177,8 @@ def test_a_context_is_read_once_for_all_its_questions(
     assert sorted(prefixes_read(answerer, PROMPTS, monkeypatch)) == sorted(CONTEXTS)
 
 
-def test_what_all_prompts_begin_with_is_read_once_in_all(tokenizer, attentive, monkeypatch):
-    """The n-shot prompt, and a context whose questions go on in the next window."""
+def test_a_prefix_of_all_prompts_is_read_only_once(tokenizer, attentive, monkeypatch):
+    """The n-shot prompt, and a context with questions in two windows."""
     monkeypatch.setattr(answering, "WINDOW", 2)
     prompts = [prompt_parts(n_shot_prompt(), f"Who is number {number}?") for number in range(9)]
     answerer = Answerer(attentive, tokenizer, 2)
@@ -192,7 +192,7 @@ def test_what_all_prompts_begin_with_is_read_once_in_all(tokenizer, attentive, m
 def test_max_batch_tokens_bounds_what_is_read_together(
     tokenizer, attentive, max_batch_tokens, reads
 ):
-    """A context of 300 tokens is read in pieces; what is left is one row, however long."""
+    """A context of 300 tokens is read in pieces; only single rows may be longer."""
     answers_to(Answerer(attentive, tokenizer, 6, max_batch_tokens))
     assert all(rows == 1 or rows * length <= max_batch_tokens for rows, length in reads)
     contexts = [shape for shape in reads if shape[1] > 1]
@@ -206,7 +206,7 @@ def test_questions_of_several_contexts_are_answered_together(tokenizer, attentiv
 
 
 def test_windows_come_one_after_the_other(tokenizer, attentive, monkeypatch):
-    """What a crash can lose is one window."""
+    """A crash loses at most one window."""
     monkeypatch.setattr(answering, "WINDOW", 4)
     places = [
         place for batch in Answerer(attentive, tokenizer, 1, 50).answer(PROMPTS) for place in batch
@@ -215,7 +215,7 @@ def test_windows_come_one_after_the_other(tokenizer, attentive, monkeypatch):
     assert places != sorted(places)
 
 
-def test_no_prompts_no_answers(tokenizer, attentive):
+def test_without_prompts_there_are_no_answers(tokenizer, attentive):
     assert list(Answerer(attentive, tokenizer).answer([])) == []
 
 
@@ -240,15 +240,15 @@ def test_max_new_tokens(tokenizer, attentive, max_new_tokens):
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 8192])
 def test_prompts_longer_than_128_tokens_get_their_whole_answer(tokenizer, max_batch_tokens):
-    """The original took a batch of one's length for the prompt's: one token from 128 on."""
-    said = " Ann lives in Oslo and was born there."
-    answerer = Answerer(reciter(tokenizer, said), tokenizer, 64, max_batch_tokens)
+    """The original confused the batch size with the length: one token from 128 on."""
+    text = " Ann lives in Oslo and was born there."
+    answerer = Answerer(reciter(tokenizer, text), tokenizer, 64, max_batch_tokens)
     prompts = [*PROMPTS, prompt_parts(n_shot_prompt(), "Who?")]
     answers = answers_to(answerer, prompts)
     assert sum(answer.num_tokens > 128 for answer in answers) == len(QUESTIONS) + 1
-    assert {answer.text for answer in answers} == {said.strip()}
-    assert {answer.num_new_tokens for answer in answers} == {len(ids(tokenizer, said))}
-    assert len(ids(tokenizer, said)) > 5
+    assert {answer.text for answer in answers} == {text.strip()}
+    assert {answer.num_new_tokens for answer in answers} == {len(ids(tokenizer, text))}
+    assert len(ids(tokenizer, text)) > 5
 
 
 def test_a_guess_ends_before_a_newline(tokenizer):
@@ -279,16 +279,16 @@ def test_a_model_sure_of_something_else_gives_no_answer_little_probability(token
     assert answer.confidence > 0.5 and answer.no_answer_probability < 1e-9
 
 
-def total_log_prob(answerer: Answerer, prompt: tuple[str, str], said: list[int]) -> float:
-    """Of `said` after the prompt, read in one go; a last None stands for any stop."""
+def total_log_prob(answerer: Answerer, prompt: tuple[str, str], guess: list[int]) -> float:
+    """Of `guess` after the prompt, read in one pass; a last None means any stop."""
     tokens = [token for part in prompt for token in ids(answerer.tokenizer, part)]
-    spoken = [token for token in said if token is not None]
-    logits, _ = answerer.model(torch.tensor([tokens + spoken]))
+    generated = [token for token in guess if token is not None]
+    logits, _ = answerer.model(torch.tensor([tokens + generated]))
     log_probs = logits[0, len(tokens) - 1 :, : answerer.vocab_size].log_softmax(-1)
     stops = sorted(answerer.stop_ids)
     gained = [
         log_probs[at, stops].logsumexp(0) if token is None else log_probs[at, token]
-        for at, token in enumerate(said)
+        for at, token in enumerate(guess)
     ]
     return float(sum(gained))
 
@@ -298,22 +298,22 @@ def test_confidences_are_products_of_token_probabilities_the_stop_included(token
     oslo = ids(tokenizer, " Oslo")
     for model, max_new_tokens, guess in (
         (reciter(tokenizer, " Oslo\nBen"), 64, [*oslo, None]),
-        (reciter(tokenizer, " Oslo"), 2, oslo[:2]),  # cut: no stop in it
+        (reciter(tokenizer, " Oslo"), 2, oslo[:2]),  # cut: without the stop
         (attentive, 3, None),
     ):
         answerer = Answerer(model, tokenizer, max_new_tokens)
         for prompt, answer in zip(PROMPTS, answers_to(answerer), strict=True):
-            said = greedy(answerer, prompt, max_new_tokens) if guess is None else guess
+            expected = greedy(answerer, prompt, max_new_tokens) if guess is None else guess
             no_answer = [*ids(tokenizer, f" {NO_ANSWER}"), None]
             assert [math.log(answer.confidence), math.log(answer.no_answer_probability)] == (
                 pytest.approx(
-                    [total_log_prob(answerer, prompt, x) for x in (said, no_answer)], 1e-4
+                    [total_log_prob(answerer, prompt, x) for x in (expected, no_answer)], 1e-4
                 )
             )
 
 
 def greedy(answerer: Answerer, prompt: tuple[str, str], count: int) -> list[int]:
-    """The most probable tokens, the whole sequence read anew for each."""
+    """The most probable tokens; the whole sequence is read again for each."""
     tokens = [token for part in prompt for token in ids(answerer.tokenizer, part)]
     start = len(tokens)
     for _ in range(count):
@@ -321,9 +321,8 @@ def greedy(answerer: Answerer, prompt: tuple[str, str], count: int) -> list[int]
     return tokens[start:]
 
 
-def test_padded_vocabulary_rows_are_neither_said_nor_counted(tokenizer):
-    said = " Oslo"
-    model = reciter(tokenizer, said)
+def test_padded_vocabulary_rows_are_neither_generated_nor_counted(tokenizer):
+    model = reciter(tokenizer, " Oslo")
     before = answers_to(Answerer(model, tokenizer))
     padded = model.lm_head.weight[len(tokenizer) :]
     assert len(padded) > 0
@@ -358,26 +357,26 @@ def test_the_guess_is_the_abstention_exactly_above_the_threshold(tokenizer, atte
     assert {answer.text == NO_ANSWER for answer in found} == {True, False}
 
 
-def test_below_the_threshold_an_abstaining_model_says_the_next_best(tokenizer):
-    """A model that is sure to abstain after any prompt: all else is equally likely."""
+def test_below_the_threshold_an_abstaining_model_gives_the_next_best_guess(tokenizer):
+    """A model that abstains after any prompt; all other tokens are equally probable."""
     model = reciter(tokenizer, f" {NO_ANSWER}")
     for answer in thresholded(model, tokenizer, 1.0):
         assert answer.text and answer.text != NO_ANSWER  # "!", as it happens
         assert answer.confidence < 1e-3 < answer.no_answer_probability
     assert all(answer.text == NO_ANSWER for answer in thresholded(model, tokenizer, 0.5))
-    silent = reciter(tokenizer, "")  # stops at once, which is to abstain
+    silent = reciter(tokenizer, "")  # stops at once, which is an abstention too
     assert all(answer.num_new_tokens for answer in thresholded(silent, tokenizer, 1.0))
 
 
 def test_probabilities_never_exceed_one(tokenizer):
-    """However sure a model is: no rounding lifts one above the threshold that none can pass."""
+    """No rounding makes one larger than a threshold of 1."""
     model = reciter(tokenizer, f" {NO_ANSWER}", logit=1000.0)
     for answer in answers_to(Answerer(model, tokenizer)):
         assert answer.no_answer_probability <= 1.0 and answer.confidence <= 1.0
     assert all(answer.text != NO_ANSWER for answer in thresholded(model, tokenizer, 1.0))
 
 
-def test_a_model_that_computes_nan_is_told(tokenizer, attentive):
+def test_nan_is_an_error(tokenizer, attentive):
     broken = copy.deepcopy(attentive)
     with torch.no_grad():
         broken.lm_head.weight[3] = math.nan
@@ -385,8 +384,8 @@ def test_a_model_that_computes_nan_is_told(tokenizer, attentive):
         answers_to(Answerer(broken, tokenizer))
 
 
-def test_nan_that_comes_while_decoding_is_told(tokenizer):
-    """The prompts are read well; the first token that is said is not."""
+def test_nan_during_decoding_is_an_error(tokenizer):
+    """The prompt gives finite numbers, the first new token does not."""
     model = reciter(tokenizer, " Oslo")
     with torch.no_grad():
         model.backbone.embeddings.weight[ids(tokenizer, " Oslo")[0]] = math.nan
@@ -394,12 +393,12 @@ def test_nan_that_comes_while_decoding_is_told(tokenizer):
         answers_to(Answerer(model, tokenizer), PROMPTS[:1])
 
 
-# What is done, and shares of what is not
+# Batches that are done, and ranks
 
 
 @pytest.mark.parametrize("window", [2, 5, 512])
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 8192])
-def test_batches_that_are_done_are_left_out_and_others_stay_the_same(
+def test_batches_that_are_done_are_skipped_and_others_stay_the_same(
     tokenizer, attentive, max_batch_tokens, window, monkeypatch
 ):
     monkeypatch.setattr(answering, "WINDOW", window)
@@ -409,7 +408,7 @@ def test_batches_that_are_done_are_left_out_and_others_stay_the_same(
     for kept in {0, len(batches) // 2, len(batches) - 1}:
         done = {place for batch in batches[:kept] for place in batch}
         if len(batches[kept]) > 1:
-            done.add(next(iter(batches[kept])))  # a batch of which a kill left a part
+            done.add(next(iter(batches[kept])))  # a batch of which only a part was written
         rest = list(answerer.answer(PROMPTS, done=done))
         assert [list(batch) for batch in rest] == [list(batch) for batch in batches[kept:]]
         for batch in rest:
@@ -418,22 +417,22 @@ def test_batches_that_are_done_are_left_out_and_others_stay_the_same(
                 assert answer == expected  # to the last bit
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_parts_share_the_batches(tokenizer, attentive, parts, monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_the_batches(tokenizer, attentive, world_size, monkeypatch):
     monkeypatch.setattr(answering, "WINDOW", 5)
     answerer = Answerer(attentive, tokenizer, 4, max_batch_tokens=100)
     whole = [list(batch) for batch in answerer.answer(PROMPTS)]
     shares = [
-        [list(batch) for batch in answerer.answer(PROMPTS, part=part, parts=parts)]
-        for part in range(parts)
+        [list(batch) for batch in answerer.answer(PROMPTS, rank=rank, world_size=world_size)]
+        for rank in range(world_size)
     ]
     assert sorted(batch for share in shares for batch in share) == sorted(whole)
-    assert parts > len(whole) or sum(bool(share) for share in shares) > parts // 2
+    assert world_size > len(whole) or sum(map(bool, shares)) > world_size // 2
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 512])
-def test_windows_hold_whole_runs_of_one_prefix(window, monkeypatch):
-    """So that what is read together does not depend on where a run was cut off."""
+def test_windows_contain_whole_runs_of_one_prefix(window, monkeypatch):
+    """Otherwise batches would depend on where a run was cut off."""
     monkeypatch.setattr(answering, "WINDOW", window)
     prefixes = "aaabbcddddda"
     windows = list(answering._windows([(prefix, "?") for prefix in prefixes]))

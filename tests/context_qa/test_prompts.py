@@ -1,4 +1,4 @@
-"""Prompts have one text and one tokenisation: training, evaluation and consoles read the same."""
+"""Prompts have one text and one tokenisation, in training, evaluation and consoles."""
 
 from collections import Counter
 
@@ -43,7 +43,7 @@ def test_a_console_tokenises_each_text_once(answerer, encoded):
 
 @pytest.mark.parametrize("order", PROMPT_ORDERS)
 def test_the_wording_of_a_question_is_written_once(answerer, monkeypatch, order):
-    """All that trains, answers or converses follows a change of it."""
+    """Training, evaluation and consoles follow a change of it."""
     monkeypatch.setattr(squad_utils, "question_text", lambda question: f"?? {question}\n!!")
     parts = prompt_parts(CONTEXT, QUESTION, order)
     assert "!!" in parts[1] or order == "question_first"

@@ -1,4 +1,4 @@
-"""The shots of the trivia prompt: built in, or from a file."""
+"""The shots of the n-shot prompt: built in, or from a file."""
 
 import json
 
@@ -9,7 +9,7 @@ from context_qa.shots import SHOTS, n_shot_prompt, read_shots
 from squad_utils import NO_ANSWER, prompt_parts
 
 
-def test_the_prompt_goes_on_as_a_question_on_a_context():
+def test_the_question_after_shots_is_as_after_a_context():
     prefix, suffix = prompt_parts(n_shot_prompt(), "Who wrote Faust?")
     shots = [shot.split("\n") for shot in prefix.split("\n\n")]
     assert shots == [[f"Q: {question}", f"A: {answer}"] for question, answer in SHOTS]
@@ -30,9 +30,9 @@ def test_shots_from_a_file(tmp_path):
     ("content", "complaint"),
     [
         (None, "shots.jsonl: cannot be read (No such file or directory); give a JSONL file of"),
-        (b"", "shots.jsonl: no shot in it; a row needs question, answer"),
-        (b"\n  \n", "shots.jsonl: no shot in it"),
-        (b'{"question": "Who?", "answer": "Bo"}\n[]', "line 2: no JSON object; a row needs"),
+        (b"", "shots.jsonl: contains no shots; a row needs question, answer"),
+        (b"\n  \n", "shots.jsonl: contains no shots"),
+        (b'{"question": "Who?", "answer": "Bo"}\n[]', "line 2: not a JSON object; a row needs"),
         (b'{"question": "Who?"', "line 1: not JSON"),
         (b'{"question": "Who?"}', "line 1: 'answer' is missing; a row needs text in question, a"),
         (b'{"question": "Who?", "answer": 4}', "line 1: 'answer' is 4;"),
@@ -40,7 +40,7 @@ def test_shots_from_a_file(tmp_path):
         (b'{"question": "M\xe9xico?", "answer": "Bo"}', "shots.jsonl line 1: not UTF-8"),
     ],
 )
-def test_a_file_without_shots(tmp_path, content, complaint):
+def test_a_file_without_shots_is_an_error(tmp_path, content, complaint):
     path = tmp_path / "shots.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -1,5 +1,5 @@
-"""Guesses that are spans of the context: every one is, and greedy decoding finds the same ones as a
-search over all spans."""
+"""Guesses that are spans of the context: every guess is one, and equals the result of a search over
+all spans."""
 
 import json
 import unicodedata
@@ -37,12 +37,12 @@ STRANGE = (
 )
 
 
-def said(tokenizer, context: str, max_tokens: int, stop_ids=()) -> set[str]:
-    """All that can be said about a context."""
+def span_texts(tokenizer, context: str, max_tokens: int, stop_ids=()) -> set[str]:
+    """The texts of all spans of a context."""
     spans = Spans(tokenizer, context, max_tokens, stop_ids)
     return {
         spans.text(choice.token_ids[: n + 1])
-        for choice in spans.choices
+        for choice in spans.sequences
         for n, may_end in enumerate(choice.may_end)
         if may_end
     }
@@ -59,8 +59,8 @@ def tokenizer(request):
 @pytest.mark.parametrize(
     "context", ["Bo is a cat.", STRANGE, "x", "¡", " \n", "", "the, a ...", "b " * 300]
 )
-def test_all_that_can_be_said_stands_in_the_context(tokenizer, context, max_tokens):
-    texts = said(tokenizer, context, max_tokens)
+def test_every_span_is_in_the_context(tokenizer, context, max_tokens):
+    texts = span_texts(tokenizer, context, max_tokens)
     assert all(text == text.strip() and text in context for text in texts)
     assert not any(map(is_scored_as_empty, texts))
     if is_scored_as_empty(context):
@@ -69,30 +69,30 @@ def test_all_that_can_be_said_stands_in_the_context(tokenizer, context, max_toke
         assert texts
 
 
-def test_every_run_of_words_can_be_said(tokenizer):
+def test_every_run_of_words_is_a_span(tokenizer):
     context = "Ann lives in Oslo, Ben (her brother) in Rome since 1999."
-    texts = said(tokenizer, context, 64)
+    texts = span_texts(tokenizer, context, 64)
     assert {"Ann", "lives", "in", "Oslo", "Ben", "her", "brother", "Rome", "1999"} <= texts
     assert {"Ann lives in Oslo", "Ben (her brother)", "in Rome since 1999.", context} <= texts
     assert "liv" not in texts and "es in Oslo" not in texts
-    assert "Ann lives in Oslo" not in said(tokenizer, context, 3)
+    assert "Ann lives in Oslo" not in span_texts(tokenizer, context, 3)
 
 
-def test_nothing_is_said_past_a_stop(tokenizer):
+def test_no_span_contains_a_stop(tokenizer):
     newlines = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
-    texts = said(tokenizer, "Bo is\na cat.", 64, newlines)
+    texts = span_texts(tokenizer, "Bo is\na cat.", 64, newlines)
     assert "Bo is" in texts and "a cat." in texts and not any("\n" in text for text in texts)
 
 
-def test_no_span_ends_inside_a_letter(tokenizer):
-    """Which can take several tokens; the text would be right, but not what the tokens say."""
+def test_no_span_ends_within_a_letter(tokenizer):
+    """A letter can have several tokens: the text would be right, but not that of the tokens."""
     spans = Spans(tokenizer, "Bo 日本語 🐱🐱 Øst", 64)
-    assert any(not all(choice.may_end) for choice in spans.choices)
-    for choice in spans.choices:
+    assert any(not all(choice.may_end) for choice in spans.sequences)
+    for choice in spans.sequences:
         for n, may_end in enumerate(choice.may_end, start=1):
             if may_end:
-                said = tokenizer.decode(choice.token_ids[:n])
-                assert said.strip() == spans.text(choice.token_ids[:n])
+                text = tokenizer.decode(choice.token_ids[:n])
+                assert text.strip() == spans.text(choice.token_ids[:n])
 
 
 # Whole answers
@@ -100,7 +100,7 @@ def test_no_span_ends_inside_a_letter(tokenizer):
 
 class Search:
     """Constrained greedy decoding by its definition: all spans as token sequences in one list, and
-    everything read again for each token."""
+    all tokens read again for each new one."""
 
     def __init__(self, answerer: Answerer, context: str):
         self.answerer = answerer
@@ -115,7 +115,7 @@ class Search:
                 if ids[count - 1] in answerer.stop_ids:
                     break
                 text = tokenizer.decode(ids[:count])
-                # Byte for byte what stands there: no half of a letter.
+                # The same bytes as in the context: no incomplete letter.
                 span = rest[: offsets[count - 1][1]]
                 same = unicodedata.normalize("NFC", span) == text
                 same = same and self._ends(answerer.span_borders, context, start + len(span) - 1)
@@ -166,7 +166,7 @@ def answers(answerer: Answerer, prompts, contexts) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wild() -> Answerer:
-    """Random weights, which would say anything: the demo's tokenizer, a guess for each prompt."""
+    """Random weights, whose guesses differ for each prompt, with the tokenizer of models/demo."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer("", str(ROOT / "data/demo/tokenizer"))
     config = MambaConfig(len(tokenizer), d_model=32, n_layer=2, d_state=4, tie_embeddings=False)
@@ -180,7 +180,7 @@ def wild() -> Answerer:
 @pytest.mark.parametrize("borders", ["words", "characters"])
 @pytest.mark.parametrize(("source", "count"), [("demo", 20), ("squad", 20)])
 def test_guesses_are_those_of_a_search_over_all_spans(wild, source, count, borders):
-    """On `count` contexts by a trained model, on as many others by random weights."""
+    """On `count` contexts with a trained model, on as many others with random weights."""
     path = (
         ROOT / "data/demo/validation.jsonl" if source == "demo" else SHARED / "squad/dev-v1.1.json"
     )
@@ -232,7 +232,7 @@ def test_every_guess_on_real_questions_is_a_span_or_the_abstention():
     assert len(set(found)) > 100
 
 
-# Borders, and tokenizers whose pieces depend on what is around them
+# Borders, and tokenizers whose tokens depend on the text around them
 
 ACCENTED = [
     "Zoe\u0301 Bru\u0302le\u0301 runs it.",  # decomposed
@@ -245,7 +245,7 @@ ACCENTED = [
 
 
 def graphemes(text: str) -> set[int]:
-    """Where characters end, as people count them."""
+    """The ends of graphemes."""
     return {match.end() for match in regex.finditer(r"\X", text)}
 
 
@@ -256,52 +256,54 @@ def test_a_span_never_ends_within_a_character(normalizer, borders):
     if normalizer is not None:
         tokenizer.backend_tokenizer.normalizer = normalizer
     for context in ACCENTED:
-        spans = Spans(tokenizer, context, 40, borders=borders).said()
+        spans = Spans(tokenizer, context, 40, borders=borders).items()
         assert spans
         for text, _ in spans:
             start = context.index(text)
             assert start + len(text) in graphemes(context)
             assert start == 0 or start in graphemes(context)
-    texts = {text.strip() for text, _ in Spans(tokenizer, ACCENTED[0], 40, borders=borders).said()}
+    texts = {text.strip() for text, _ in Spans(tokenizer, ACCENTED[0], 40, borders=borders).items()}
     assert "Zoe\u0301 Bru\u0302le\u0301" in texts and "Bru\u0302le\u0301" in texts
 
 
-def test_a_span_ends_within_a_word_only_if_asked(wild):
-    def said(borders: str) -> set[str]:
-        found = Spans(wild.tokenizer, "It is unfathomably 1234567 old.", 40, borders=borders).said()
+def test_a_span_ends_within_a_word_only_by_characters(wild):
+    def texts(borders: str) -> set[str]:
+        found = Spans(
+            wild.tokenizer, "It is unfathomably 1234567 old.", 40, borders=borders
+        ).items()
         return {text for text, _ in found}
 
-    words, characters = said("words"), said("characters")
+    words, characters = texts("words"), texts("characters")
     assert words < characters
     assert "unfathomably" in words and "1234567" in words
     assert not any(text.endswith(("unf", "unfa", "12", "123")) for text in words)
     assert any("unfathomably".startswith(text) and text != "unfathomably" for text in characters)
 
 
-def test_text_without_blanks_is_said_in_parts(wild):
-    texts = {text for text, _ in Spans(wild.tokenizer, "東京タワーは赤い。", 40).said()}
+def test_text_without_spaces_has_spans_of_its_parts(wild):
+    texts = {text for text, _ in Spans(wild.tokenizer, "東京タワーは赤い。", 40).items()}
     assert {"東京", "東京タワー", "赤い"} <= texts
 
 
 @needs_data
 @pytest.mark.parametrize("name", ["demo", "neox"])
-def test_every_span_has_the_tokens_that_training_teaches(name):
+def test_every_span_has_the_tokens_of_an_answer_in_training(name):
     path = NEOX if name == "neox" else ROOT / "data/demo/tokenizer"
     tokenizer = load_tokenizer("", str(path))
     require_pieces(tokenizer)
     contexts = sorted({e.context for e in read_examples(str(SHARED / "squad/dev-v1.1.json"))})
     for borders in ("words", "characters"):
         spans = [
-            s for c in contexts[::200] for s in Spans(tokenizer, c, 30, borders=borders).said()
+            s for c in contexts[::200] for s in Spans(tokenizer, c, 30, borders=borders).items()
         ]
-        wanted = encode(tokenizer, [answer_text(text) for text, _ in spans])
+        expected = encode(tokenizer, [answer_text(text) for text, _ in spans])
         assert len(spans) > 10_000
-        assert [ids for _, ids in spans] == wanted
+        assert [ids for _, ids in spans] == expected
 
 
 @pytest.mark.parametrize("prepend", ["always", "first", "never"])
 @pytest.mark.parametrize("split", [True, False])
-def test_a_tokenizer_whose_pieces_depend_on_their_place_is_refused(prepend, split, wild, tmp_path):
+def test_a_tokenizer_whose_tokens_depend_on_their_place_is_refused(prepend, split, wild, tmp_path):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=split)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend, split=split)
@@ -318,17 +320,17 @@ def test_a_tokenizer_whose_pieces_depend_on_their_place_is_refused(prepend, spli
     try:
         answers(answerer, [(text, "Q")], [text])
     except UserError as error:
-        assert "tokenises a text otherwise within a longer one" in str(error)
-    else:  # then the spans are those of training
-        spans = Spans(loaded, text, 30).said()
+        assert "gives a text other tokens within a longer text" in str(error)
+    else:  # spans have the tokens of answers in training
+        spans = Spans(loaded, text, 30).items()
         assert [ids for _, ids in spans] == encode(loaded, [answer_text(t) for t, _ in spans])
         assert (prepend, split) == ("never", True)
-    [batch] = answerer.answer([(text, "Q")])  # unconstrained it is as good as any
+    [batch] = answerer.answer([(text, "Q")])  # it may be used without the constraint
     assert len(batch) == 1
 
 
-def test_a_blank_that_is_a_token_of_its_own_ends_no_span(wild, tmp_path):
-    """As in Falcon's tokenizer: before a figure the blank is apart, without a place in the text."""
+def test_a_space_that_is_a_token_of_its_own_ends_no_span(wild, tmp_path):
+    """As with Falcon's tokenizer: the space before a digit is a token without offsets."""
     tokenizer = Tokenizer(models.BPE())
     parts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     parts.append(pre_tokenizers.Digits(individual_digits=False))
@@ -344,6 +346,6 @@ def test_a_blank_that_is_a_token_of_its_own_ends_no_span(wild, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer("", str(tmp_path / "tokenizer.json"))
     require_pieces(loaded)
-    spans = Spans(loaded, "He won the Super Bowl 50 in 2016.", 40).said()
+    spans = Spans(loaded, "He won the Super Bowl 50 in 2016.", 40).items()
     assert {"Super Bowl", "Super Bowl 50", "50", "2016"} <= {text for text, _ in spans}
     assert [ids for _, ids in spans] == encode(loaded, [answer_text(text) for text, _ in spans])

@@ -1,4 +1,4 @@
-"""Decoding among given sequences, against a search that reads every sequence anew."""
+"""Decoding constrained to given sequences, against a search that reads all tokens for each step."""
 
 import random
 
@@ -26,7 +26,7 @@ def model() -> MambaLM:
     model = MambaLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight.normal_()
-        model.lm_head.weight[VOCABULARY:] = 9.0  # padded rows: never said
+        model.lm_head.weight[VOCABULARY:] = 9.0  # padded rows: never generated
     return model
 
 
@@ -41,23 +41,23 @@ def whole_sequences(sequences: list[list[int]]) -> list[TokenSequence]:
 
 @torch.no_grad()
 def brute_force(model: MambaLM, prompt: list[int], sequences: list[list[int]]):
-    """The greedy choice, all that was said read anew for each token."""
-    said, total = [], 0.0
+    """The greedy choice; all tokens are read again for each new one."""
+    generated, total = [], 0.0
     while True:
-        logits = model(torch.tensor([prompt + said]))[0][0, -1, :VOCABULARY]
+        logits = model(torch.tensor([prompt + generated]))[0][0, -1, :VOCABULARY]
         log_probs = logits.log_softmax(-1)
-        going = [s for s in sequences if s[: len(said)] == said]
-        tokens = {s[len(said)] for s in going if len(s) > len(said)}
+        possible = [s for s in sequences if s[: len(generated)] == generated]
+        tokens = {s[len(generated)] for s in possible if len(s) > len(generated)}
         best_stop = max(float(log_probs[stop]) for stop in STOPS)
         best = max(tokens, key=lambda token: float(log_probs[token]), default=None)
-        if said in sequences and (best is None or best_stop >= log_probs[best]):
-            return said, total + float(log_probs[sorted(STOPS)].logsumexp(0))
-        said = [*said, best]
+        if generated in sequences and (best is None or best_stop >= log_probs[best]):
+            return generated, total + float(log_probs[sorted(STOPS)].logsumexp(0))
+        generated = [*generated, best]
         total += float(log_probs[best])
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_choices_are_those_of_a_search_without_states(model, seed):
+def test_sequences_equal_those_of_a_search_without_states(model, seed):
     rng = random.Random(seed)
 
     def sequence(longest: int) -> list[int]:
@@ -76,8 +76,8 @@ def test_choices_are_those_of_a_search_without_states(model, seed):
     assert len({len(ids) for ids, _ in found}) > 1
 
 
-def test_what_free_greedy_decoding_says_is_chosen_where_it_is_a_choice(model):
-    """With the same log-probability, whatever else there is to choose from."""
+def test_the_result_of_free_decoding_is_chosen_if_it_is_allowed(model):
+    """With the same log-probability, whatever the other sequences are."""
     prompts = [[token] for token in range(2, VOCABULARY)]
     reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
     free = decode(model, reading, STOPS, 30, VOCABULARY)
@@ -90,8 +90,8 @@ def test_what_free_greedy_decoding_says_is_chosen_where_it_is_a_choice(model):
         assert generation.log_prob == pytest.approx(free[row].log_prob, abs=1e-4)
 
 
-def test_a_choice_may_end_on_the_way(model):
-    """Spans that are beginnings of each other in one sequence are as many sequences."""
+def test_a_sequence_may_end_after_several_tokens(model):
+    """One sequence with several ends equals several sequences."""
     prompts = [[token] for token in range(2, VOCABULARY)]
     reading = read(model, prompts, prefill(model, [[]] * len(prompts)), VOCABULARY)
     lengths = set()

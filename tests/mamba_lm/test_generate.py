@@ -1,4 +1,4 @@
-"""Reading, greedy decoding and scores against a plain loop that reads everything anew each step."""
+"""Reading, greedy decoding and scores against a plain loop that reads all tokens for each step."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def no_gradients():
 
 @pytest.fixture(scope="module", params=[{}, {"bcdt_rms_eps": 1e-6}], ids=["mamba", "falcon"])
 def model(request, make_model):
-    """A model that is sure of itself, most of all of its padded row."""
+    """A model with high probabilities, the highest for its padded row."""
     model = make_model(tie_embeddings=False, **request.param)
     model.lm_head.weight *= 3
     model.lm_head.weight[VOCABULARY:] *= 30
@@ -32,7 +32,7 @@ def reading(model):
 
 
 def log_probs_after(model, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities (l, v) of what comes after each token, by one forward over all of them."""
+    """Log-probabilities (l, v) of the token after each one, by one forward pass."""
     logits, _ = model(torch.tensor([ids]))
     return logits[0, :, :VOCABULARY].double().log_softmax(dim=-1)
 
@@ -52,8 +52,8 @@ def decode_plainly(model, prompt: list[int], stops: list[int], max_new_tokens: i
 
 @pytest.fixture(params=[False, True], ids=["step by step", "graphs"])
 def graphs(request, monkeypatch):
-    """Steps by CUDA graphs, but for the capture: a replay is the steps themselves, run again.
-    Gives the sizes of the graphs that a test has captured."""
+    """Without and with CUDA graphs; the capture is replaced: a replay runs the steps again.
+    Returns the sizes of the captured graphs."""
     sizes, shared = [], []
 
     def replay_by_running(run, pool):
@@ -72,7 +72,7 @@ def graphs(request, monkeypatch):
     cuda_graphs._graphs.clear()
     yield sizes
     assert bool(sizes) <= request.param
-    # All but the first share its memory; moved weights begin anew, with the largest.
+    # All but the first share its memory; after weights move, the largest is first again.
     assert shared == [size != sizes[0] for size in sizes]
     cuda_graphs._graphs.clear()
 
@@ -87,7 +87,7 @@ def test_decode_equals_a_plain_loop(max_new_tokens, stops, model, reading, graph
         assert generation.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
 
 
-def test_rows_stop_at_different_steps_each_as_if_alone(model, reading, graphs):
+def test_rows_that_stop_at_different_steps_equal_rows_alone(model, reading, graphs):
     together = decode(model, reading, STOPS, 12, VOCABULARY)
     lengths = {len(generation.token_ids) for generation in together}
     assert len(lengths) >= 4 and {0, 12} <= lengths
@@ -103,11 +103,11 @@ def test_stop_ids_may_come_as_a_set_and_are_never_in_the_output(model, reading):
         assert bool(token_ids & set(STOPS)) == some_are_in_it
 
 
-def test_vocab_size_bars_padded_rows(model, reading):
-    unbarred = decode(model, read(model, PROMPTS), [], 12)
-    assert any(VOCABULARY in generation.token_ids for generation in unbarred)
-    barred = decode(model, reading, [], 12, VOCABULARY)
-    assert max(max(generation.token_ids) for generation in barred) < VOCABULARY
+def test_vocab_size_excludes_padded_rows(model, reading):
+    unlimited = decode(model, read(model, PROMPTS), [], 12)
+    assert any(VOCABULARY in generation.token_ids for generation in unlimited)
+    limited = decode(model, reading, [], 12, VOCABULARY)
+    assert max(max(generation.token_ids) for generation in limited) < VOCABULARY
     assert reading.log_probs.shape == (len(PROMPTS), VOCABULARY)
     assert torch.allclose(reading.log_probs.exp().sum(1), torch.ones(len(PROMPTS)))
 
@@ -119,15 +119,15 @@ def test_graphs_are_kept_until_weights_move(model, reading, graphs):
     assert captured[0] == len(PROMPTS) and captured == sorted(captured, reverse=True)
     assert len(captured) == len(set(captured)) > 1
     assert decode(model, reading, STOPS, 12, VOCABULARY) == first
-    assert graphs == captured  # none anew
+    assert graphs == captured  # no new ones
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert decode(model, reading, STOPS, 12, VOCABULARY) == first
     assert graphs == 2 * captured
 
 
 @pytest.mark.parametrize("graphs", [True], indirect=True)
-def test_graphs_know_no_stop_by_heart(model, reading, graphs):
-    """A captured address would be that of the first call's stops, long gone by the second's."""
+def test_graphs_do_not_keep_the_stops_of_another_call(model, reading, graphs):
+    """A captured address would be that of the stops of the first call."""
     decode(model, reading, STOPS, 12, VOCABULARY)
     others = [stop + 1 for stop in STOPS]
     got = decode(model, reading, others, 12, VOCABULARY)
@@ -137,7 +137,7 @@ def test_graphs_know_no_stop_by_heart(model, reading, graphs):
 
 
 @pytest.mark.parametrize("graphs", [True], indirect=True)
-def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, monkeypatch):
+def test_many_rows_use_no_graph_until_few_are_left(model, reading, graphs, monkeypatch):
     monkeypatch.setattr(generate, "GRAPH_ROWS", 6)
     got = decode(model, reading, STOPS, 12, VOCABULARY)
     assert graphs and max(graphs) <= 6
@@ -145,7 +145,7 @@ def test_many_rows_go_step_by_step_until_they_are_few(model, reading, graphs, mo
         assert generation.token_ids == decode_plainly(model, prompt, STOPS, 12).token_ids
 
 
-def test_what_is_captured(make_model, monkeypatch):
+def test_which_models_are_captured(make_model, monkeypatch):
     model = make_model()
     assert not stepper.is_captured(model)  # on the CPU
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
@@ -165,12 +165,12 @@ def test_sizes_of_graphs():
     assert sizes == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
 
 
-def test_decode_leaves_the_reading_as_it_was(model, reading, graphs):
+def test_decode_does_not_change_the_reading(model, reading, graphs):
     before = decode(model, reading, STOPS, 12, VOCABULARY)
     assert decode(model, reading, STOPS, 12, VOCABULARY) == before
 
 
-def test_read_goes_on_from_each_rows_own_state(model, reading, assert_near):
+def test_read_continues_from_the_state_of_each_row(model, reading, assert_near):
     suffixes = [[1, 2], [3, 4, 5, 6], [7], [8], [9, 10], [11], [12, 13, 14], [15]]
     got = read(model, suffixes, reading.state, VOCABULARY)
     for row, (prompt, suffix) in enumerate(zip(PROMPTS, suffixes, strict=True)):
@@ -199,8 +199,8 @@ def test_continuation_log_prob_is_the_sum_of_its_tokens_and_the_stop(
     assert_near(got, torch.stack(wanted), 1e-5)
 
 
-def test_continuation_log_prob_of_the_greedy_answer_is_decodes_own(model, reading):
-    """Confidence in a guess and in "I don't know." are on one scale."""
+def test_continuation_log_prob_of_the_greedy_answer_equals_that_of_decode(model, reading):
+    """The confidence of a guess and that of "I don't know." are comparable."""
     generations = decode(model, reading, STOPS, 12, VOCABULARY)
     ended = [row for row, g in enumerate(generations) if 0 < len(g.token_ids) < 12]
     assert ended

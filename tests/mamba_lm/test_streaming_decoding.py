@@ -1,4 +1,4 @@
-"""One row token by token: as batches are decoded, or drawn from what a sampler leaves."""
+"""One row token by token: greedy as in batches, or sampled."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def no_gradients():
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    """A model that is sure of itself, most of all of its padded row."""
+    """A model with high probabilities, the highest for its padded row."""
     model = make_model(tie_embeddings=False)
     model.lm_head.weight *= 3
     model.lm_head.weight[VOCABULARY:] *= 30
@@ -38,7 +38,7 @@ def reading(request, model) -> Reading:
 
 @pytest.fixture(params=[False, True], ids=["step by step", "graphs"])
 def graphs(request, monkeypatch):
-    """Steps by CUDA graphs, but for the capture: a replay is the steps themselves, run again."""
+    """Without and with CUDA graphs; the capture is replaced: a replay runs the steps again."""
     monkeypatch.setattr(generate, "is_captured", lambda model: request.param)
     monkeypatch.setattr(cuda_graphs, "capture", lambda run, pool: (run() or run, (0, 7)))
     cuda_graphs._graphs.clear()
@@ -49,24 +49,25 @@ def graphs(request, monkeypatch):
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 2, 12])
 @pytest.mark.parametrize("stops", [STOPS, [30], []], ids=str)
-def test_a_stream_is_what_decode_gives(max_new_tokens, stops, model, reading, graphs):
+def test_a_stream_equals_decode(max_new_tokens, stops, model, reading, graphs):
     [wanted] = decode(model, reading, stops, max_new_tokens, VOCABULARY)
-    for _ in range(2):  # the second time graphs are there
+    for _ in range(2):  # the second time graphs exist
         decoder = Decoder(model, reading, stops, max_new_tokens, VOCABULARY)
-        assert list(decoder.stream()) == wanted.token_ids
-        assert decoder.log_probs.item() == pytest.approx(wanted.log_prob, abs=1e-4)
+        for _ in range(2):
+            assert list(decoder.stream()) == wanted.token_ids
+            assert decoder.log_probs.item() == pytest.approx(wanted.log_prob, abs=1e-4)
 
 
-def test_a_token_is_told_before_the_next_is_computed(model, monkeypatch):
+def test_a_token_is_yielded_before_the_next_is_computed(model, monkeypatch):
     steps = []
     step = model.stepper()
     monkeypatch.setattr(model, "stepper", lambda: lambda *args: steps.append(args) or step(*args))
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
-    for told, _ in enumerate(Decoder(model, reading, [], 5, VOCABULARY).stream()):
-        assert len(steps) == told
+    for yielded, _ in enumerate(Decoder(model, reading, [], 5, VOCABULARY).stream()):
+        assert len(steps) == yielded
 
 
-def test_the_reading_is_left_as_it_was(model):
+def test_the_reading_does_not_change(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     before = [tensor.clone() for tensor in (reading.log_probs, *reading.state.tensors)]
     list(Decoder(model, reading, [], 5, VOCABULARY).stream())
@@ -74,7 +75,7 @@ def test_the_reading_is_left_as_it_was(model):
     assert all(map(torch.equal, before, after))
 
 
-def test_nan_ends_a_stream_and_is_told(model):
+def test_nan_ends_a_stream(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     broken = reading._replace(log_probs=torch.full_like(reading.log_probs, math.nan))
     for chooser in (Greedy(), Sampler(temperature=1.0)):
@@ -82,7 +83,7 @@ def test_nan_ends_a_stream_and_is_told(model):
         assert list(decoder.stream()) == [] and math.isnan(decoder.log_probs.item())
 
 
-def test_the_probability_of_what_was_drawn_is_the_models_own(model):
+def test_the_probability_of_sampled_tokens_is_that_of_the_model(model):
     reading = read(model, [[3, 1, 4]], vocab_size=VOCABULARY)
     decoder = Decoder(model, reading, [30], 6, VOCABULARY, Sampler(temperature=3.0, seed=5))
     drawn = list(decoder.stream())
@@ -99,13 +100,13 @@ def test_the_probability_of_what_was_drawn_is_the_models_own(model):
 LOG_PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
-def draw(chooser: Greedy | Sampler, times: int) -> list[int]:
+def sample(chooser: Greedy | Sampler, times: int) -> list[int]:
     rows, places = LOG_PROBS.expand(times, -1), torch.arange(times)
     return chooser.choose(rows, torch.tensor([], dtype=torch.long), places).token_ids.tolist()
 
 
 def shares(chooser: Greedy | Sampler, draws: int = 4000) -> list[float]:
-    counts = Counter(draw(chooser, draws))
+    counts = Counter(sample(chooser, draws))
     return [counts[token] / draws for token in range(len(LOG_PROBS))]
 
 
@@ -126,18 +127,18 @@ def shares(chooser: Greedy | Sampler, draws: int = 4000) -> list[float]:
     ],
     ids=str,
 )
-def test_what_is_drawn(settings, expected):
+def test_distribution_of_samples(settings, expected):
     assert shares(make_chooser(**settings)) == pytest.approx(expected, abs=0.03)
-    barred = [token for token, share in enumerate(expected) if share == 0]
-    assert all(shares(make_chooser(**settings))[token] == 0 for token in barred)
+    excluded = [token for token, share in enumerate(expected) if share == 0]
+    assert all(shares(make_chooser(**settings))[token] == 0 for token in excluded)
 
 
-def test_equal_seeds_draw_equally():
-    drawn = [draw(Sampler(temperature=1.0, seed=seed), 50) for seed in (1, 1, 2)]
+def test_equal_seeds_give_equal_samples():
+    drawn = [sample(Sampler(temperature=1.0, seed=seed), 50) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.5}])
-def test_a_choice_of_what_is_drawn_needs_a_temperature(settings):
+def test_top_k_and_top_p_need_a_temperature(settings):
     with pytest.raises(UserError, match="give a temperature above 0"):
         make_chooser(**settings)

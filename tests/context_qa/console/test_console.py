@@ -1,4 +1,4 @@
-"""The console: contexts from files, answers as text and JSON, what the command line makes of it."""
+"""The console: contexts from files, answers as text and JSON, settings from the command line."""
 
 import io
 import json
@@ -28,19 +28,19 @@ FIELDS = [
 # Contexts from files and pipes
 
 
-def test_a_context_from_a_file_without_blanks_around_it(tmp_path, monkeypatch):
+def test_a_context_from_a_file_has_no_outer_spaces(tmp_path, monkeypatch):
     path = tmp_path / "context.txt"
     path.write_bytes("\ufeff\n\nBo is a “cat”.\r\n\r\nAnn too.\n".encode())
     assert read_context(str(path)) == "Bo is a “cat”.\n\nAnn too."
     with pytest.raises(UserError, match="~nobody-here/x: cannot be read"):
         read_context("~nobody-here/x")
-    with pytest.raises(UserError, match="no path"):
+    with pytest.raises(UserError, match="not a valid path"):
         read_context("a\0b")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_context("~/context.txt").startswith("Bo")
 
 
-def test_a_context_that_is_all_of_standard_input(type_in):
+def test_a_context_from_all_of_standard_input(type_in):
     type_in("\nBo is a cat.\n\nAnn too.\n")
     assert read_context("-") == "Bo is a cat.\n\nAnn too."
     type_in(" \n")
@@ -48,14 +48,14 @@ def test_a_context_that_is_all_of_standard_input(type_in):
         read_context("-")
 
 
-def test_standard_input_is_utf8_whatever_the_locale_says(monkeypatch):
+def test_standard_input_is_utf8_in_any_locale(monkeypatch):
     data = "\ufeffBo is a “cat”.".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
     assert read_context("-") == "Bo is a “cat”."
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # those of Python's stdin
-def test_standard_input_that_is_not_utf8_is_told(monkeypatch, errors):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the modes of sys.stdin
+def test_standard_input_that_is_not_utf8_is_an_error(monkeypatch, errors):
     stream = io.TextIOWrapper(io.BytesIO(b"M\xe9xico"), encoding="utf-8", errors=errors)
     monkeypatch.setattr(sys, "stdin", stream)
     with pytest.raises(UserError, match=r"standard input: .*UTF-8"):
@@ -71,7 +71,7 @@ def test_standard_input_that_is_not_utf8_is_told(monkeypatch, errors):
         (b"Bo\nM\xe9xico", "line 2: not UTF-8"),
     ],
 )
-def test_a_file_without_a_context(tmp_path, content, complaint):
+def test_a_file_without_a_context_is_an_error(tmp_path, content, complaint):
     path = tmp_path / "context.txt"
     if content is not None:
         path.write_bytes(content)
@@ -83,8 +83,8 @@ def test_a_file_without_a_context(tmp_path, content, complaint):
 # Answers
 
 
-def test_answers_are_those_of_fresh_readings(answerer, spoken, capsys):
-    """Each question is asked from the state after the context, whatever was asked before."""
+def test_each_answer_equals_one_on_a_context_read_again(answerer, fresh_answer, capsys):
+    """Each question is answered from the state after the context, whatever was asked before."""
     questions = ["Who is “Bo”?", "Why?", "Who is “Bo”?"]
     console = Console(answerer, as_json=True)
     console.read(CONTEXT)
@@ -94,7 +94,7 @@ def test_answers_are_those_of_fresh_readings(answerer, spoken, capsys):
     records = [json.loads(line) for line in out.splitlines()]
     assert "“Bo”" in out and records[0]["answer"] != records[1]["answer"]
     for question, record in zip(questions, records, strict=True):
-        expected = spoken(CONTEXT, question)
+        expected = fresh_answer(CONTEXT, question)
         assert list(record) == FIELDS
         assert (record["question"], record["answer"]) == (question, expected.text)
         assert record["confidence"] == pytest.approx(expected.confidence, rel=1e-4, abs=0)
@@ -109,10 +109,10 @@ def test_answers_are_those_of_fresh_readings(answerer, spoken, capsys):
     assert err.startswith(f"read {length} tokens in 0.") and err.count("\n") == 1
 
 
-def test_the_first_question_bears_the_time_of_reading(answerer, capsys):
+def test_the_time_of_the_first_question_includes_reading(answerer, capsys):
     console = Console(answerer, as_json=True)
     console.read(CONTEXT)
-    console.passage = console.passage._replace(seconds=1000.0)
+    console.context = console.context._replace(seconds=1000.0)
     for _ in range(2):
         console.ask("Why?")
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
@@ -120,55 +120,57 @@ def test_the_first_question_bears_the_time_of_reading(answerer, capsys):
         assert first[name] > 1000 > 100 > second[name]
 
 
-def test_answers_as_text_are_a_line_each(answerer, spoken, capsys):
+def test_answers_as_text_are_a_line_each(answerer, fresh_answer, capsys):
     console = Console(answerer)
     console.read(CONTEXT)
     for question in ("Who?", "Why?"):
         console.ask(question)
     lines = capsys.readouterr().out.splitlines()
     for line, question in zip(lines, ("Who?", "Why?"), strict=True):
-        expected = spoken(CONTEXT, question).text
+        expected = fresh_answer(CONTEXT, question).text
         assert line == f"{expected}   (confidence 0.00, no answer 0.00)"
 
 
-def test_an_abstention_tells_how_likely_an_answer_was(answerer, capsys, monkeypatch, scripted):
+def test_an_abstention_is_printed_with_the_probability_of_an_answer(
+    answerer, capsys, monkeypatch, scripted
+):
     console = Console(answerer, scripted(lambda: next(tokens)))
     console.read(CONTEXT)
-    said = [*answerer.no_answer_ids, answerer.tokenizer.eos_token_id]
-    monkeypatch.setattr(answerer, "max_new_tokens", len(said))
-    tokens = iter(said)
+    token_ids = [*answerer.no_answer_ids, answerer.tokenizer.eos_token_id]
+    monkeypatch.setattr(answerer, "max_new_tokens", len(token_ids))
+    tokens = iter(token_ids)
     console.ask("Why?")
     assert capsys.readouterr().out == "I don't know.   (confidence 0.00, an answer 1.00)\n"
 
 
-def test_an_answer_without_words_is_none(answerer, capsys, scripted):
+def test_an_empty_answer_is_printed_as_nothing(answerer, capsys, scripted):
     console = Console(answerer, scripted(lambda: answerer.tokenizer.eos_token_id))
     console.read(CONTEXT)
     console.ask("Why?")
     assert capsys.readouterr().out == "(nothing)   (confidence 0.00, no answer 0.00)\n"
 
 
-def test_draws_follow_the_seed(answerer, capsys):
-    def draw(seed: int) -> str:
+def test_samples_depend_on_the_seed(answerer, capsys):
+    def sample(seed: int) -> str:
         console = Console(answerer, Sampler(2.0, seed=seed))
         console.read(CONTEXT)
         console.ask("Why?")
         return capsys.readouterr().out
 
-    assert draw(1) == draw(1) != draw(2)
+    assert sample(1) == sample(1) != sample(2)
 
 
-def test_what_is_sent_is_shown_on_standard_error(answerer, capsys):
+def test_show_prompt_prints_what_the_model_reads_on_standard_error(answerer, capsys):
     console = Console(answerer, as_json=True, show_prompt=True)
     console.read(CONTEXT)
     console.ask("Why?")
     out, err = capsys.readouterr()
     assert json.loads(out)["question"] == "Why?"
-    shown = [line for line in err.split("\n") if not line.startswith("read ")]
-    assert "\n".join(shown) == f"{CONTEXT}\n\n\nQ: Why?\nA:\n"
+    printed = [line for line in err.split("\n") if not line.startswith("read ")]
+    assert "\n".join(printed) == f"{CONTEXT}\n\n\nQ: Why?\nA:\n"
 
 
-def test_explanations(answerer, spoken, capsys, scripted):
+def test_explanations(answerer, fresh_answer, capsys, scripted):
     norms = {}
     for layers in ([0], [1], [0, 1]):
         console = Console(answerer, as_json=True, layers=layers)
@@ -178,7 +180,7 @@ def test_explanations(answerer, spoken, capsys, scripted):
         assert list(record) == [*FIELDS, "spans", "delta"] and record["spans"] == []
         starts, ends, norms[tuple(layers)] = zip(*record["delta"], strict=True)
         assert (starts[0], ends[-1]) == (0, len(CONTEXT))
-        assert record["answer"] == spoken(CONTEXT, "Why?").text
+        assert record["answer"] == fresh_answer(CONTEXT, "Why?").text
     means = [(one + other) / 2 for one, other in zip(norms[0,], norms[1,], strict=True)]
     assert norms[0, 1] == pytest.approx(means) and norms[0,] != pytest.approx(norms[1,])
 
@@ -196,7 +198,7 @@ def test_explanations(answerer, spoken, capsys, scripted):
 
 @pytest.fixture
 def arguments(answerer, tmp_path):
-    """Settings with a saved model, as the command line gives them."""
+    """Parse flags into settings with a saved model."""
     folder = tmp_path / "model"
     save_model(answerer.model, folder, answerer.tokenizer)
 
@@ -210,7 +212,7 @@ def arguments(answerer, tmp_path):
     return parse
 
 
-def test_a_console_as_the_command_line_says(arguments, capsys):
+def test_a_console_has_the_settings_of_the_command_line(arguments, capsys):
     console = load_console(arguments("--max_new_tokens", "3"))
     assert console.answerer.max_new_tokens == 3
     assert (console.as_json, console.layers, console.show_prompt) == (False, (), False)
@@ -220,23 +222,23 @@ def test_a_console_as_the_command_line_says(arguments, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_loading_says_no_more_than_a_token(arguments, monkeypatch):
-    """Its first use loads the kernels; an answer may be of a million tokens."""
-    drawn = []
+def test_loading_generates_only_one_token(arguments, monkeypatch):
+    """Its first use loads the kernels; an answer may have a million tokens."""
+    chosen = []
     choose = Greedy.choose
-    monkeypatch.setattr(Greedy, "choose", lambda *args: drawn.append(1) or choose(*args))
+    monkeypatch.setattr(Greedy, "choose", lambda *args: chosen.append(1) or choose(*args))
     console = load_console(arguments("--max_new_tokens", "1000000"))
-    assert len(drawn) == 2 and console.answerer.max_new_tokens == 1000000
+    assert len(chosen) == 2 and console.answerer.max_new_tokens == 1000000
 
 
-def test_the_layers_that_explain_are_those_that_the_folder_names(arguments):
+def test_the_layers_that_explain_are_read_from_the_folder(arguments):
     args = arguments()
     (Path(args.model) / LAYERS).write_text("[1]")
     assert load_console(replace(args, explain=True)).layers == [1]
     assert load_console(args).layers == ()
 
 
-def test_a_models_note_goes_to_stderr(arguments, capsys):
+def test_the_note_of_a_model_is_printed_on_stderr(arguments, capsys):
     args = arguments()
     (Path(args.model) / NOTE).write_bytes(b"Made for tests\xe9\n")
     load_console(args)
@@ -253,7 +255,7 @@ def test_a_models_note_goes_to_stderr(arguments, capsys):
         (["--top_p", "0.5"], "give a temperature above 0"),
     ],
 )
-def test_bad_flags_are_told_before_a_model_is_loaded(arguments, flags, complaint):
+def test_bad_flags_are_reported_before_a_model_is_loaded(arguments, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         load_console(replace(arguments(*flags), model="no such model"))
 
@@ -270,6 +272,6 @@ def test_bad_flags_are_told_before_a_model_is_loaded(arguments, flags, complaint
         ["--max_new_tokens", "0"],
     ],
 )
-def test_impossible_numbers_are_refused(arguments, flags):
+def test_invalid_numbers_are_refused(arguments, flags):
     with pytest.raises(UserError, match=flags[0]):
         arguments(*flags)

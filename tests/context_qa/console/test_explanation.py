@@ -1,4 +1,4 @@
-"""Shades and marks on a context: how strong, where, and in how many columns."""
+"""Shades and marks on a context: their levels, places and widths."""
 
 import io
 
@@ -13,23 +13,23 @@ from context_qa.console.explanation import (
     LEVELS,
     MARK,
     Explanation,
-    answer_spans,
-    shown,
+    find_answer,
+    to_printable,
     token_strengths,
 )
 from mamba_lm.checkpoint import load_tokenizer
 
 
 def explained(context: str, strengths: dict[str, float], answer: str = "") -> Explanation:
-    """Tokens are the words, with the blank before them, of these strengths or 0."""
+    """Tokens are words with the space before them, with these strengths or 0."""
     tokens, end = [], 0
     for word in context.split(" "):
         start, end = end, end + len(word) + (end > 0)
         tokens.append((start, end, strengths.get(word, 0.0)))
-    return Explanation(context, tokens, answer_spans(context, answer))
+    return Explanation(context, tokens, find_answer(context, answer))
 
 
-def test_levels_go_in_even_steps_and_leave_blanks_alone():
+def test_levels_have_equal_steps_and_spaces_have_none():
     strengths = {"a": 1.0, "b": 1.9, "c": 2.1, "d": 3.1, "e": 4.1, "f": 5.9, "g": 6.0}
     explanation = explained(" ".join(strengths), strengths)
     assert explanation.bounds() == (1.0, 6.0)
@@ -42,14 +42,14 @@ def test_equal_strengths_have_no_shade():
     assert explained("a", {"a": 2.0}).levels() == [0]
 
 
-def test_one_token_in_fifty_leaves_the_others_their_shades():
+def test_outliers_do_not_take_the_shades_of_other_tokens():
     words = [f"w{n}" for n in range(100)]
     strengths = {word: 1 + n / 100 for n, word in enumerate(words)} | {"w99": 1e6, "w0": -1e6}
     levels = explained(" ".join(words), strengths).levels()
     assert set(levels) == set(range(LEVELS)) and (levels[0], levels[-1]) == (0, LEVELS - 1)
 
 
-def test_a_character_of_two_tokens_has_the_stronger_ones_shade():
+def test_a_character_of_two_tokens_has_the_stronger_shade():
     tokens = [(0, 1, 1.0), (1, 2, 1.0), (1, 2, 9.0), (1, 2, 4.0)]
     assert Explanation("a€", tokens, []).levels() == [0, 4]
 
@@ -70,14 +70,14 @@ def test_a_character_of_two_tokens_has_the_stronger_ones_shade():
         ("", []),
     ],
 )
-def test_the_answers_places(answer, marked):
+def test_where_the_answer_is(answer, marked):
     context = "Bo is a  black\ncat. Bob pays $92 (net) for Bo. The: I don't know."
-    spans = answer_spans(context, answer)
+    spans = find_answer(context, answer)
     assert [context[start:end] for start, end in spans] == marked
 
 
-def test_an_answer_in_a_script_without_blanks_stands_among_others():
-    assert answer_spans("東京は日本の首都です。東京", "東京") == [(0, 2), (11, 13)]
+def test_an_answer_in_a_script_without_spaces_may_be_within_a_word():
+    assert find_answer("東京は日本の首都です。東京", "東京") == [(0, 2), (11, 13)]
 
 
 def test_plain_lines_show_shades_below_the_text_and_brackets_around_the_answer():
@@ -92,7 +92,7 @@ def test_plain_lines_show_shades_below_the_text_and_brackets_around_the_answer()
 
 
 @pytest.mark.parametrize("width", [20, 21, 33, 100])
-def test_plain_lines_are_of_whole_words_in_the_width(width):
+def test_plain_lines_have_whole_words_and_fit_the_width(width):
     context = "One two three, four five. " * 9 + "x" * 50 + " ten"
     explanation = explained(context, {"two": 1.0, "x" * 50: 3.0}, "four five")
     lines = list(explanation.plain_lines(width))
@@ -123,7 +123,7 @@ def test_plain_lines_are_of_whole_words_in_the_width(width):
     ],
     ids=ascii,
 )
-def test_shades_stand_below_characters_of_any_width(word, columns):
+def test_shades_are_below_characters_of_any_width(word, columns):
     context = f"{word} a b"
     lines = list(explained(context, {word: 1.0, "a": 1.0}).plain_lines(80))
     assert lines == [context, "█" * columns + " █"]
@@ -138,19 +138,19 @@ def test_lines_fit_a_tiny_terminal(width):
     assert "".join(lines[::2]).replace(" ", "") == "[Bo]" + context[2:].replace(" ", "")
 
 
-def test_control_characters_are_shown_as_their_names():
-    assert shown("a\tb\x1b[2J\x07\x9bé\r\n“”\r") == "a b\\x1b[2J\\x07\\x9bé\n“”\\r"
-    assert shown("a\u202eb\u2066c\u2028d\u200de") == "a\\u202eb\\u2066c\\u2028d\u200de"
+def test_control_characters_are_printed_as_escapes():
+    assert to_printable("a\tb\x1b[2J\x07\x9bé\r\n“”\r") == "a b\\x1b[2J\\x07\\x9bé\n“”\\r"
+    assert to_printable("a\u202eb\u2066c\u2028d\u200de") == "a\\u202eb\\u2066c\\u2028d\u200de"
     lines = list(explained("a \x1b[31mb\r\nc", {"a": 1.0}).plain_lines(80))
     assert lines == ["a \\x1b[31mb", "█", "c", ""]
 
 
-def test_strengths_that_are_no_numbers_have_no_shade():
+def test_strengths_that_are_not_finite_are_accepted():
     tokens = [(0, 1, 1.0), (1, 2, float("inf")), (2, 3, float("nan"))]
     assert set(Explanation("abc", tokens, []).levels()) <= set(range(LEVELS))
 
 
-def test_styles_cover_the_context_and_then_mark():
+def test_styles_cover_the_context_before_they_mark_the_answer():
     explanation = explained("Ann met Bo Li", {"Bo": 4.0, "Li": 2.0}, "Bo Li")
     styles = list(explanation.styles())
     assert styles[-1] == (MARK, 8, 13)
@@ -173,15 +173,15 @@ def test_rich_knows_the_styles():
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
-    [("Ann", "is marked"), ("Bo", "is marked, 2 times"), ("Cy", "stands nowhere in it")],
+    ("answer", "text"),
+    [("Ann", "is marked"), ("Bo", "is marked 2 times"), ("Cy", "is not in the context")],
 )
-def test_the_legend(answer, told):
+def test_the_legend(answer, text):
     explanation = explained("Ann Bo Bo", {"Ann": 2.25, "Bo": 0.5}, answer)
-    assert explanation.legend() == f"shade: Δ from 0.50 to 2.25; the answer {told}"
+    assert explanation.legend() == f"shade: Δ from 0.50 to 2.25; the answer {text}"
 
 
-def test_strengths_are_means_over_layers_at_each_tokens_place():
+def test_strengths_are_means_over_layers_of_each_token():
     tokenizer = load_tokenizer("", "data/demo/tokenizer")
     context = "Bo owns “a” hotel."
     ids = tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -223,5 +223,5 @@ KITAB = "\u0643\u0650\u062a\u064e\u0627\u0628"
     ],
     ids=ascii,
 )
-def test_the_answer_is_marked_in_whatever_form_it_is_written(context, answer, marked):
-    assert [context[start:end] for start, end in answer_spans(context, answer)] == marked
+def test_the_answer_is_marked_in_any_unicode_form(context, answer, marked):
+    assert [context[start:end] for start, end in find_answer(context, answer)] == marked

@@ -1,4 +1,4 @@
-"""An answer token by token is the answering loop's, and its pieces are its text."""
+"""A streamed answer equals that of the answering loop, and its pieces are its text."""
 
 import random
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from context_qa.answering import Answerer
-from context_qa.console.streamed_answer import _Text, stream_answer
+from context_qa.console.streamed_answer import _StreamedText, stream_answer
 from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.choosers import Sampler
 from mamba_lm.models.mamba import MambaConfig, MambaLM
@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def answerer(tokenizer) -> Answerer:
-    """Random weights, sure enough of themselves that some answers stop and others do not."""
+    """Random weights with which some answers stop and others do not."""
     torch.manual_seed(1)
     config = MambaConfig(len(tokenizer), d_model=16, n_layer=2, d_state=4, tie_embeddings=False)
     model = MambaLM(config).eval()
@@ -45,7 +45,7 @@ def answerer(tokenizer) -> Answerer:
     return answerer
 
 
-def test_answers_are_the_answering_loops_and_come_in_pieces(answerer):
+def test_answers_equal_those_of_the_answering_loop(answerer):
     [context] = answerer.tokens.encode([CONTEXT])
     state, length = answerer.read_prefixes([context]), len(context)
     lengths = set()
@@ -67,18 +67,18 @@ def test_answers_are_the_answering_loops_and_come_in_pieces(answerer):
     assert len(lengths) > 1 and 12 in lengths
 
 
-def test_draws_differ_by_the_sampler_alone(answerer):
+def test_samples_depend_only_on_the_seed(answerer):
     [context] = answerer.tokens.encode([CONTEXT])
     state, length = answerer.read_prefixes([context]), len(context)
     [suffix] = answerer.tokens.encode([prompt_parts(CONTEXT, QUESTIONS[0])[1]])
 
-    def draw(seed: int) -> str:
+    def sample(seed: int) -> str:
         return stream_answer(answerer, state, suffix, length, Sampler(5.0, seed=seed)).text
 
-    assert draw(1) == draw(1) != draw(2)
+    assert sample(1) == sample(1) != sample(2)
 
 
-def test_broken_weights_are_told(answerer):
+def test_nan_is_an_error(answerer):
     [context] = answerer.tokens.encode([CONTEXT])
     state, length = answerer.read_prefixes([context]), len(context)
     broken = MambaState(tuple(tensor * torch.nan for tensor in state.tensors))
@@ -86,16 +86,16 @@ def test_broken_weights_are_told(answerer):
         stream_answer(answerer, broken, context, length)
 
 
-def pieces_of(tokenizer, said: list[int]) -> list[str]:
-    stream = _Text(tokenizer)
-    pieces = [stream.add(token) for token in said]
-    return [*pieces, stream.rest(tokenizer.decode(said).strip())]
+def pieces_of(tokenizer, token_ids: list[int]) -> list[str]:
+    stream = _StreamedText(tokenizer)
+    pieces = [stream.add(token) for token in token_ids]
+    return [*pieces, stream.rest(tokenizer.decode(token_ids).strip())]
 
 
 @pytest.mark.parametrize(
     "text", [" Bo  Li ", "\t“Oslo”, é 日本 🙂 ", "  ", "", " a\u0301 b", "don't  know.  "]
 )
-def test_pieces_are_whole_characters_without_outer_blanks(tokenizer, text):
+def test_pieces_are_whole_characters_without_outer_spaces(tokenizer, text):
     pieces = pieces_of(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
     assert "".join(pieces) == text.strip()
     assert "\ufffd" not in "".join(pieces)
@@ -129,7 +129,7 @@ WORDS = [
     "'m",
 ]
 BLANKS = ["▁'", "▁", "▁n", "n", "'", "t", "▁.", "v", "e"]
-KINDS = {  # vocabulary, decoder, whether texts are cleaned up, whether anything is shown early
+KINDS = {  # vocabulary, decoder, whether spaces are cleaned up, whether pieces are shown early
     "Llama": (SENTENCEPIECE, decoders.Sequence(LLAMA), False, True),
     "bytes, then blanks": (
         SENTENCEPIECE,
@@ -172,7 +172,7 @@ def made(vocabulary: list[str], decoder, is_cleaned: bool) -> PreTrainedTokenize
 
 
 @pytest.mark.parametrize("kind", ["bytes of a character", *KINDS])
-def test_whatever_the_tokens_pieces_are_the_decoded_text(tokenizer, kind):
+def test_pieces_of_random_tokens_are_the_decoded_text(tokenizer, kind):
     if kind in KINDS:
         *parts, is_early = KINDS[kind]
         tokenizer = made(*parts)
@@ -183,23 +183,23 @@ def test_whatever_the_tokens_pieces_are_the_decoded_text(tokenizer, kind):
     num_early = 0
     for _ in range(2000):
         some = rng.sample(ids, min(len(ids), rng.randint(1, 12)))
-        if kind in ("Llama", "bytes, then blanks"):  # often enough a character of several bytes
+        if kind in ("Llama", "bytes, then blanks"):  # characters of several bytes are more frequent
             some += tokenizer.convert_tokens_to_ids(["<0xE3>", "<0x81>", "<0x82>", "▁Bo"])
-        said = rng.choices(some, k=rng.randint(1, 12))
+        token_ids = rng.choices(some, k=rng.randint(1, 12))
         if rng.random() < 0.1:
-            said.insert(0, max(ids) + 1)  # no token's
-        *pieces, last = pieces_of(tokenizer, said)
-        assert "".join(pieces) + last == tokenizer.decode(said).strip(), said
+            token_ids.insert(0, max(ids) + 1)  # not the id of a token
+        *pieces, last = pieces_of(tokenizer, token_ids)
+        assert "".join(pieces) + last == tokenizer.decode(token_ids).strip(), token_ids
         num_early += any(pieces)
     assert (num_early > 500) == is_early and (is_early or not num_early)
 
 
-def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, tokenizer, scripted):
+def test_an_incomplete_last_character_is_shown_at_the_end(answerer, tokenizer, scripted):
     half = tokenizer("日", add_special_tokens=False)["input_ids"][:1]
-    said = [*tokenizer(" Bo", add_special_tokens=False)["input_ids"], *half]
+    token_ids = [*tokenizer(" Bo", add_special_tokens=False)["input_ids"], *half]
     [context] = answerer.tokens.encode([CONTEXT])
     state, length = answerer.read_prefixes([context]), len(context)
-    tokens = iter([*said, tokenizer.eos_token_id])
+    tokens = iter([*token_ids, tokenizer.eos_token_id])
     pieces: list[str] = []
     answer = stream_answer(
         answerer, state, context, length, scripted(lambda: next(tokens)), pieces.append
@@ -207,10 +207,8 @@ def test_a_text_that_ends_in_half_a_character_is_told_at_the_end(answerer, token
     assert answer.text == "Bo\ufffd" == "".join(pieces)
 
 
-def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_holds(
-    answerer, tokenizer, scripted
-):
-    """What a model card says: text of `transformers`, cut at the first newline, would be "Bo?"."""
+def test_no_part_of_a_token_with_a_newline_is_in_an_answer(answerer, tokenizer, scripted):
+    """As the model card says: text cut at the first newline would be "Bo?"."""
     ids = tokenizer(" Bo?\nA:", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids[-1:]) == "?\nA:"
     [context] = answerer.tokens.encode([CONTEXT])
@@ -221,12 +219,12 @@ def test_a_token_that_holds_a_newline_is_no_part_of_an_answer_with_what_else_it_
     )
 
 
-def test_a_slow_tokenizer_is_shown_at_the_end():
-    stream = _Text(SimpleNamespace())
+def test_the_text_of_a_slow_tokenizer_is_shown_at_the_end():
+    stream = _StreamedText(SimpleNamespace())
     assert [stream.add(5), stream.add(6), stream.rest("Bo")] == ["", "", "Bo"]
 
 
-def test_a_text_that_turns_out_to_be_another_is_shown_anew(tokenizer):
-    stream = _Text(tokenizer)
+def test_a_final_text_that_differs_is_shown_on_a_new_line(tokenizer):
+    stream = _StreamedText(tokenizer)
     assert stream.add(tokenizer("Bo", add_special_tokens=False)["input_ids"][0]) != ""
     assert stream.rest("another") == "\nanother"

@@ -1,4 +1,4 @@
-"""What is shown on a terminal of any size, with and without colours."""
+"""Output on a terminal of any size, with and without colours."""
 
 import io
 import re
@@ -30,15 +30,15 @@ class Terminal(io.StringIO):
     ],
     ids=["colours", "dumb", "no colours", "unknown"],
 )
-def test_all_of_an_answer_is_shown(monkeypatch, columns, environment):
+def test_a_whole_answer_is_printed(monkeypatch, columns, environment):
     for name, value in (environment | {"COLUMNS": columns}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", Terminal())
     screen = Screen()
-    screen.write("A: ")
-    screen.write("Marco\nQuill", "dim")
-    said = re.sub("\x1b\\[[0-9;]*m", "", sys.stdout.getvalue())
-    assert said == "A: Marco\nQuill"
-    screen.explain(Explanation(TEXT, [(0, 2, 1.0), (3, 5, 3.0)], [(6, 8)]))
-    said = re.sub("\x1b\\[[0-9;]*m|[\\[\\]█\\s]", "", sys.stdout.getvalue())
-    assert re.sub(r"\s", "", TEXT) in said and said.endswith("theanswerismarked)")
+    screen.print_answer("A: ")
+    screen.print_answer("Marco\nQuill", "dim")
+    printed = re.sub("\x1b\\[[0-9;]*m", "", sys.stdout.getvalue())
+    assert printed == "A: Marco\nQuill"
+    screen.print_explanation(Explanation(TEXT, [(0, 2, 1.0), (3, 5, 3.0)], [(6, 8)]))
+    printed = re.sub("\x1b\\[[0-9;]*m|[\\[\\]█\\s]", "", sys.stdout.getvalue())
+    assert re.sub(r"\s", "", TEXT) in printed and printed.endswith("theanswerismarked)")
