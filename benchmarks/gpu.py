@@ -216,7 +216,7 @@ def _mamba_ssm_works() -> bool:
     try:
         load_backend("cuda")
     except UserError as error:
-        print(f"left out: {error}", file=sys.stderr)
+        print(f"skipped: {error}", file=sys.stderr)
         return False
     return True
 

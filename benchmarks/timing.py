@@ -49,11 +49,11 @@ def parse_benchmark_args(
 
 
 def installed(*modules: str) -> bool:
-    """Whether the peers' modules are here; if not, say on stderr that they are left out."""
+    """Whether the peers' modules are here; if not, report on stderr that they are skipped."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"{', '.join(missing)}: not installed, left out; "
+            f"{', '.join(missing)}: not installed, skipped; "
             "pip install -r requirements-benchmarks.txt",
             file=sys.stderr,
         )

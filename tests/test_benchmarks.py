@@ -102,7 +102,7 @@ def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
     assert {name.split()[0] for name in rows} == {"scan", "prefill", "decode", "train", "answer"}
     assert all(row["seconds"] > 0 and row["items/s"] > 0 for row in rows.values())
     assert rows["decode tiny, 2 rows: transformers"]["ratio"] == 1.0
-    assert "left out: the cuda selective scan is not installed" in capsys.readouterr().err
+    assert "skipped: the cuda selective scan is not installed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_bench_console(in_process, monkeypatch, tmp_path, capsys):
     rows = rows_of(path)
     assert rows["ours: one question"]["ratio"] == 1.0
     tasks = ("first token of the first question", "first token of a later one", "one question",
-             "all questions", "all questions, each read anew")  # fmt: skip
+             "all questions", "all questions, the context read for each")  # fmt: skip
     assert {f"ours: {task}" for task in tasks} | {"transformers: one question"} <= rows.keys()
     assert "3 of 3 answers from the kept state equal those of whole prompts" in (
         capsys.readouterr().out
