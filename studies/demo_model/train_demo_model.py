@@ -188,7 +188,7 @@ def _answers(row: dict) -> tuple[str, ...]:
 
 
 class Promotion(TrainerCallback):
-    """Every `interval` steps: save, ask fresh questions; if they are passed, take the next stage."""
+    """Every `interval` steps: save, ask fresh questions; if passed, take the next stage."""
 
     def __init__(
         self, answerer: Answerer, curriculum: Curriculum, interval: int, save: Callable[[], None]
