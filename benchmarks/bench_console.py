@@ -7,7 +7,7 @@
 Random weights, stops ignored. The first question bears the reading of the passage; later ones are
 asked one after the other. Ours also scores "I don't know." with every answer, which the peers do
 not; llama.cpp keeps the passage's state by its own means, transformers has none and reads
-everything anew.
+everything again.
 """
 
 from common.script import run_script
@@ -41,7 +41,7 @@ from squad_utils import prompt_parts, read_examples
 EMBEDDED = "data/demo/validation.jsonl"
 VOCABULARY, WIDTH = 50277, 768
 FIRST, LATER = "first token of the first question", "first token of a later one"
-ONE, ALL, ANEW = "one question", "all questions", "all questions, each read anew"
+ONE, ALL, REREAD = "one question", "all questions", "all questions, the context read for each"
 
 
 def parse_args():
@@ -59,7 +59,7 @@ def main(args) -> None:
         args.n_layer, args.tokens, args.rounds = 2, 500, 2
     passage, questions = sample(args)
     settings = (passage, questions, args.tokenizer, args.n_layer, args.max_new_tokens)
-    names = [f"ours: {task}" for task in (FIRST, LATER, ONE, ALL, ANEW)]
+    names = [f"ours: {task}" for task in (FIRST, LATER, ONE, ALL, REREAD)]
     if installed("gguf", "llama_cpp"):
         names += [f"llama.cpp: {task}" for task in (FIRST, LATER, ONE, ALL)]
     names.append(f"transformers: {ONE}")
@@ -97,7 +97,7 @@ def prepare(
     name: str, task: str, passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int
 ) -> Contender:
     tokenizer, model = made(tokenizer, n_layer)
-    questions = {ALL: questions, ANEW: questions, LATER: questions[1:]}.get(task, questions[:1])
+    questions = {ALL: questions, REREAD: questions, LATER: questions[1:]}.get(task, questions[:1])
     makers = {"ours": ours, "llama.cpp": llama_cpp, "transformers": transformers}
     return makers[name](task, model, tokenizer, passage, questions, new)
 
@@ -140,7 +140,7 @@ def ours(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int
         show = {"show": until_told} if task in (FIRST, LATER) else {}
         reading = kept if task == LATER else read_passage()
         for place, suffix in enumerate(suffixes):
-            if place > 0 and task == ANEW:
+            if place > 0 and task == REREAD:
                 reading = read_passage()
             ask(suffix, reading, **show)
 

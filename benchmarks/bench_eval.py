@@ -97,7 +97,7 @@ def prepare(
 
 
 def tokens_of(tokenizer, passages) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Token ids of each passage, and of each of its questions as the prompt goes on."""
+    """Token ids of each passage, and of each of its questions as it follows in the prompt."""
     prefixes = [token_ids(tokenizer, passage[0].context) for passage in passages]
     suffixes = [
         [token_ids(tokenizer, prompt_parts("", e.question)[1]) for e in passage]

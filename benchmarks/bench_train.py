@@ -9,7 +9,7 @@ mamba-130m's width and vocabulary, fewer layers. Every question comes once more 
 where "I don't know." is right; a step is forward, backward and AdamW. The batch is one in which
 sharing spares as many tokens as in an epoch's batches on average; mambapy reads it in smaller ones
 of like lengths, gradients added up. `seconds` is an example's; `ratio` is to ours, shared; tokens
-count what is read, padding left out.
+count what is read, without padding.
 """
 
 from common.script import run_script

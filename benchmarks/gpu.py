@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from benchmarks.bench_eval import sample
 from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
-from benchmarks.timing import parse_benchmark_args, report
+from benchmarks.timing import Contender, parse_benchmark_args, repeat, report
 from common.atomic_files import write_atomically
 from common.command_line import positive_float, positive_int
 from common.errors import UserError
@@ -84,16 +84,6 @@ DRY = Sizes(
     passages=1,
     product=64,
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """A call: how many items it handles, the products' FLOP and the bytes that it must move."""
-
-    call: Callable[[], object]
-    items: int = 1
-    flop: float = 0.0
-    bytes: float = 0.0
 
 
 def parse_args():
@@ -161,7 +151,7 @@ class GPU:
         # Triton's interpreter is too slow for whole models.
         self.backends = ["cpu"] if dry_run else self.scan_backends
 
-    def rows(self, title: str, contenders: dict[str, Callable[[], Work]]) -> Iterator[dict]:
+    def rows(self, title: str, contenders: dict[str, Callable[[], Contender]]) -> Iterator[dict]:
         """One after the other, each made, timed and thrown away; ratios are to the first that ran.
         One that fails is a row that says so."""
         base = None
@@ -172,9 +162,9 @@ class GPU:
                 if time.monotonic() > self.deadline:
                     raise TimeoutError("no time left")
                 work = prepare()
-                seconds, peak = self.measure(work.call)
+                seconds, peak = self.measure(work)
                 base = seconds if base is None else base
-                least = work.flop / self.flop_rate + work.bytes / self.byte_rate
+                least = work.flop / self.flop_rate + work.num_bytes / self.byte_rate
                 row |= {"seconds": seconds, "ratio": seconds / base, "peak_GB": peak / 1e9}
                 row |= {"items/s": work.items / seconds, "of_limit": least / seconds or None}
             except Exception as error:
@@ -186,45 +176,30 @@ class GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
 
-    def measure(self, call: Callable[[], object]) -> tuple[float, int]:
-        """Median seconds of a call, of several in a row if it is short, and the bytes that torch's
-        allocator holds at the peak."""
-        is_gpu = self.device.type == "cuda"
-        wait = torch.cuda.synchronize if is_gpu else lambda: None
-
-        def seconds_of(calls: int) -> float:
-            wait()
-            started = time.perf_counter()
-            for _ in range(calls):
-                call()
-            wait()
-            return (time.perf_counter() - started) / calls
-
-        seconds_of(1)  # compiles and captures
-        calls = max(int(SHORT / seconds_of(1)), 1)
-        seconds = [seconds_of(calls)]
-        while len(seconds) < self.rounds and sum(seconds) * calls < PATIENCE:
-            seconds.append(seconds_of(calls))
-        return statistics.median(seconds), torch.cuda.max_memory_reserved() if is_gpu else 0
+    def measure(self, contender: Contender) -> tuple[float, int]:
+        """Median seconds of a call, and the bytes that torch's allocator holds at the peak."""
+        seconds = repeat(contender, self.rounds, PATIENCE, SHORT)
+        peak = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
+        return statistics.median(seconds), peak
 
     @functools.cached_property
     def flop_rate(self) -> float:
         """Of a bfloat16 product, FLOP a second."""
         size = self.sizes.product
         a, b = torch.randn(2, size, size, device=self.device).to(torch.bfloat16)
-        return 2 * size**3 / self.measure(lambda: a @ b)[0]
+        return 2 * size**3 / self.measure(Contender(lambda: a @ b))[0]
 
     @functools.cached_property
     def byte_rate(self) -> float:
         """Of a copy, bytes read and written a second."""
         a = torch.zeros(16 * self.sizes.product**2, device=self.device, dtype=torch.uint8)
         b = torch.empty_like(a)
-        return 2 * len(a) / self.measure(lambda: b.copy_(a))[0]
+        return 2 * len(a) / self.measure(Contender(lambda: b.copy_(a)))[0]
 
-    def on(self, backend: str, prepare: Callable[[], Work]) -> Callable[[], Work]:
+    def on(self, backend: str, prepare: Callable[[], Contender]) -> Callable[[], Contender]:
         """The same work with the scan of a backend."""
 
-        def prepared() -> Work:
+        def prepared() -> Contender:
             with chosen(backend):
                 work = prepare()
 
@@ -232,7 +207,7 @@ class GPU:
                 with chosen(backend):
                     work.call()
 
-            return Work(call, work.items, work.flop, work.bytes)
+            return replace(work, call=call)
 
         return prepared
 
@@ -241,7 +216,7 @@ def _mamba_ssm_works() -> bool:
     try:
         load_backend("cuda")
     except UserError as error:
-        print(f"left out: {error}", file=sys.stderr)
+        print(f"skipped: {error}", file=sys.stderr)
         return False
     return True
 
@@ -266,7 +241,7 @@ def scans(gpu: GPU) -> Iterator[dict]:
             yield from gpu.rows(f"scan of {shape}, {title}", contenders)
 
 
-def scan(gpu: GPU, backend: str, b: int, l: int, d: int, state: bool) -> Work:
+def scan(gpu: GPU, backend: str, b: int, l: int, d: int, state: bool) -> Contender:
     def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device=gpu.device).to(dtype)
 
@@ -285,7 +260,7 @@ def scan(gpu: GPU, backend: str, b: int, l: int, d: int, state: bool) -> Work:
         results = module.selective_scan(*inputs, return_state=state)
         torch.autograd.grad(results[: len(gradients)], inputs, gradients)
 
-    return Work(call, b * l)
+    return Contender(call, b * l)
 
 
 def prefills(gpu: GPU) -> Iterator[dict]:
@@ -293,15 +268,18 @@ def prefills(gpu: GPU) -> Iterator[dict]:
     for name, (d_model, n_layer, _) in gpu.sizes.models.items():
         for rows, length in gpu.sizes.prefills:
 
-            def prefill(model_name: str, shape=(d_model, n_layer), size=(rows, length)) -> Work:
+            def prefill(
+                model_name: str, shape=(d_model, n_layer), size=(rows, length)
+            ) -> Contender:
                 model = Model(model_name, *shape, gpu.device)
                 tokens = size[0] * size[1]
-                return Work(model.prefill(*size), tokens, tokens * model.product_flop())
+                flop = tokens * model.product_flop()
+                return Contender(model.prefill(*size), tokens, flop=flop)
 
             yield from gpu.rows(f"prefill {name}, {rows} x {length}", contenders(gpu, prefill))
 
 
-def contenders(gpu: GPU, work: Callable[[str], Work]) -> dict[str, Callable[[], Work]]:
+def contenders(gpu: GPU, work: Callable[[str], Contender]) -> dict[str, Callable[[], Contender]]:
     """Of the peers, and of ours with each backend; `work` takes a model's name."""
     found = {peer: functools.partial(work, peer) for peer in gpu.peers}
     ours = functools.partial(work, "ours")
@@ -314,12 +292,13 @@ def generations(gpu: GPU) -> Iterator[dict]:
     for name, (d_model, n_layer, _) in gpu.sizes.models.items():
         for rows in gpu.sizes.decodes:
 
-            def work(model_name: str, shape=(d_model, n_layer), rows=rows) -> Work:
+            def work(model_name: str, shape=(d_model, n_layer), rows=rows) -> Contender:
                 model = Model(model_name, *shape, gpu.device)
                 call = model.generation(rows, gpu.sizes.prompt, new)
                 states = 2 * model.state_bytes(rows, 2 * shape[0], shape[1])  # read, written
                 prompt = rows * gpu.sizes.prompt * model.product_flop()
-                return Work(call, rows * new, prompt, new * (model.weight_bytes() + states))
+                moved = new * (model.weight_bytes() + states)
+                return Contender(call, rows * new, flop=prompt, num_bytes=moved)
 
             yield from gpu.rows(f"decode {name}, {rows} rows", contenders(gpu, work))
 
@@ -331,11 +310,12 @@ def training(gpu: GPU, batches: dict[str, tuple[list[Item], int]]) -> Iterator[d
 
         def work(
             model_name: str, forked=False, shape=(d_model, n_layer), examples=examples
-        ) -> Work:
+        ) -> Contender:
             model = Model(model_name, *shape, gpu.device)
             tokens = num_tokens(examples if forked else map(whole, examples))
             step = model.training_step(examples, forked)
-            return Work(step, len(examples), 3 * tokens * model.product_flop())
+            flop = 3 * tokens * model.product_flop()
+            return Contender(step, len(examples), flop=flop)
 
         forked = {
             f"ours, {backend}, forked": gpu.on(backend, functools.partial(work, "ours", True))
@@ -353,11 +333,11 @@ def answering(gpu: GPU, passages: list[list[Example]], tokenizer) -> Iterator[di
     new = min(gpu.sizes.new_tokens, 16)
     for name, (d_model, n_layer, _) in gpu.sizes.models.items():
 
-        def work(prompts: list, shape=(d_model, n_layer)) -> Work:
+        def work(prompts: list, shape=(d_model, n_layer)) -> Contender:
             model = Model("ours", *shape, gpu.device)
             answerer = Answerer(model.for_inference(), tokenizer, new, 1 << 16)
             answerer.stop_ids = set()
-            return Work(lambda: list(answerer.answer(prompts)), len(prompts))
+            return Contender(lambda: list(answerer.answer(prompts)), len(prompts))
 
         ways = {"unforked": whole_prompts, "forked": prompts}
         yield from gpu.rows(

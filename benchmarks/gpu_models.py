@@ -106,7 +106,7 @@ class Model:
         return call
 
     def product_flop(self) -> float:
-        """FLOP of all layers' products in one token's forward pass; the head is left out."""
+        """FLOP of all layers' products in one token's forward pass; without the head."""
         parameters = self.module.named_parameters()
         return 2.0 * sum(p.numel() for name, p in parameters if name.endswith("proj.weight"))
 

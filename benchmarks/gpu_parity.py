@@ -41,7 +41,7 @@ def parity(
             yield _row(title, merged)
 
 
-# state: one goes in; keep: one comes out; fork: rows go on from rows of a state; padded: rows of
+# state: one goes in; keep: one comes out; fork: rows continue from rows of a state; padded: rows of
 # unlike lengths; grad: with gradients.
 CASES = {
     "from zero, none kept": {"state": False, "keep": False},

@@ -49,11 +49,11 @@ def parse_benchmark_args(
 
 
 def installed(*modules: str) -> bool:
-    """Whether the peers' modules are here; if not, say on stderr that they are left out."""
+    """Whether the peers' modules are here; if not, report on stderr that they are skipped."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"{', '.join(missing)}: not installed, left out; "
+            f"{', '.join(missing)}: not installed, skipped; "
             "pip install -r requirements-benchmarks.txt",
             file=sys.stderr,
         )
@@ -62,17 +62,39 @@ def installed(*modules: str) -> bool:
 
 @dataclass(frozen=True)
 class Contender:
-    """A call that handles so many items, and for them so many tokens."""
+    """A call that handles so many items, and for them so many tokens. flop and num_bytes are the
+    least work that it must do: the FLOP of its matrix products, and the bytes that it must move."""
 
     call: Callable[[], object]
     items: int = 1
     tokens: int = 0
+    flop: float = 0.0
+    num_bytes: float = 0.0
 
-    def time(self) -> float:
-        """Seconds of one call."""
+    def time(self, calls: int = 1) -> float:
+        """Seconds per call, of several in a row; a GPU has finished before and after them."""
+        _wait_for_gpu()
         started = time.perf_counter()
-        self.call()
-        return time.perf_counter() - started
+        for _ in range(calls):
+            self.call()
+        _wait_for_gpu()
+        return (time.perf_counter() - started) / calls
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def repeat(contender: Contender, rounds: int, patience: float, shortest: float) -> list[float]:
+    """Seconds per call in each round of one contender, after one call that compiles and captures.
+    A round takes `shortest` seconds at least; no round begins after `patience` seconds."""
+    contender.time()
+    calls = max(int(shortest / contender.time()), 1)
+    seconds = [contender.time(calls)]
+    while len(seconds) < rounds and sum(seconds) * calls < patience:
+        seconds.append(contender.time(calls))
+    return seconds
 
 
 class Worker:

@@ -3,7 +3,7 @@
     python -m data.make_recall wiki.train.txt results/recall.jsonl
 
 A name or a number that recurs in a passage is masked in one place, and asked for: the question is
-the sentence with the blank, the answer stands elsewhere in the passage (Ram et al. 2021, "Few-Shot
+the sentence with the blank, the answer occurs elsewhere in the passage (Ram et al. 2021, "Few-Shot
 Question Answering by Pretraining Span Selection"). Up to five such spans of a passage are masked,
 each in a sentence of its own, so that all of its questions share one context. TEXT holds a
 paragraph a line, as WikiText does, whose marks (` @-@ `, blanks before commas) are taken out.
@@ -94,7 +94,7 @@ def questions(passage: str, rng: random.Random) -> list[Example]:
 
 
 def recurring_spans(passage: str) -> list[list[tuple[int, int]]]:
-    """Where each name or number stands that the passage holds twice or more."""
+    """The places of each name or number that the passage contains twice or more."""
     places: dict[str, list[tuple[int, int]]] = {}
     for match in _NAME_OR_NUMBER.finditer(passage):
         if len(match[0].split()) <= SPAN_WORDS and not _is_common(match, passage):

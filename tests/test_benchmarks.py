@@ -102,7 +102,7 @@ def test_gpu_in_a_dry_run(monkeypatch, tmp_path, capsys):
     assert {name.split()[0] for name in rows} == {"scan", "prefill", "decode", "train", "answer"}
     assert all(row["seconds"] > 0 and row["items/s"] > 0 for row in rows.values())
     assert rows["decode tiny, 2 rows: transformers"]["ratio"] == 1.0
-    assert "left out: the cuda selective scan is not installed" in capsys.readouterr().err
+    assert "skipped: the cuda selective scan is not installed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def dry_gpu():
 
 
 def test_a_contender_that_fails_is_a_row_that_says_so(dry_gpu):
-    def fails() -> gpu.Work:
+    def fails() -> timing.Contender:
         raise RuntimeError("no memory\nand so on")
 
-    works = gpu.Work(lambda: None, items=3)
+    works = timing.Contender(lambda: None, items=3)
     first, second = dry_gpu.rows("x", {"a": fails, "b": lambda: works})
     assert first["name"] == "x: a (RuntimeError: no memory)" and first["seconds"] is None
     assert second["name"] == "x: b" and second["ratio"] == 1.0
@@ -126,8 +126,10 @@ def test_a_contender_that_fails_is_a_row_that_says_so(dry_gpu):
 def test_the_share_of_the_limit(dry_gpu, monkeypatch):
     monkeypatch.setattr(dry_gpu, "flop_rate", 100.0)
     monkeypatch.setattr(dry_gpu, "byte_rate", 10.0)
-    monkeypatch.setattr(dry_gpu, "measure", lambda call: (4.0, 2_000_000_000))
-    (row,) = dry_gpu.rows("x", {"a": lambda: gpu.Work(lambda: None, 8, flop=100.0, bytes=10.0)})
+    monkeypatch.setattr(dry_gpu, "measure", lambda contender: (4.0, 2_000_000_000))
+    (row,) = dry_gpu.rows(
+        "x", {"a": lambda: timing.Contender(lambda: None, 8, flop=100.0, num_bytes=10.0)}
+    )
     assert row | {"name": ""} == {
         "name": "", "seconds": 4.0, "ratio": 1.0, "items/s": 2.0, "of_limit": 0.5, "peak_GB": 2.0,
     }  # fmt: skip
@@ -263,7 +265,7 @@ def test_bench_console(in_process, monkeypatch, tmp_path, capsys):
     rows = rows_of(path)
     assert rows["ours: one question"]["ratio"] == 1.0
     tasks = ("first token of the first question", "first token of a later one", "one question",
-             "all questions", "all questions, each read anew")  # fmt: skip
+             "all questions", "all questions, the context read for each")  # fmt: skip
     assert {f"ours: {task}" for task in tasks} | {"transformers: one question"} <= rows.keys()
     assert "3 of 3 answers from the kept state equal those of whole prompts" in (
         capsys.readouterr().out

@@ -33,7 +33,7 @@ from studies.base_model.processes import process_pool
 from studies.base_model.text_files import Document, read_documents
 
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
-_SPANS = {  # the kind of a span, and what stands in its place in the question; dates come first
+_SPANS = {  # the kind of a span, and what replaces it in the question; dates come first
     "date": (
         rf"(?:\d{{1,2}} (?:{_MONTHS})(?: \d{{4}})?|(?:{_MONTHS}) \d{{1,2}}(?:, \d{{4}})?)",
         "what date",

@@ -3,7 +3,7 @@
     python -m studies.base_model.mix_reader_data squad/train_82k.jsonl.xz qa/*.jsonl.xz \\
         --output data/reader.jsonl
 
-Reads JSONL with context, question, answers, compressed or not. A question is left out where its
+Reads JSONL with context, question, answers, compressed or not. A question is skipped where its
 first answer is not in its context. Ids and titles begin with the file's name, so that no two files
 share one; a file's answers are cut to the first, which is what training reads.
 """
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     add("files", nargs="+", metavar="FILE", help=".jsonl or .jsonl.xz")
     add("--output", required=True, metavar="FILE", help="JSONL")
     add("--longest", type=positive_int, default=2000, metavar="N",
-        help="characters of a context; longer ones are left out (default: 2000)")  # fmt: skip
+        help="characters of a context; longer ones are skipped (default: 2000)")  # fmt: skip
     return parser.parse_args()
 
 

@@ -4,7 +4,7 @@
 
 Exact match on answerable and on unanswerable questions: first on passages of ten fresh seeds, which
 no choice was made by; then on the file, the model's also by facts per passage. At the end, how many
-unanswerable copies (--negatives) their contexts answer, by what the generator knows of them.
+negatives (--negatives) their contexts answer, by what the generator knows of them.
 """
 
 from common.script import run_script
@@ -60,9 +60,9 @@ def main(args: argparse.Namespace) -> None:
 
     answerable = [e for e in examples if e.is_answerable]
     contexts = NegativeSampler(examples).contexts(epoch=0)
-    swapped = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
-    pairs = list(zip(swapped, (e.question for e in answerable), strict=True))
-    print(f"contexts swapped: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
+    other_contexts = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
+    pairs = list(zip(other_contexts, (e.question for e in answerable), strict=True))
+    print(f"on other contexts: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
 
     handwritten = read_examples(HANDWRITTEN)
     said = answers(answerer, [(e.context, e.question) for e in handwritten])
@@ -79,9 +79,9 @@ def main(args: argparse.Namespace) -> None:
     passages = {passage.context: passage for passage, _ in validation_passages(NUM_PASSAGES)}
     print()
     for kind in ("random", "hard"):
-        copies = unanswerable_copies(examples, kind)
-        answered = [passages[c.context].answer_to(c.question) is not None for c in copies]
-        print(f"{kind} copies that their context answers: {sum(answered)} of {len(copies)}")
+        negatives = unanswerable_copies(examples, kind)
+        answered = [passages[c.context].answer_to(c.question) is not None for c in negatives]
+        print(f"{kind} negatives that their context answers: {sum(answered)} of {len(negatives)}")
 
 
 def print_fresh_seeds(answerer: Answerer, seeds: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ def print_row(
 
 
 def nearest_phrase(example: Example, kind: str) -> str:
-    """The phrase of the asked-for type that stands nearest to the name in the question.
+    """The phrase of the asked-for type that is nearest to the name in the question.
 
     The type is taken from the reference, where there is one: an upper bound on this heuristic.
     """

@@ -188,7 +188,7 @@ def _answers(row: dict) -> tuple[str, ...]:
 
 
 class Promotion(TrainerCallback):
-    """Every `interval` steps: save, ask fresh questions of the present stage; if passed, go on."""
+    """Every `interval` steps: save, ask fresh questions; if passed, take the next stage."""
 
     def __init__(
         self, answerer: Answerer, curriculum: Curriculum, interval: int, save: Callable[[], None]
@@ -228,7 +228,7 @@ class Promotion(TrainerCallback):
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("output", metavar="DIR", help="folder of the new model")
-    parser.add_argument("--model", help="folder to go on from (default: random weights)")
+    parser.add_argument("--model", help="folder to continue from (default: random weights)")
     parser.add_argument(
         "--first_stage", type=int, choices=range(len(STAGES)), default=0, help="default: 0"
     )
@@ -268,7 +268,7 @@ def main(args: argparse.Namespace) -> None:
         warmup_steps=100,
         weight_decay=0.05,
         logging_steps=250,
-        save_strategy="no",  # a curriculum cannot be gone on with
+        save_strategy="no",  # a curriculum cannot be resumed
         seed=args.seed,
     )
     training = PrefixSuffixTrainer(model, arguments, curriculum, lambda example: example, tokenizer)

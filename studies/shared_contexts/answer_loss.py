@@ -1,4 +1,4 @@
-"""Does a model read its context? Held-out answer loss with true and with permuted contexts.
+"""Does a model read its context? Held-out answer loss with true and with other contexts.
 
     python -m studies.shared_contexts.answer_loss MODEL DATA [--num_resamples 2000]
 
@@ -43,15 +43,15 @@ def main(args: argparse.Namespace) -> None:
     others = NegativeSampler(examples).contexts(epoch=0)
     true, tokens = answer_losses(model, tokenizer, examples, args.batch_size)
     # The answer stays the target on the other context: this asks what the context contributes.
-    swapped = [replace(e, context=context) for e, context in zip(examples, others, strict=True)]
-    permuted, _ = answer_losses(model, tokenizer, swapped, args.batch_size)
+    replaced = [replace(e, context=context) for e, context in zip(examples, others, strict=True)]
+    other, _ = answer_losses(model, tokenizer, replaced, args.batch_size)
 
     places = {context: place for place, context in enumerate({e.context: None for e in examples})}
     context = np.array([places[example.context] for example in examples])
-    by_context = [np.bincount(context, weights) for weights in (true, permuted, tokens)]
+    by_context = [np.bincount(context, weights) for weights in (true, other, tokens)]
 
-    def difference(true, permuted, tokens, axis=-1):
-        return (permuted.sum(axis) - true.sum(axis)) / tokens.sum(axis)
+    def difference(true, other, tokens, axis=-1):
+        return (other.sum(axis) - true.sum(axis)) / tokens.sum(axis)
 
     interval = bootstrap(
         by_context,
@@ -63,9 +63,9 @@ def main(args: argparse.Namespace) -> None:
     ).confidence_interval
     print(f"{len(examples)} questions on {len(places)} contexts, {int(tokens.sum())} answer tokens")
     print(f"answer loss on true contexts      {true.sum() / tokens.sum():.4f}")
-    print(f"answer loss on permuted contexts  {permuted.sum() / tokens.sum():.4f}")
+    print(f"answer loss on other contexts  {other.sum() / tokens.sum():.4f}")
     print(
-        f"difference                        {difference(true, permuted, tokens):.4f}"
+        f"difference                        {difference(true, other, tokens):.4f}"
         f"   95 % interval {interval.low:.4f} to {interval.high:.4f}"
     )
 

@@ -142,7 +142,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 
 class Looks(TrainerCallback):
-    """Measures the held-out loss LOOKS times a run; the clock stands still meanwhile."""
+    """Measures the held-out loss LOOKS times a run; the clock is stopped meanwhile."""
 
     def __init__(self, args, model, tokenizer, row: dict, batch_size: int, steps: int):
         self.examples = [e for e in read_examples(args.held_out) if e.is_answerable][:600]
