@@ -170,7 +170,7 @@ def test_streams_that_are_closed_or_full(redirection, code, said):
         ["/bin/sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert process.returncode == code and "Traceback" not in process.stderr
-    assert process.stderr.endswith(message)
+    assert process.stderr.endswith(said)
 
 
 def test_n_shot_scripts_ask_without_a_context(trained, tmp_path):

@@ -55,7 +55,7 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def reciter(tokenizer, text: str, logit: float = 10.0) -> MambaLM:
-    """A model that generates `text` and then end-of-text after any prompt, with known probabilities.
+    """A model that generates `text` and end-of-text after any prompt, with known probabilities.
 
     Its layers add nothing, so that only the last token counts: each token of the text has its own
     dimension, for which the head gives the next token `logit` and all others 0.
