@@ -148,9 +148,10 @@ class ResultsFile:
             seen.add(idx)
         if rows:  # the row of a run that was killed may lack its end
             self.rows = rows
-            with named_errors(self.path):
-                os.ftruncate(self.descriptor, size)
-            self._note_content(data[:size])
+            if size < len(data):
+                with named_errors(self.path):
+                    os.ftruncate(self.descriptor, size)
+                self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
         if len(rows) < len(self.examples):
             self._warn_of_other_versions()
