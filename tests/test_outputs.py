@@ -15,7 +15,7 @@ from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
 EVAL, N_SHOT, REPORT = "eval_mamba_with_context", "eval_n_shot_mamba", "report_results"
-PREPARE, RECALL, SWAP = "data.prepare_squad", "data.make_recall", "data.swap_contexts"
+PREPARE, RECALL, SWAP = "data.prepare_squad", "data.make_recall", "data.make_negatives"
 MODEL = ROOT / "models/demo"
 ROWS = [
     {"context": "Bo is a cat.", "prompt": "Who is Bo?", "response": "a cat"},

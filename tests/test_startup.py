@@ -52,7 +52,7 @@ TYPOS = {  # arguments of which one is a path that is not there, the last word o
     "report_results": [(["{}/nope"], "nope")],
     "data.prepare_squad": [(["{}/nope", "{}/out"], "nope")],
     "data.make_recall": [(["{}/nope", "{}/out"], "nope")],
-    "data.swap_contexts": [(["{}/nope", "{}/out"], "nope")],
+    "data.make_negatives": [(["{}/nope", "{}/out"], "nope")],
 }
 SCRIPTS = [*TYPOS, "query_results"]
 WATCHED = """
@@ -177,7 +177,7 @@ EVALUATE = [MODEL, DATA, "out.jsonl"]
         ("data.prepare_squad", [DATA, "out.jsonl", "--limit", "0"]),
         ("data.prepare_squad", [DATA, "out.jsonl", "--limit", HUGE]),
         ("data.make_recall", ["README.md", "out.jsonl", "--seed", HUGE]),
-        ("data.swap_contexts", [DATA, "out.jsonl", "--seed", HUGE]),
+        ("data.make_negatives", [DATA, "out.jsonl", "--seed", HUGE]),
     ],
 )
 def test_flags_out_of_range_are_refused(script, arguments):
@@ -204,7 +204,7 @@ EMPTY = {  # arguments of which one is empty
     "query_results": [["", "SELECT 1"], ["{}/results.jsonl", "", "SELECT 1"], [DATA, ""]],
     "data.prepare_squad": [[DATA, "{}/out.jsonl", "--ids", ""], [DATA, ""]],
     "data.make_recall": [["README.md", ""]],
-    "data.swap_contexts": [[DATA, "{}/out.jsonl", "--contexts", ""]],
+    "data.make_negatives": [[DATA, "{}/out.jsonl", "--contexts", ""]],
 }
 
 

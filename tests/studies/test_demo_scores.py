@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from context_qa.answering import Answerer
-from data import swap_contexts
+from data import make_negatives
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, read_examples
 from studies.demo_model.make_demo import POOLS
@@ -68,7 +68,7 @@ def test_swapped_contexts_are_unanswerable_and_another_draw_by_seed(tmp_path):
     drawn = []
     for seed in (0, 0, 5):
         output = tmp_path / f"swapped{len(drawn)}.jsonl"
-        swap_contexts.main(
+        make_negatives.main(
             SimpleNamespace(data=str(data), output=str(output), contexts=str(others), seed=seed)
         )
         examples = read_examples(str(output))

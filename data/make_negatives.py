@@ -1,7 +1,7 @@
 """Ask every question over another context, where "I don't know." is the right answer.
 
-    python -m data.swap_contexts data/demo/validation.jsonl results/swapped.jsonl
-    python -m data.swap_contexts questions.jsonl results/swapped.jsonl --contexts other.jsonl
+    python -m data.make_negatives data/demo/validation.jsonl results/swapped.jsonl
+    python -m data.make_negatives questions.jsonl results/swapped.jsonl --contexts other.jsonl
 
 Only answerable questions are taken; no chosen context holds one of a question's answers. With
 --contexts, all contexts come from that file, so that they are new to a model trained on the first.
