@@ -18,7 +18,7 @@ from common.provenance import describe_run, sha256
 from context_qa.answering import Answerer
 from context_qa.arguments import MAX_BATCH_TOKENS, MAX_NEW_TOKENS, SLIDING_WINDOW, Data
 from context_qa.data_warnings import data_warnings, model_warnings
-from context_qa.negatives import unanswerable_copies
+from context_qa.negatives import make_negatives
 from context_qa.results.metrics import PARTS, SCORES, tuned_threshold
 from context_qa.results.reading import RESULTS
 from context_qa.results.results_file import ResultsFile
@@ -143,7 +143,7 @@ class _Run:
         examples = self.data[source][:limit]
         if self.settings.negatives is None:
             return _Questions(source, examples, None)
-        copies = unanswerable_copies(examples, self.settings.negatives)
+        copies = make_negatives(examples, self.settings.negatives)
         return _Questions(source, examples + copies, len(examples))
 
     def tune(self, source: str, scored: _Questions) -> float:

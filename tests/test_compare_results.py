@@ -16,12 +16,12 @@ from context_qa.results.rows import Answer, result_row
 from squad_utils import NO_ANSWER, Example
 
 
-def rows(guesses: list[str], start: int = 0, copies: bool = False) -> list[dict]:
+def rows(guesses: list[str], start: int = 0, are_negatives: bool = False) -> list[dict]:
     """Every third question is unanswerable, the others' answer is x."""
     found = []
     for idx, guess in enumerate(guesses, start=start):
-        answers = () if copies or idx % 3 == 2 else ("x",)
-        mark = "#random" if copies else ""
+        answers = () if are_negatives or idx % 3 == 2 else ("x",)
+        mark = "#random" if are_negatives else ""
         example = Example(f"q{idx}{mark}", f"Context {idx // 4}.", f"Who is {idx}?", answers)
         found.append(result_row(idx, example, Answer(guess, 0.5, 0.25, 0.5, 10, 1)))
     return found
@@ -134,10 +134,10 @@ def test_one_article_has_no_intervals_and_no_text_speaks_of_one(run, tmp_path):
 
 
 def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tmp_path):
-    copies_a = rows([NO_ANSWER] * 3, start=9, copies=True)
-    copies_b = rows(["x", NO_ANSWER], start=9, copies=True)
-    a = write(tmp_path / "a", rows(A) + copies_a, first_negative=9)
-    b = write(tmp_path / "b", rows(B) + copies_b)
+    negatives_a = rows([NO_ANSWER] * 3, start=9, are_negatives=True)
+    negatives_b = rows(["x", NO_ANSWER], start=9, are_negatives=True)
+    a = write(tmp_path / "a", rows(A) + negatives_a, first_negative=9)
+    b = write(tmp_path / "b", rows(B) + negatives_b)
     found = compared(run, a, b)
     assert (found["num_questions"], found["num_left_out"]) == (11, 1)
     entry = found["differences"]["negatives_exact_match"]

@@ -15,7 +15,7 @@ from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
 EVAL, N_SHOT, REPORT = "eval_mamba_with_context", "eval_n_shot_mamba", "report_results"
-PREPARE, RECALL, SWAP = "data.prepare_squad", "data.make_recall", "data.make_negatives"
+PREPARE, RECALL, NEGATIVES = "data.prepare_squad", "data.make_recall", "data.make_negatives"
 MODEL = ROOT / "models/demo"
 ROWS = [
     {"context": "Bo is a cat.", "prompt": "Who is Bo?", "response": "a cat"},
@@ -165,7 +165,7 @@ def test_a_models_files_are_not_replaced(refused, folder, name):
     assert "something else" in refused(REPORT, "r.jsonl", "--output", f"model/{name}")
 
 
-def test_data_and_output_swapped(refused):
+def test_data_and_output_exchanged(refused):
     assert "data.jsonl: holds something else than results" in refused(
         EVAL, MODEL, "r.jsonl", "data.jsonl"
     )
@@ -223,7 +223,7 @@ def test_another_page_is_replaced_by_overwriting_alone(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "source"), [(PREPARE, "data.jsonl"), (RECALL, "text.txt"), (SWAP, "data.jsonl")]
+    ("script", "source"), [(PREPARE, "data.jsonl"), (RECALL, "text.txt"), (NEGATIVES, "data.jsonl")]
 )
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_prepared_data_replaces_nothing(refused, folder, script, source, content):
@@ -241,7 +241,7 @@ def test_lists_and_contexts_that_are_read_are_kept(refused, folder):
         PREPARE, "data.jsonl", "ids.txt", "--ids", "ids.txt", flag=False
     )
     arguments = ("data.jsonl", "other.jsonl", "--contexts", "other.jsonl")
-    assert "is read too" in refused(SWAP, *arguments, flag=False)
+    assert "is read too" in refused(NEGATIVES, *arguments, flag=False)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_what_was_evaluated(report):
 def test_without_a_summary(report):
     html = report(ROWS)
     assert '<h1 dir="auto">made.jsonl</h1>' in html and "No summary stands beside" in html
-    assert "bootstrap over 6 questions" in html  # none of them known to be a copy
+    assert "bootstrap over 6 questions" in html  # none of them is known as a negative
 
 
 def test_warnings_of_the_run_are_shown(report):
@@ -383,7 +383,7 @@ def test_files_without_results(fail, results, tmp_path):
     results.write_text("[]\n")
     assert f"{results} line 1: not a JSON object" in fail(results)
     write(results, ROWS[5:], SUMMARY)
-    assert "results.jsonl: unanswerable copies alone" in fail(results)
+    assert "results.jsonl: only negatives" in fail(results)
     assert not results.with_suffix(".html").exists()
 
 

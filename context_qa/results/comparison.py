@@ -37,8 +37,8 @@ def compare(path_a: str, path_b: str) -> dict:
 
 
 def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int | None, int]:
-    """Rows of the questions that are in both files, in the same order, the idx of the first copy
-    among them, and how many are in one only. UserError where the data was not the same."""
+    """Rows of the questions that are in both files, in the same order, the idx of the first
+    negative among them, and how many are in one only. UserError where the data was not the same."""
     (by_idx_a, first_a), (by_idx_b, first_b) = by_idx(path_a), by_idx(path_b)
     common = sorted(by_idx_a.keys() & by_idx_b.keys())
     for idx in common:
@@ -64,7 +64,7 @@ def differing_data(row_a: dict, row_b: dict) -> list[str]:
 
 
 def by_idx(path: str) -> tuple[dict[int, dict], int | None]:
-    """The rows by their idx, and that of the first copy."""
+    """The rows by their idx, and the idx of the first negative."""
     rows = read_results(path, warn=True)
     found = {row["idx"]: row for row in rows}
     if len(found) < len(rows):

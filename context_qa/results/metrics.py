@@ -43,8 +43,8 @@ class Bins(NamedTuple):
 
 
 def is_negative(row: Mapping, first_negative: int | None) -> bool:
-    """Whether a row is of an unanswerable copy, which come after the data's own questions, from the
-    idx first_negative on; None: there are none."""
+    """Whether a row is a negative's. Negatives are after the data's own questions, from the idx
+    first_negative on; None: there are none."""
     return first_negative is not None and row["idx"] >= first_negative
 
 

@@ -77,12 +77,13 @@ PAGE = Kind("a page of results", _is_page)
 
 def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: bool = False) -> str:
     """The page of a results file called `name`, of its rows and the summary beside it, which may be
-    empty; is_torn: whether its last line is. Raises UserError if the rows are unanswerable copies
-    alone."""
+    empty; is_torn: whether its last line is. Raises UserError if all rows are negatives."""
     articles, first_negative = articles_by_idx(summary, rows), find_first_negative(summary, rows)
     own = metrics.parts(rows, first_negative).get("")
     if own is None:
-        raise UserError(f"{name}: unanswerable copies alone; give it the data's own questions too")
+        raise UserError(
+            f"{name}: contains only negatives; give a file that has the data's own questions"
+        )
     found = metrics.summarize(rows, articles, first_negative)
     filled = {
         "title": _title(summary, name),
@@ -210,7 +211,7 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
     kinds = {
         "has_answer_": "with an answer",
         "no_answer_": "without an answer",
-        "negatives_": "negatives (own questions, asked once more where they have no answer)",
+        "negatives_": "negatives (own questions on another context, where they have no answer)",
     }
     counts = [
         f"{scores[f'{prefix}num_questions']:,} {kind}"

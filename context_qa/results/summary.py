@@ -88,18 +88,18 @@ def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> st
 
 
 def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None:
-    """The idx of the first unanswerable copy, which is after all of the data's own questions; None
-    where there is no copy, or no summary that says so."""
+    """The idx of the first negative, which is after all of the data's own questions; None without
+    negatives, and where no summary says so."""
     kind = summary.get("settings", {}).get("negatives")
     if kind is None or "first_negative" in summary:
         return summary.get("first_negative")
-    # Summaries of earlier versions name the kind alone: copies are the last rows, with ids that end
-    # in it, of questions that are there with an answer too.
+    # Summaries of earlier versions contain the kind only: negatives are the last rows, with ids
+    # that end in it, of questions that are there with an answer too.
     ordered = sorted(rows, key=lambda row: row["idx"], reverse=True)
     answerable = {(f"{row['id']}#{kind}", row["question"]) for row in rows if row["answers"]}
-    is_copy = (not r["answers"] and (r["id"], r["question"]) in answerable for r in ordered)
-    copies = list(itertools.takewhile(bool, is_copy))
-    return ordered[len(copies) - 1]["idx"] if copies else None
+    is_negative = (not r["answers"] and (r["id"], r["question"]) in answerable for r in ordered)
+    count = sum(itertools.takewhile(bool, is_negative))
+    return ordered[count - 1]["idx"] if count else None
 
 
 def articles_by_idx(summary: Mapping, rows: Iterable[Mapping]) -> dict[int, str]:

@@ -4,7 +4,7 @@
 
 Exact match on answerable and on unanswerable questions: first on passages of ten fresh seeds, which
 no choice was made by; then on the file, the model's also by facts per passage. At the end, how many
-unanswerable copies (--negatives) their contexts answer, by what the generator knows of them.
+negatives (--negatives) their contexts answer, by what the generator knows of them.
 """
 
 from common.script import run_script
@@ -20,7 +20,7 @@ import numpy as np
 
 from common.command_line import Parser, positive_int
 from context_qa.answering import Answerer
-from context_qa.negatives import NegativeSampler, unanswerable_copies
+from context_qa.negatives import NegativeSampler, make_negatives
 from context_qa.results.metrics import mean_intervals
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, prompt_parts, read_examples
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     print_row("nearest same-type phrase", examples, nearest)
 
     answerable = [e for e in examples if e.is_answerable]
-    contexts = NegativeSampler(examples).contexts(epoch=0)
+    contexts = NegativeSampler(examples).draw_contexts(epoch=0)
     swapped = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
     pairs = list(zip(swapped, (e.question for e in answerable), strict=True))
     print(f"contexts swapped: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
@@ -79,9 +79,9 @@ def main(args: argparse.Namespace) -> None:
     passages = {passage.context: passage for passage, _ in validation_passages(NUM_PASSAGES)}
     print()
     for kind in ("random", "hard"):
-        copies = unanswerable_copies(examples, kind)
-        answered = [passages[c.context].answer_to(c.question) is not None for c in copies]
-        print(f"{kind} copies that their context answers: {sum(answered)} of {len(copies)}")
+        negatives = make_negatives(examples, kind)
+        answered = [passages[c.context].answer_to(c.question) is not None for c in negatives]
+        print(f"{kind} negatives that their context answers: {sum(answered)} of {len(negatives)}")
 
 
 def print_fresh_seeds(answerer: Answerer, seeds: Sequence[int]) -> None:
