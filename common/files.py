@@ -112,10 +112,10 @@ def check_output(path: str | Path, kind: Kind | None, overwrite: bool = False) -
     if kind is None:
         raise UserError(f"{path}: exists and is not replaced; remove it or give another path")
     if not is_ours:
-        complaint = f"holds something else than {kind.name} and is not replaced"
+        complaint = f"contains something else than {kind.name} and is not replaced"
         raise UserError(f"{path}: {complaint}; move it away or give another path")
     if not overwrite:
-        raise UserError(f"{path}: holds {kind.name}; give another path or --overwrite")
+        raise UserError(f"{path}: contains {kind.name}; give another path or set overwrite")
 
 
 def write_output(
@@ -164,7 +164,7 @@ def new_folder(output: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         first = min((path.name for path in folder.iterdir()), default=None)
     if first is not None:
-        raise UserError(f"{folder}: holds other things ({first}); give another folder")
+        raise UserError(f"{folder}: contains other files ({first}); give another folder")
     require_writable(folder)
     return folder
 

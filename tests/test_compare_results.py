@@ -133,7 +133,7 @@ def test_one_article_has_no_intervals_and_no_text_speaks_of_one(run, tmp_path):
     )
 
 
-def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tmp_path):
+def test_negatives_are_compared_apart_and_those_in_one_file_only_are_skipped(run, tmp_path):
     negatives_a = rows([NO_ANSWER] * 3, start=9, are_negatives=True)
     negatives_b = rows(["x", NO_ANSWER], start=9, are_negatives=True)
     a = write(tmp_path / "a", rows(A) + negatives_a, first_negative=9)
@@ -142,7 +142,7 @@ def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tm
     assert (found["num_questions"], found["num_left_out"]) == (11, 1)
     entry = found["differences"]["negatives_exact_match"]
     assert (entry["a"], entry["b"]) == (100.0, 50.0)
-    assert "1 in one file only are left out" in run(a, b)
+    assert "1 in one file only are skipped" in run(a, b)
     # What the test and the flipped questions are about is "all", as in the table.
     assert found["mcnemar_p"] == 1.0 and len(found["only_b_right"]) == 2
     assert [row["idx"] for row in found["only_a_right"]] == [1, 8]
@@ -167,7 +167,7 @@ def test_files_without_a_common_question_are_refused(fail, tmp_path):
     assert "no question is in both" in fail(a, b)
     assert "missing: cannot be read" in fail(a, tmp_path / "missing")
     twice = write(tmp_path / "twice", rows(A) + rows(A[:1]))
-    assert "twice: an idx is there twice" in fail(a, twice)
+    assert "twice: an idx occurs twice" in fail(a, twice)
 
 
 @pytest.mark.parametrize("rest", [["context"], [], ["context", "num_tokens"]])

@@ -152,7 +152,7 @@ def test_outputs_of_one_command_do_not_coincide(refused, folder):
 def test_what_is_not_ours_is_not_replaced_by_an_evaluation(refused, folder, content, derived):
     put(folder / f"x.jsonl{derived}", content)
     said = refused(EVAL, MODEL, "data.jsonl", "x.jsonl", "--tune_on", "other.jsonl")
-    assert said.startswith(f"x.jsonl{derived}: holds something else than ")
+    assert said.startswith(f"x.jsonl{derived}: contains something else than ")
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_what_is_not_ours_is_not_replaced_by_an_evaluation(refused, folder, cont
 def test_a_models_files_are_not_replaced(refused, folder, name):
     for model in ("model", MODEL):
         said = refused(EVAL, model, "data.jsonl", f"model/{name}")
-        assert f"model/{name}: holds something else than results" in said
+        assert f"model/{name}: contains something else than results" in said
     assert "something else" in refused(REPORT, "r.jsonl", "--output", f"model/{name}")
 
 
 def test_data_and_output_exchanged(refused):
-    assert "data.jsonl: holds something else than results" in refused(
+    assert "data.jsonl: contains something else than results" in refused(
         EVAL, MODEL, "r.jsonl", "data.jsonl"
     )
 
@@ -177,7 +177,7 @@ def test_a_summary_without_its_results_is_replaced_by_overwriting_alone(folder, 
     Path("r.jsonl").unlink()
     before = contents(folder)
     with pytest.raises(
-        UserError, match=r"no results, but r\.jsonl\.summary\.json is there, of an.*--ov"
+        UserError, match=r"no results, and r\.jsonl\.summary\.json is of an.*set ov"
     ):
         ResultsFile("r.jsonl", [], {"settings": {}})
     assert contents(folder) == before
@@ -191,7 +191,7 @@ def test_a_page_replaces_pages_alone(refused, folder, content, output):
     put(folder / output, content)
     arguments = [] if output == "r.html" else ["--output", output]
     said = refused(REPORT, "r.jsonl", *arguments)
-    assert said.startswith(f"{output}: holds something else than a page of results")
+    assert said.startswith(f"{output}: contains something else than a page of results")
 
 
 @pytest.mark.parametrize("output", ["data.jsonl", "other.jsonl", "r.jsonl.summary.json", "r.jsonl"])
@@ -215,7 +215,7 @@ def test_another_page_is_replaced_by_overwriting_alone(folder, monkeypatch):
     first = Path("r.html").read_bytes()
     report()  # which changes nothing
     Path("r.jsonl").write_text(json.dumps(RESULT | {"guess": "another"}) + "\n")
-    with pytest.raises(UserError, match=r"r\.html: holds a page of results; .* --overwrite"):
+    with pytest.raises(UserError, match=r"r\.html: contains a page of results; .* overwrite"):
         report()
     assert Path("r.html").read_bytes() == first
     report("--overwrite")
@@ -260,7 +260,7 @@ def test_the_learning_benchmark_adds_to_its_own_rows_alone(refused, folder, cont
     said = refused(
         "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "rows.jsonl", flag=False
     )
-    assert said.startswith("rows.jsonl: holds something else than rows of this benchmark")
+    assert said.startswith("rows.jsonl: contains something else than rows of this benchmark")
     assert "is read too" in refused(
         "studies.shared_contexts.learning", "data.jsonl", "other.jsonl", "other.jsonl", flag=False
     )
@@ -292,7 +292,7 @@ def test_new_models_and_tokenizers_are_written_into_new_folders(refused, folder,
     put(folder / "mine" / name, "mine")
     put(folder / "text.txt", "= A =\nBo met Ann.\n")
     said = refused("studies.base_model.train_tokenizer", "text.txt", "--output", "mine", flag=False)
-    assert said.startswith(f"mine: holds other things ({name})")
+    assert said.startswith(f"mine: contains other files ({name})")
     export = "studies.base_model.export_bfloat16"
     assert refused(export, MODEL, "mine", flag=False) == said
 
@@ -307,7 +307,7 @@ def test_a_base_models_run_begins_in_a_new_folder(refused, folder, name):
         "studies.base_model.train_base_model", "--config", MODEL, "--tokens", "tokens",
         "--output", "mine", "--max_steps", 1, "--held_out", 200, "--device", "cpu", flag=False,
     )  # fmt: skip
-    assert "mine: holds other things" in said or "log.jsonl: holds something else" in said
+    assert "mine: contains other files" in said or "log.jsonl: contains something else" in said
 
 
 @pytest.mark.parametrize("ending", [".bin", ".json", ".bin.partial"])

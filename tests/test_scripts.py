@@ -373,7 +373,8 @@ def test_results_outlive_a_run_that_cannot_start(fail, trained, tmp_path, script
     assert complaint.endswith("; give another path or move the file away")
     results.write_text("notes")
     for more in ([], ["--overwrite"]):
-        assert "results.jsonl: holds something else than results" in fail(script, *arguments, *more)
+        said = fail(script, *arguments, *more)
+        assert "results.jsonl: contains something else than results" in said
     row = result_row(0, Example("q", "c", "q", ()), Answer("x", 0.5, 0.5, 0.5, 1, 1))
     write_rows(results, [row])
     fail(script, *reading(script, "./none", trained.data, results), "--overwrite")

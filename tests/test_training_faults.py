@@ -365,7 +365,7 @@ def test_files_of_no_run_are_never_overwritten(record, train, tmp_path):
         (output / "training_args.json").write_text(record)
     before = {path: path.read_bytes() for path in output.rglob("*")}
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: holds"):
+        with pytest.raises(UserError, match=r"other things \(NOTE\.txt\)|README\.md: contains"):
             train(*more)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
 
@@ -374,7 +374,7 @@ def test_a_readme_of_the_users_own_is_never_overwritten(train):
     output = train(steps=2)
     (output / "README.md").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+        with pytest.raises(UserError, match=r"README\.md: contains something else than the card"):
             train(*more, steps=2)
     assert (output / "README.md").read_text() == "mine"
 
@@ -387,7 +387,7 @@ def test_a_readme_that_comes_during_training_is_kept(train, tmp_path, monkeypatc
         (tmp_path / "run/README.md").write_text("mine")
 
     monkeypatch.setattr(PrefixSuffixTrainer, "train", meanwhile)
-    with pytest.raises(UserError, match=r"README\.md: holds something else than the card of a"):
+    with pytest.raises(UserError, match=r"README\.md: contains something else than the card"):
         train(steps=2)
     assert (tmp_path / "run/README.md").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""The summary beside a results file: what a run was, and how complete it is."""
+"""The summary beside a results file: what made the results, and whether they are complete."""
 
 import bisect
 import itertools
@@ -22,8 +22,8 @@ def summary_path(path: str | Path) -> Path:
 
 
 def read_summary(path: str | Path, warns: bool = False) -> dict:
-    """The summary beside a results file; without what a hand has put out of shape, and empty where
-    there is none that can be read. warns: a line on stderr says what is ignored."""
+    """The summary beside a results file, without values of a wrong type; empty if it cannot be
+    read. warns: warn on stderr of what is ignored."""
     where = summary_path(path)
     try:
         summary = read_json(where)
@@ -71,8 +71,8 @@ SUMMARY = Kind("the summary of a run", _is_summary)
 
 
 def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> str | None:
-    """How a results file differs from that of a run that has ended, such as "is incomplete: 12 of
-    100 questions". None if it does not, or where a summary does not say."""
+    """Why a results file is not that of a complete run, such as "is incomplete: 12 of 100
+    questions". None if it is, and if no summary says otherwise."""
     asked = summary.get("num_questions")
     has_ended = summary.get("complete", True) is True
     if has_ended and not is_torn and asked in (None, num_rows):
@@ -103,8 +103,8 @@ def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None
 
 
 def articles_by_idx(summary: Mapping, rows: Iterable[Mapping]) -> dict[int, str]:
-    """The article of each row that has one, by idx, from a summary's run lengths; nothing where
-    these cannot be right."""
+    """The article of each row that has one, by idx, from a summary's run lengths; nothing if
+    these are impossible."""
     runs = summary.get("articles", [])
     if not all(isinstance(run, list) and [type(x) for x in run[1:]] == [int] for run in runs):
         return {}

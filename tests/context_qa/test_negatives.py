@@ -1,4 +1,4 @@
-"""Contexts of negatives: none of them answers the question, as far as words tell."""
+"""Contexts of negatives: none of them answers the question, as far as words show."""
 
 import json
 import unicodedata

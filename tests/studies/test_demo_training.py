@@ -170,7 +170,7 @@ def test_a_short_training_leaves_a_whole_model(tmp_path):
         "training_args.json", "NOTE.txt", "training_log.jsonl", "training_log.png",
     }  # fmt: skip
     assert load_model(str(tmp_path / "model")).config == load_model(CONFIG).config
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="contains other files"):
         demo.main(arguments)
     arguments.unanswerable = 1.0
     with pytest.raises(UserError, match="give a share below 1"):

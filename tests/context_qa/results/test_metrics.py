@@ -193,7 +193,7 @@ def test_answerability_by_its_definition(seed):
     assert curve.area == pytest.approx(area)
 
 
-def test_answerability_that_is_always_told():
+def test_perfect_answerability():
     rows = [row(i, ["x"] if i < 3 else [], no_answer=i / 10) for i in range(6)]
     assert metrics.answerability(rows).area == pytest.approx(100.0)
 
@@ -226,9 +226,9 @@ def test_thresholds_that_always_or_never_abstain(answers, guess, threshold):
 
 def test_negatives_are_known_by_their_place_and_not_by_their_id():
     rows = [row(0, [], id="q#hard"), row(1, ["x"]), row(2, [], id="q")]
-    assert metrics.parts(rows).keys() == {"", "has_answer_", "no_answer_"}
-    parts = metrics.parts(rows, first_negative=2)
-    assert (parts["no_answer_"], parts["negatives_"]) == (rows[:1], rows[2:])
+    assert metrics.group_rows(rows).keys() == {"", "has_answer_", "no_answer_"}
+    groups = metrics.group_rows(rows, first_negative=2)
+    assert (groups["no_answer_"], groups["negatives_"]) == (rows[:1], rows[2:])
 
 
 def test_guesses_in_another_unicode_form_are_counted_beside_the_official_score():
