@@ -4,7 +4,7 @@
 
 Pairs the two files' rows and prints, for each score, both values and their difference with its 95 %
 interval (a bootstrap over articles, or over questions where articles are unknown), McNemar's test
-on exact match, and the questions that only one of the two has right, both without negatives.
+on exact match, and the questions that only one of the two answers right, both without negatives.
 """
 
 from common.script import exit_on_signal, run_script
@@ -39,17 +39,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show(comparison: dict, most: int = 10) -> None:
-    from context_qa.results.metrics import PARTS, SCORES
+    from context_qa.results.metrics import ROW_GROUPS, SCORES
 
     for side in "ab":
         print(f"{side.upper()}: {printable(comparison[f'results_{side}'])}")
     left_out = comparison["num_left_out"]
-    beside = f"; {left_out:,} in one file only are left out" if left_out else ""
+    beside = f"; {left_out:,} in one file only are skipped" if left_out else ""
     print(f"{comparison['num_questions']:,} questions in both{beside}\n")
     entries, over = comparison["differences"], comparison["intervals_over"]
     has_intervals = any(entry["interval"] for entry in entries.values())
     print(f"{'percent':30}{'A':>7}{'B':>7}{'B - A':>8}{'   95 % interval' * has_intervals}")
-    for prefix, title in PARTS.items():
+    for prefix, title in ROW_GROUPS.items():
         for metric in SCORES:
             entry = entries.get(prefix + metric)
             if entry is not None:

@@ -3,7 +3,7 @@
     python eval_mamba_with_context.py models/demo data/demo/validation.jsonl results/demo.jsonl
     python eval_mamba_with_context.py MODEL data/Mamba-Fine-Tune/squad_val_1k.jsonl results/1k.jsonl
 
-Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json. The same command
+Writes one JSON object per question to OUTPUT as it runs, and OUTPUT.summary.json. The same command
 resumes a run. Baselines: MODEL sliding-window, and --prompt_order question_only (no context).
 """
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--negatives",
         choices=NEGATIVE_KINDS,
-        help="ask answerable questions on another context too, scored apart (default: none)",
+        help="add answerable questions on another context, scored apart (default: none)",
     )
     parser.add_argument(
         "--constrain_to_context",
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--no_answer_threshold",
         type=probability,
         metavar="T",
-        help="abstain where no_answer_probability > T (default: if greedy decoding does)",
+        help="abstain where no_answer_probability > T (default: where greedy decoding does)",
     )
     threshold.add_argument(
         "--tune_on",

@@ -3,9 +3,8 @@
     python eval_n_shot_mamba.py state-spaces/mamba-130m data/Mamba-Fine-Tune/squad_val_1k.jsonl \\
         results/n_shot.jsonl
 
-Writes one JSON object a question to OUTPUT as it goes, and OUTPUT.summary.json at the end. The same
-command resumes a run that was interrupted.
-"""
+Writes one JSON object per question to OUTPUT as it runs, and OUTPUT.summary.json at the end. The
+same command resumes a run that was interrupted. """
 
 from common.script import loading, run_script
 

@@ -95,8 +95,8 @@ def sql_type(name: str, values: Iterable) -> str:
 
 
 def column_names(keys: Sequence[str]) -> list[str]:
-    """A name for each key that SQL can tell from the others: it ignores case, and has no empty
-    one."""
+    """A name for each key, which differs from the others in more than case and is not empty, as SQL
+    needs it."""
     names: dict[str, str] = {}
     for key in keys:
         name = wanted = valid_text(key) or "_"
@@ -138,7 +138,7 @@ def show(database: "DuckDBPyConnection", answer: "DuckDBPyRelation", format: str
 
 
 def fetched(database: "DuckDBPyConnection", sql: str) -> Iterator[list[tuple]]:
-    """The rows of a query, some at a time: all may be more than the memory holds."""
+    """The rows of a query, some at a time: all may not fit in memory."""
     cursor = database.execute(sql)
     while rows := cursor.fetchmany(10_000):
         yield rows

@@ -1,4 +1,4 @@
-"""What a result was made with: arguments, code, packages, hashes."""
+"""The provenance of a result: arguments, git commit, versions, hashes."""
 
 import hashlib
 import platform
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "mamba-ss
 
 
 def describe_run(arguments: Mapping[str, object]) -> dict:
-    """JSON-ready: every argument, git commit and versions."""
+    """All arguments, the git commit and the versions, ready for JSON."""
     return {
         "arguments": dict(arguments),
         "git_commit": _git_commit(),
@@ -28,22 +28,22 @@ def hash_or_name(name: str | None) -> str | None:
 
 
 def differences(before: Mapping, now: Mapping) -> list[str]:
-    """The settings that two runs do not share, each in words."""
+    """The settings in which two runs differ, each in words, such as "limit: 5 there, 8 now"."""
     return [
-        f"{name.replace('_', ' ')}: {_told(before.get(name))} there, {_told(now.get(name))} now"
+        f"{name.replace('_', ' ')}: {_show(before.get(name))} there, {_show(now.get(name))} now"
         for name in {**now, **before}
         if before.get(name) != now.get(name)
     ]
 
 
-def _told(value: object) -> str:
-    """A value as one reads it: a hash by its first digits."""
+def _show(value: object) -> str:
+    """A value for a message; a hash is shortened to its first digits."""
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
-    return f"content {value[:8]}" if is_hash else _shortened(value)
+    return f"content {value[:8]}" if is_hash else _shorten(value)
 
 
-def _shortened(value: object) -> str:
-    """A value of a record, which anybody may have edited, for a message."""
+def _shorten(value: object) -> str:
+    """A value for a message; records can be edited, so that it can have any length."""
     text = str(value)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 

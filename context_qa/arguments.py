@@ -1,6 +1,6 @@
-"""The arguments that scripts share, and all that can be wrong with them before a model is loaded.
+"""The arguments that scripts share, and their checks before a model is loaded.
 
-Nothing here takes time to import: `--help` and a path that does not exist are told at once.
+Importing this module is fast, so that `--help` and errors in paths appear at once.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from squad_utils import PROMPT_ORDERS, Example, read_examples
 
 MAX_NEW_TOKENS = 64
 MAX_BATCH_TOKENS = 8192
-SLIDING_WINDOW = "sliding-window"  # a MODEL that is none
+SLIDING_WINDOW = "sliding-window"  # a baseline in the place of a model
 
 
 def evaluation_parser(description: str) -> Parser:

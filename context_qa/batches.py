@@ -77,7 +77,7 @@ class GroupedBatches(Sampler[list[Pairing]]):
             unanswerable = len(examples) - len(self.answerable)
             wanted = round(negative_ratio * len(self.answerable)) - unanswerable
             # Whether a context is fit for a question at all is the same in every epoch.
-            self.num_askable = sum(c is not None for c in self.sampler.contexts(epoch=0))
+            self.num_askable = sum(c is not None for c in self.sampler.draw_contexts(epoch=0))
             times = min(math.ceil(negative_ratio), len(contexts) - 1)  # that a question is asked
             self.num_negatives = min(max(wanted, 0), self.num_askable * times)
         self.rank, self.world_size = rank, world_size
@@ -131,7 +131,7 @@ class GroupedBatches(Sampler[list[Pairing]]):
 
     def _negatives(self, epoch: int, count: int) -> list[Pairing]:
         """A negative for each question that has one, or for `count` of them drawn at random."""
-        pairs = zip(self.answerable, self.sampler.contexts(epoch), strict=True)
+        pairs = zip(self.answerable, self.sampler.draw_contexts(epoch), strict=True)
         drawn = [Pairing(example, context) for example, context in pairs if context is not None]
         if count < len(drawn):
             drawn = random.Random(f"{self.seed}/{epoch}/part").sample(drawn, count)

@@ -1,4 +1,4 @@
-"""What makes training or scores mean something else than they seem to, in words."""
+"""Warnings about data and models that limit the meaning of training or of scores."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ def data_warnings(
     is_constrained: bool = False,
     is_training: bool = False,
 ) -> Iterator[str]:
-    """A line for each kind of doubtful rows of the file: repeated ids, references that the official
-    script takes for no answer, and, given a tokenizer, references that no guess can match, since
-    decoding would stop before their end or writes them in another way.
+    """A warning for each kind of problem in the rows: repeated ids, references that the official
+    script scores as no answer, and, given a tokenizer, references that no guess can match, since
+    decoding stops before their end or changes their characters.
 
-    is_constrained: guesses are spans of the context. is_training: the first reference is taught,
-    so that it is the one that a guess must be able to match.
+    is_constrained: guesses are spans of the context. is_training: the model is trained on the first
+    reference, which a guess must be able to match.
     """
     found = [*_repeated_ids(examples), *_empty_references(examples)]
     if tokenizer is not None:
@@ -35,7 +35,7 @@ def data_warnings(
 
 
 def model_warnings(model: str) -> Iterator[str]:
-    """A line if a model of this name has not been trained."""
+    """A warning if the model has random weights."""
     if find_model(model).is_random:
         yield (
             f"{model} is a config file: the weights are RANDOM, and answers and scores say nothing "
@@ -57,25 +57,25 @@ def _empty_references(examples: Sequence[Example]) -> Iterator[str]:
     if empty:
         have, them = ("has", "it") if len(empty) == 1 else ("have", "them")
         yield (
-            f"{_questions(empty)} {have} no reference but articles and punctuation"
-            f"{_such_as(empty)}. The official script scores {them} as if abstaining were right"
+            f"{_count(empty)} {have} no reference but articles and punctuation"
+            f"{_give_example(empty)}. The official script scores {them} as if abstaining were right"
         )
 
 
 def _as_decoded(
     answers: Sequence[str], tokenizer, max_new_tokens: int
 ) -> dict[str, tuple[str, bool]]:
-    """Of each answer the guess that says it, and whether that has all of its tokens."""
+    """For each answer the guess that decoding makes of it, and whether no token was cut off."""
     if not answers:
         return {}
     tokens = PromptTokens(tokenizer)
     stop_ids, ids = tokens.stop_ids, tokens.encode_answers(answers)
     ends = [next((n for n, token in enumerate(row) if token in stop_ids), len(row)) for row in ids]
-    said = [row[: min(end, max_new_tokens)] for row, end in zip(ids, ends, strict=True)]
-    texts = map(str.strip, tokenizer.batch_decode(said))
+    cut = [row[: min(end, max_new_tokens)] for row, end in zip(ids, ends, strict=True)]
+    texts = map(str.strip, tokenizer.batch_decode(cut))
     return {
-        answer: (text, len(row) == len(part))
-        for answer, text, row, part in zip(answers, texts, ids, said, strict=True)
+        answer: (text, len(row) == len(kept))
+        for answer, text, row, kept in zip(answers, texts, ids, cut, strict=True)
     }
 
 
@@ -98,17 +98,17 @@ def _unreachable_references(
         references = set(map(folded_answer, example.answers))
         is_same = not references.isdisjoint(map(folded_answer, guesses))
         (in_other_form if is_same else unreachable).append(example)
-    for doubtful in filter(None, (in_other_form, unreachable)):
-        one = len(doubtful) == 1
+    for affected in filter(None, (in_other_form, unreachable)):
+        one = len(affected) == 1
         what = (
             f"{'teaches' if one else 'teach'} an answer that no guess can be"
             if is_training
             else f"{'has' if one else 'have'} no reference that a guess can match"
         )
-        guess = "" if is_constrained else written[doubtful[0].target][0]
+        guess = "" if is_constrained else written[affected[0].target][0]
         yield (
-            f"{_questions(doubtful)} {what}{_such_as(doubtful, guess)}. "
-            f"{_reason(doubtful is in_other_form, is_constrained, max_new_tokens)}"
+            f"{_count(affected)} {what}{_give_example(affected, guess)}. "
+            f"{_reason(affected is in_other_form, is_constrained, max_new_tokens)}"
         )
 
 
@@ -133,18 +133,18 @@ def _reason(is_in_other_form: bool, is_constrained: bool, max_new_tokens: int) -
     )
 
 
-def _questions(examples: Sequence[Example]) -> str:
+def _count(examples: Sequence[Example]) -> str:
     return f"{len(examples):,} question{'s' * (len(examples) > 1)}"
 
 
-def _such_as(examples: Sequence[Example], guess: str = "") -> str:
+def _give_example(examples: Sequence[Example], guess: str = "") -> str:
     example = examples[0]
     of = ":" if len(examples) == 1 else ", such as"
-    cut = f", of which a guess can be {_shown(guess)}" if guess else ""
-    return f"{of} {_shown(example.target)} (id {example.id!r:.40}){cut}"
+    cut = f", of which a guess can be {_quote(guess)}" if guess else ""
+    return f"{of} {_quote(example.target)} (id {example.id!r:.40}){cut}"
 
 
-def _shown(text: str) -> str:
+def _quote(text: str) -> str:
     """The text in quotes, a long one without its middle: what is cut is the end."""
     quoted = repr(text)
     return quoted if len(quoted) <= 60 else f"{quoted[:30]} ... {quoted[-25:]}"

@@ -1,4 +1,4 @@
-"""Negatives: the data's own questions, paired with contexts on which "I don't know." is right."""
+"""Negatives: unanswerable examples, made by pairing a question with another context."""
 
 import functools
 import itertools
@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import regex
 
@@ -16,7 +17,7 @@ from squad_utils import Example, normalize_answer
 
 NEGATIVE_KINDS = ("random", "same_article", "hard")
 NEAREST = 10  # contexts that `hard` draws from
-# Words of questions that say nothing about what is asked, besides bm25s's list of such words.
+# Stop words of questions that are not in the list of bm25s.
 _ASKING_WORDS = ("could", "give", "many", "may", "might", "much", "name", "tell", "whose", "would")
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 _BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{N}\p{M}]+")
@@ -26,14 +27,39 @@ _UNSPACED = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*")  # a letter with its m
 Sentence = tuple[set[str], dict[str, list[str]]]  # words, and words by their beginnings
 
 
-class NegativeSampler:
-    """Draws for each example a context that does not answer it: asked there, NO_ANSWER is right.
+def make_negatives(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
+    """A negative of each answerable question. An unanswerable one has none: nothing is known that
+    could rule a context out.
 
-    `random` draws from all (`contexts`, else the examples'), `same_article` from the article's,
-    `hard` from the ten nearest to the question (BM25); both as `random` where none is fit. A fit
-    context neither contains an answer nor is one on which the data asks the same question; for
-    `same_article` and `hard` no sentence of it `seems_to_answer` the question. Seed, epoch, the
-    example's id, how often that was there before, and the examples decide alone.
+    Negatives on one context are next to each other, contexts in the order of the examples', so that
+    each is read once. A question for which no context is fit is skipped; see NegativeSampler. The
+    id ends in #KIND, for people: programs know negatives by their place after all of the examples.
+    """
+    contexts = NegativeSampler(examples, kind, seed).draw_contexts(epoch=0)
+    negatives = [
+        replace(make_negative(example, context), id=f"{example.id}#{kind}")
+        for example, context in zip(examples, contexts, strict=True)
+        if example.is_answerable and context
+    ]
+    order = {example.context: place for place, example in enumerate(examples)}
+    return sorted(negatives, key=lambda negative: order[negative.context])
+
+
+def make_negative(example: Example, context: str) -> Example:
+    """The example's question on another context, unanswerable."""
+    return replace(example, context=context, answers=(), answer_start=None)
+
+
+class NegativeSampler:
+    """Draws for each example a context that does not answer its question, so that on this context
+    NO_ANSWER is right.
+
+    `random` draws from all contexts (`contexts`, by default the examples' own), `same_article` from
+    those of the example's article, `hard` from the ten nearest to the question (BM25); the last two
+    draw as `random` does where none of these is fit. A fit context contains no answer of the
+    example, and is none on which the data asks the same question; for `same_article` and `hard` no
+    sentence of it `seems_to_answer` the question. A draw is a function of the seed, the epoch, the
+    example's id, how often this id occurred before, and the examples.
     """
 
     def __init__(self, examples: Sequence[Example], kind="random", seed=0, contexts=()):
@@ -52,8 +78,8 @@ class NegativeSampler:
         elif kind == "hard":
             self.preferred = self._nearest()
 
-    def contexts(self, epoch: int) -> list[str | None]:
-        """One context per example, in their order; None where no context at all is fit."""
+    def draw_contexts(self, epoch: int) -> list[str | None]:
+        """One context per example, in their order; None where no context is fit."""
         return [self._draw(place, epoch) for place in range(len(self.examples))]
 
     def _draw(self, place: int, epoch: int) -> str | None:
@@ -61,17 +87,18 @@ class NegativeSampler:
         # A string seed is hashed by SHA-512: the same draw in every process, on every machine.
         rng = random.Random(f"{self.seed}/{epoch}/{example.id}{self._repeats[place]}")
         likely = rng.sample(preferred, len(preferred))
-        # Those of `hard` have been filtered by `_nearest`.
-        fit = likely if self.kind == "hard" else self._unlike_answers(likely, example)
+        # `_nearest` has filtered those of `hard`.
+        fit = likely if self.kind == "hard" else self._without_answers(likely, example)
         drawn = next(iter(fit), None)
         drawn = drawn or next(self._fit(rng.choices(self.pool, k=8), example), None)
-        # Rarely none of them is fit: only then is shuffling the whole pool worth it.
+        # Shuffling the whole pool is slow, and rarely needed.
         return drawn or next(self._fit(rng.sample(self.pool, len(self.pool)), example), None)
 
     def _fit(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
         forms = [self._word_forms(answer) for answer in example.answers]
         forms = [(one, other) for one, other in forms if one.strip() or other.strip()]
-        # "+" and "A" are searched as they are written; beside other references "." is a slip.
+        # "+" and "A" normalize to nothing: they are searched as they are written. Beside other
+        # references such a reference, for instance ".", is taken for an error in the data.
         found = () if forms else map(_as_written, example.answers)
         patterns = [pattern for pattern in found if pattern]
         for context in contexts:
@@ -81,7 +108,7 @@ class NegativeSampler:
             if not is_answer_in and self._question_on(context, example) not in self._asked:
                 yield context
 
-    def _unlike_answers(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
+    def _without_answers(self, contexts: Iterable[str], example: Example) -> Iterator[str]:
         """The fit contexts of which no sentence seems to answer the example's question."""
         words = question_words(example.question)
         fit = self._fit(contexts, example)
@@ -113,13 +140,13 @@ class NegativeSampler:
         ranking = index.retrieve(queries, k=min(50, len(self.pool))).documents  # shows an ETA
         nearest = []
         for example, ranks in zip(self.examples, ranking, strict=True):
-            fit = self._unlike_answers((self.pool[i] for i in ranks), example)
+            fit = self._without_answers((self.pool[i] for i in ranks), example)
             nearest.append(list(itertools.islice(fit, NEAREST)))
         return nearest
 
 
 def _repeats(examples: Sequence[Example]) -> list[str]:
-    """For each row a suffix that differs for rows of one id; none for the first of them."""
+    """For each example a suffix that differs between examples of one id; empty for the first."""
     seen: Counter[str] = Counter()
     repeats = []
     for example in examples:
@@ -129,8 +156,9 @@ def _repeats(examples: Sequence[Example]) -> list[str]:
 
 
 def _word_forms(text: str) -> tuple[str, str]:
-    """Folded and normalised words between blanks, twice ("U.S.": us, u s), since either reading may
-    match. A zero-width space is nothing in the first and a blank in the second."""
+    """The folded and normalised words of a text between blanks, in two forms, since either can
+    match: "U.S." gives "us" and "u s". A zero-width space is removed in the first form and is a
+    blank in the second."""
     joined, parted = fold(text), fold(text.replace("\u200b", " "))
     if not text.isascii():
         joined, parted = (_UNSPACED.sub(r" \g<0> ", form) for form in (joined, parted))
@@ -139,7 +167,7 @@ def _word_forms(text: str) -> tuple[str, str]:
 
 
 def _as_written(answer: str) -> re.Pattern | None:
-    """A pattern of the folded answer, as a word of its own; None if nothing of it shows."""
+    """A pattern that finds the folded answer as a whole word; None if the answer is blank."""
     folded = fold(answer).strip()
     before = r"(?<!\w)" if folded[:1].isalnum() else ""
     after = r"(?!\w)" if folded[-1:].isalnum() else ""
@@ -154,7 +182,7 @@ def _function_words() -> frozenset[str]:
 
 
 def question_words(question: str) -> tuple[set[str], set[str]]:
-    """What a question is about, folded: its names and figures, and its other content words."""
+    """The folded content words of a question: its names and numbers, and the other ones."""
     names, others = set(), set()
     question = _INVISIBLE.sub("", unicodedata.normalize("NFC", question))
     for place, word in enumerate(_WORD.findall(question)):
@@ -165,9 +193,9 @@ def question_words(question: str) -> tuple[set[str], set[str]]:
 
 
 def seems_to_answer(sentences: Iterable[Sentence], names: set[str], others: set[str]) -> bool:
-    """Whether one sentence states what a question asks, as far as its words tell: it has all of the
-    question's names and half of its other content words, in some form ("owner", "owned").
-    Of a question without names it has four fifths of them, and three at least.
+    """Whether one sentence seems to state what a question asks, judged by words alone: it contains
+    all names of the question and half of its other content words, in some form ("owner", "owned").
+    For a question without names it contains four fifths of them, and at least three.
 
     sentences: as `_sentences` gives them; names, others: as `question_words` does. Paraphrases
     ("who runs", "its manager is") and pronouns in place of names are not recognised.
@@ -179,7 +207,7 @@ def seems_to_answer(sentences: Iterable[Sentence], names: set[str], others: set[
         if not names <= words:
             continue
         alike = [(word, by_beginning[start]) for start, word in asked if start in by_beginning]
-        if len(alike) < needed:  # seldom is there more to compare
+        if len(alike) < needed:  # usually so: comparing forms is slow
             continue
         stated = (any(_is_form(word, one) for one in found) for word, found in alike)
         if sum(stated) >= needed:
@@ -203,25 +231,7 @@ def _beginning(word: str) -> str:
 
 
 def _is_form(word: str, other: str) -> bool:
-    """Whether two words have all but the last two letters of the shorter one in common, and three
-    at least: "meet" and "meeting", but not "capital" and "captain"."""
+    """Whether two words begin alike: in all but the last two letters of the shorter one, and in at
+    least three. "meet" and "meeting" do, "capital" and "captain" do not."""
     length = max(3, min(len(word), len(other)) - 2)
     return word[:length] == other[:length]
-
-
-def unanswerable_copies(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
-    """Each answerable question once more, on a context that does not answer it: of an unanswerable
-    one nothing is known that could rule a context out.
-
-    Those on one context are next to each other, contexts in the order of the examples', so that
-    each is read once. A question is skipped for which no context is fit. See NegativeSampler. The
-    id ends in #KIND, for people; that it is a copy is known by its place after all of the examples.
-    """
-    contexts = NegativeSampler(examples, kind, seed).contexts(epoch=0)
-    copies = [
-        Example(f"{example.id}#{kind}", context, example.question, (), example.article)
-        for example, context in zip(examples, contexts, strict=True)
-        if example.is_answerable and context
-    ]
-    order = {e.context: place for place, e in enumerate(examples)}
-    return sorted(copies, key=lambda copy: order[copy.context])

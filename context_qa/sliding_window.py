@@ -1,10 +1,11 @@
-"""The sliding-window baseline of the SQuAD paper (Rajpurkar et al. 2016, section 5), which learns
-nothing and never abstains: what a score is to be read against.
+"""The sliding-window baseline of the SQuAD paper (Rajpurkar et al. 2016, section 5). It learns
+nothing and never abstains; a model's scores should exceed its scores.
 
-Candidates are the phrases of the context between stop words and punctuation, where the paper takes
-the constituents of a parse. Those in the sentence with the greatest overlap with the question, in
-unigrams and bigrams, themselves left out, are kept; among them decides the sliding window with
-the distance-based extension (Richardson et al. 2013, algorithms 1 and 2) over their sentence.
+Candidates are the phrases of the context between stop words and punctuation; the paper takes the
+constituents of a parse. Of each candidate, the overlap of its sentence, without the candidate, with
+the question is counted in unigrams and bigrams. Among the candidates with the greatest overlap, the
+sliding window with the distance-based extension (Richardson et al. 2013, algorithms 1 and 2) over
+their sentence chooses the answer.
 """
 
 import functools
@@ -45,8 +46,8 @@ class _Sentence(NamedTuple):
 def sliding_window_answers(
     examples: Sequence[Example], done: Collection[int] = ()
 ) -> Iterator[dict[int, Answer]]:
-    """Answers by place, a context's at a time; `done` places are left out. Their tokens are words;
-    there are no probabilities."""
+    """Answers by place, those of one context at a time; `done` places are skipped. Numbers of
+    tokens are numbers of words; there are no probabilities."""
     for context, run in itertools.groupby(
         (place for place in range(len(examples)) if place not in done),
         key=lambda place: examples[place].context,
@@ -62,9 +63,10 @@ def sliding_window_answers(
 
 
 def best_phrase(context: str, question: str) -> str:
-    """The phrase of the context that the baseline answers with. The time is about linear in both:
-    a candidate costs what its own words and their places do, not what its sentence does."""
-    sentences, information = _parsed(context)
+    """The answer of the baseline, a phrase of the context. The time is about linear in both
+    lengths: the cost of a candidate depends on its own words and their places, not on its
+    sentence."""
+    sentences, information = _parse(context)
     asked = [fold(token) for token in _TOKEN.findall(question) if token[0].isalnum()]
     overlaps = [_overlaps(sentence, asked) for sentence in sentences]
     most = max(map(max, filter(None, overlaps)), default=None)
@@ -74,7 +76,7 @@ def best_phrase(context: str, question: str) -> str:
             continue
         scores = _Scores(sentence, set(asked), information)
         for candidate, overlap in zip(sentence.candidates, found, strict=True):
-            if overlap == most and (score := scores.of(candidate)) > best_score:
+            if overlap == most and (score := scores.score(candidate)) > best_score:
                 best, best_score = candidate.text, score
     return best
 
@@ -87,9 +89,9 @@ def _stop_words() -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(context: str) -> tuple[list[_Sentence], dict[str, int]]:
-    """Its sentences with their candidates, and the information of each word (algorithm 1's IC), in
-    units of 1 / _UNIT."""
+def _parse(context: str) -> tuple[list[_Sentence], dict[str, int]]:
+    """The sentences of a context with their candidates, and the information of each word (IC in
+    algorithm 1), in units of 1 / _UNIT."""
     sentences = [_sentence(text) for text in _SENTENCE_END.split(context)]
     counts = Counter(word for sentence in sentences for word in sentence.words)
     return sentences, {w: round(_UNIT * math.log(1 + 1 / count)) for w, count in counts.items()}
@@ -116,8 +118,8 @@ def _sentence(text: str) -> _Sentence:
 
 
 def _overlaps(sentence: _Sentence, asked: list[str]) -> list[int]:
-    """Of each candidate, how many of the question's unigrams and bigrams its sentence has outside
-    of it."""
+    """For each candidate, the number of unigrams and bigrams of the question that its sentence has
+    outside of the candidate."""
     words = sentence.words
     unigrams = _ends({w: sentence.places[w] for w in set(asked) if w in sentence.places})
     pairs = dict.fromkeys(itertools.pairwise(asked))
@@ -159,8 +161,9 @@ class _Scores:
         self._known: dict[frozenset[str], float] = {}
         self._plain: dict[int, int] = {}  # the best window of each size, by question words alone
 
-    def of(self, candidate: _Candidate) -> float:
-        """The best window, of as many words as question and candidate have, less the distance."""
+    def score(self, candidate: _Candidate) -> float:
+        """The gain of the best window minus the distance. A window has as many words as the
+        question and the candidate together."""
         own = frozenset(self._sentence.words[candidate.start : candidate.end]) - self._asked
         if own not in self._known:
             in_answer = self._places(own)
@@ -173,8 +176,8 @@ class _Scores:
         return np.array(sorted(places), dtype=np.int64)
 
     def _window(self, in_answer: np.ndarray, size: int) -> int:
-        """The most that a window of this size gains. If not by question words alone, then it holds
-        a word of the candidate."""
+        """The largest gain of a window of this size: by words of the question alone, or with a word
+        of the candidate."""
         length, words = len(self._sentence.words), self._sentence.words
         if size not in self._plain:
             self._plain[size] = self._most(np.arange(length), size)
@@ -194,7 +197,8 @@ class _Scores:
         return int((self._gained[ends] - self._gained[starts] + more).max())
 
     def _distance(self, in_answer: np.ndarray) -> float:
-        """Between a question's word and one of the candidate's, as a share of the sentence."""
+        """The least distance between a word of the question and one of the candidate, as a share of
+        the sentence's length."""
         asked = self._in_question
         if not len(asked) or not len(in_answer):
             return 1.0

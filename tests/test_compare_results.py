@@ -16,12 +16,12 @@ from context_qa.results.rows import Answer, result_row
 from squad_utils import NO_ANSWER, Example
 
 
-def rows(guesses: list[str], start: int = 0, copies: bool = False) -> list[dict]:
+def rows(guesses: list[str], start: int = 0, are_negatives: bool = False) -> list[dict]:
     """Every third question is unanswerable, the others' answer is x."""
     found = []
     for idx, guess in enumerate(guesses, start=start):
-        answers = () if copies or idx % 3 == 2 else ("x",)
-        mark = "#random" if copies else ""
+        answers = () if are_negatives or idx % 3 == 2 else ("x",)
+        mark = "#random" if are_negatives else ""
         example = Example(f"q{idx}{mark}", f"Context {idx // 4}.", f"Who is {idx}?", answers)
         found.append(result_row(idx, example, Answer(guess, 0.5, 0.25, 0.5, 10, 1)))
     return found
@@ -133,16 +133,16 @@ def test_one_article_has_no_intervals_and_no_text_speaks_of_one(run, tmp_path):
     )
 
 
-def test_negatives_are_compared_apart_and_a_part_in_one_file_is_left_out(run, tmp_path):
-    copies_a = rows([NO_ANSWER] * 3, start=9, copies=True)
-    copies_b = rows(["x", NO_ANSWER], start=9, copies=True)
-    a = write(tmp_path / "a", rows(A) + copies_a, first_negative=9)
-    b = write(tmp_path / "b", rows(B) + copies_b)
+def test_negatives_are_compared_apart_and_those_in_one_file_only_are_skipped(run, tmp_path):
+    negatives_a = rows([NO_ANSWER] * 3, start=9, are_negatives=True)
+    negatives_b = rows(["x", NO_ANSWER], start=9, are_negatives=True)
+    a = write(tmp_path / "a", rows(A) + negatives_a, first_negative=9)
+    b = write(tmp_path / "b", rows(B) + negatives_b)
     found = compared(run, a, b)
     assert (found["num_questions"], found["num_left_out"]) == (11, 1)
     entry = found["differences"]["negatives_exact_match"]
     assert (entry["a"], entry["b"]) == (100.0, 50.0)
-    assert "1 in one file only are left out" in run(a, b)
+    assert "1 in one file only are skipped" in run(a, b)
     # What the test and the flipped questions are about is "all", as in the table.
     assert found["mcnemar_p"] == 1.0 and len(found["only_b_right"]) == 2
     assert [row["idx"] for row in found["only_a_right"]] == [1, 8]
@@ -167,7 +167,7 @@ def test_files_without_a_common_question_are_refused(fail, tmp_path):
     assert "no question is in both" in fail(a, b)
     assert "missing: cannot be read" in fail(a, tmp_path / "missing")
     twice = write(tmp_path / "twice", rows(A) + rows(A[:1]))
-    assert "twice: an idx is there twice" in fail(a, twice)
+    assert "twice: an idx occurs twice" in fail(a, twice)
 
 
 @pytest.mark.parametrize("rest", [["context"], [], ["context", "num_tokens"]])

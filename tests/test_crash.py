@@ -75,12 +75,12 @@ def undisturbed(data, one_thread) -> Path:
     finish(data, results)
     rows, summary = outcome(results)
     assert [row["idx"] for row in rows] == list(range(len(rows))) and summary["complete"]
-    assert len(rows) > 400  # the copies too
+    assert len(rows) > 400  # negatives included
     return results
 
 
 @pytest.mark.parametrize("seed", KILLS)
-def test_a_killed_run_goes_on(data, tmp_path, undisturbed, seed):
+def test_a_killed_run_resumes(data, tmp_path, undisturbed, seed):
     rng = random.Random(seed)
     results = tmp_path / "results.jsonl"
     whole = undisturbed.stat().st_size

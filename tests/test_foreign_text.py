@@ -19,8 +19,8 @@ import query_results
 import report_results
 from common.json_text import json_line, plain_json
 from context_qa.console.terminal import Screen
-from context_qa.evaluation import print_summary
 from context_qa.results.rows import Answer, result_row
+from context_qa.results.score_table import print_summary
 from context_qa.results.summary import summary_path
 from squad_utils import Example
 

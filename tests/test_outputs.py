@@ -15,7 +15,7 @@ from squad_utils import Example
 
 ROOT = Path(__file__).parents[1]
 EVAL, N_SHOT, REPORT = "eval_mamba_with_context", "eval_n_shot_mamba", "report_results"
-PREPARE, RECALL, SWAP = "data.prepare_squad", "data.make_recall", "data.swap_contexts"
+PREPARE, RECALL, NEGATIVES = "data.prepare_squad", "data.make_recall", "data.make_negatives"
 MODEL = ROOT / "models/demo"
 ROWS = [
     {"context": "Bo is a cat.", "prompt": "Who is Bo?", "response": "a cat"},
@@ -177,7 +177,7 @@ def test_a_summary_without_its_results_is_replaced_by_overwriting_alone(folder, 
     Path("r.jsonl").unlink()
     before = contents(folder)
     with pytest.raises(
-        UserError, match=r"no results, but r\.jsonl\.summary\.json is there, of an.*--ov"
+        UserError, match=r"no results, and r\.jsonl\.summary\.json is of an.*set ov"
     ):
         ResultsFile("r.jsonl", [], {"settings": {}})
     assert contents(folder) == before
@@ -223,7 +223,7 @@ def test_another_page_is_replaced_by_overwriting_alone(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "source"), [(PREPARE, "data.jsonl"), (RECALL, "text.txt"), (SWAP, "data.jsonl")]
+    ("script", "source"), [(PREPARE, "data.jsonl"), (RECALL, "text.txt"), (NEGATIVES, "data.jsonl")]
 )
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_prepared_data_replaces_nothing(refused, folder, script, source, content):
@@ -241,7 +241,7 @@ def test_lists_and_contexts_that_are_read_are_kept(refused, folder):
         PREPARE, "data.jsonl", "ids.txt", "--ids", "ids.txt", flag=False
     )
     arguments = ("data.jsonl", "other.jsonl", "--contexts", "other.jsonl")
-    assert "is also an input" in refused(SWAP, *arguments, flag=False)
+    assert "is also an input" in refused(NEGATIVES, *arguments, flag=False)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_a_column_of_ours_keeps_its_type_where_its_values_fit(query, results, ch
     assert [row[name] for row in found] == [ROWS[0][name], value]
 
 
-def test_names_that_sql_cannot_tell_apart_or_write(query, results):
+def test_names_that_sql_cannot_distinguish_or_write(query, results):
     odd = {"Guess": 1, "guess": 2, "guess_2": 3, "": 4, 'a"b; --': 5, "\ud800": 6}
     write(results, [odd])
     [row] = as_json(query(results, "FROM df", "--format", "json"))

@@ -165,7 +165,7 @@ def test_random_weights_are_said_to_be(run, data, tmp_path):
 # Ids are ids
 
 
-def test_ids_that_look_like_copies_are_questions_like_others(run, model, data, tmp_path):
+def test_ids_that_look_like_those_of_negatives_change_nothing(run, model, data, tmp_path):
     evaluate(run, model, data, tmp_path / "r.jsonl")
     summary = read_summary(tmp_path / "r.jsonl")
     assert summary["scores"]["num_questions"] == 3
@@ -189,7 +189,7 @@ def test_summaries_of_earlier_versions_name_the_kind_alone():
     assert find_first_negative({"settings": {"negatives": None}}, rows) is None
     assert find_first_negative({"first_negative": 4, "settings": {"negatives": "hard"}}, rows) == 4
     assert find_first_negative({}, rows) is None
-    # Questions without an answer of their own, whose ids look like those of copies
+    # Questions without an answer of their own, whose ids look like those of negatives
     rows[3]["question"] = "Another?"
     assert find_first_negative({"settings": {"negatives": "hard"}}, rows) == 4
     rows[4]["id"] = "a#hard#hard"

@@ -236,8 +236,8 @@ def test_what_was_evaluated(report):
 
 def test_without_a_summary(report):
     html = report(ROWS)
-    assert '<h1 dir="auto">made.jsonl</h1>' in html and "No summary stands beside" in html
-    assert "bootstrap over 6 questions" in html  # none of them known to be a copy
+    assert '<h1 dir="auto">made.jsonl</h1>' in html and "The results have no summary" in html
+    assert "bootstrap over 6 questions" in html  # none of them is known as a negative
 
 
 def test_warnings_of_the_run_are_shown(report):
@@ -253,7 +253,7 @@ def test_the_folded_score_is_there_where_it_differs(report):
 
 def test_an_incomplete_run_says_so(report):
     html = report(ROWS[:2], SUMMARY | {"complete": False})
-    assert "This file is incomplete: 2 of 6 questions. The figures are those of its rows." in html
+    assert "This file is incomplete: 2 of 6 questions. The scores are those of its rows." in html
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_an_incomplete_run_says_so(report):
 )
 def test_what_is_not_the_whole_of_its_run_says_so(report, rows, summary, notice):
     html = report(rows, summary)
-    assert f"This file {notice}. The figures are those of its rows.</p>" in html
+    assert f"This file {notice}. The scores are those of its rows.</p>" in html
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, None])
@@ -281,7 +281,7 @@ def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
     run(monkeypatch, path)
     html = path.with_suffix(".html").read_text("utf-8")
     share = "5 of 6 questions" if summary else "5 questions"
-    assert f"This file is incomplete: {share}; its last line is torn. The figures" in html
+    assert f"This file is incomplete: {share}; its last line is torn. The scores" in html
 
 
 def test_rows_of_several_commits_are_said_to_be(report):
@@ -314,7 +314,7 @@ def test_results_of_the_original_project(report, has_context):
 
 def test_a_baseline_without_confidences(report):
     html = report([row(0, "Oslo", confidence=None), row(1, "", (), confidence=None)])
-    assert "<svg" not in html and "these results hold no confidences" in html
+    assert "<svg" not in html and "these results have no confidences" in html
     assert [label for label, *_ in table(html, "Abstention")][-1].startswith("F1")
     data = data_of(html)
     assert data["rows"][0][data["fields"].index("confidence")] is None
@@ -348,7 +348,7 @@ def test_hostile_texts_stay_texts(report):
     assert data["contexts"] == [HOSTILE, OSLO, ROME]
 
 
-def test_the_default_output_stands_beside_the_results(monkeypatch, capsys, results, tmp_path):
+def test_the_default_output_is_beside_the_results(monkeypatch, capsys, results, tmp_path):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "results.jsonl")
     assert capsys.readouterr().out == "results.html\n"
@@ -383,7 +383,7 @@ def test_files_without_results(fail, results, tmp_path):
     results.write_text("[]\n")
     assert f"{results} line 1: not a JSON object" in fail(results)
     write(results, ROWS[5:], SUMMARY)
-    assert "results.jsonl: unanswerable copies alone" in fail(results)
+    assert "results.jsonl: only negatives" in fail(results)
     assert not results.with_suffix(".html").exists()
 
 
@@ -512,7 +512,7 @@ def seen(tmp_path_factory) -> dict:
         pytest.skip("needs a browser: the Debian package chromium")
     folder = tmp_path_factory.mktemp("browser")
     rows = [*ROWS, row(6, HOSTILE, ("$x+(", "ROM"), 0.6, HOSTILE + " Rome, $X+( and Roman")]
-    html = report_results.report_page(rows, SUMMARY, "results.jsonl")
+    html = report_page(rows, SUMMARY, "results.jsonl")
     script = TRY_IT.replace(
         "%FORMS%", json.dumps([[context, guess] for context, guess, _ in FORMS])
     )

@@ -367,7 +367,7 @@ def test_negatives_are_other_contexts_without_the_answer(kind):
     sampler = NegativeSampler(examples, kind, seed=1)
     known = {example.context for example in examples}
     for epoch in range(4):
-        drawn = sampler.contexts(epoch)
+        drawn = sampler.draw_contexts(epoch)
         assert len(drawn) == len(examples)
         for example, context in zip(examples, drawn, strict=True):
             assert context in known - {example.context}
@@ -378,22 +378,24 @@ def test_negatives_are_other_contexts_without_the_answer(kind):
 def test_negatives_are_a_function_of_seed_epoch_and_id(kind):
     examples = articles()
     sampler = NegativeSampler(examples, kind, seed=1)
-    first, second = sampler.contexts(0), sampler.contexts(1)
-    assert sampler.contexts(0) == first  # no state is carried from one call to the next
-    assert NegativeSampler(examples, kind, seed=1).contexts(0) == first
+    first, second = sampler.draw_contexts(0), sampler.draw_contexts(1)
+    assert sampler.draw_contexts(0) == first  # no state is carried from one call to the next
+    assert NegativeSampler(examples, kind, seed=1).draw_contexts(0) == first
     shuffled = random.Random(0).sample(examples, len(examples))
     by_id = {example.id: context for example, context in zip(examples, first, strict=True)}
-    assert NegativeSampler(shuffled, kind, seed=1).contexts(0) == [by_id[e.id] for e in shuffled]
+    assert NegativeSampler(shuffled, kind, seed=1).draw_contexts(0) == [
+        by_id[e.id] for e in shuffled
+    ]
     changes = sum(a != b for a, b in zip(first, second, strict=True))
     assert changes > len(examples) / 4
-    reseeded = NegativeSampler(examples, kind, seed=2).contexts(0)
+    reseeded = NegativeSampler(examples, kind, seed=2).draw_contexts(0)
     assert sum(a != b for a, b in zip(first, reseeded, strict=True)) > len(examples) / 4
 
 
 def test_a_question_asked_twice_of_one_context_gets_negatives_by_id():
     example = articles()[0]
     examples = [replace(example, id=str(i)) for i in range(20)] + articles()
-    assert len(set(NegativeSampler(examples, seed=0).contexts(0)[:20])) > 3
+    assert len(set(NegativeSampler(examples, seed=0).draw_contexts(0)[:20])) > 3
 
 
 def test_draws_are_the_same_in_every_process(read, tmp_path):
@@ -407,14 +409,14 @@ def test_draws_are_the_same_in_every_process(read, tmp_path):
         }
         for example in articles()
     ]
-    here = [NegativeSampler(read(*rows), kind, seed=3).contexts(1) for kind in NEGATIVE_KINDS]
+    here = [NegativeSampler(read(*rows), kind, seed=3).draw_contexts(1) for kind in NEGATIVE_KINDS]
     code = f"""
 import json
 from context_qa.negatives import NEGATIVE_KINDS, NegativeSampler
 from squad_utils import read_examples
 examples = read_examples({str(tmp_path / "data.txt")!r})
 samplers = [NegativeSampler(examples, kind, seed=3) for kind in NEGATIVE_KINDS]
-print(json.dumps([sampler.contexts(1) for sampler in samplers]))
+print(json.dumps([sampler.draw_contexts(1) for sampler in samplers]))
 """
     for hash_seed in ("1", "2"):
         there = subprocess.run(
@@ -431,7 +433,7 @@ def test_random_negatives_reach_every_context():
     examples = articles(3, 3)
     sampler = NegativeSampler(examples, "random", seed=0)
     deep = next(i for i, example in enumerate(examples) if not example.is_answerable)
-    drawn = {sampler.contexts(epoch)[deep] for epoch in range(60)}
+    drawn = {sampler.draw_contexts(epoch)[deep] for epoch in range(60)}
     asked = {e.context for e in examples if e.question == examples[deep].question}
     assert drawn == {example.context for example in examples} - asked
 
@@ -441,7 +443,7 @@ def test_same_article_negatives_fall_back_where_the_article_has_none():
     lonely = Example("lonely", "Alone here.", "Where?", ("here",), "Lonely")
     untitled = Example("untitled", "No title.", "What?", ("title",), None)
     examples += [lonely, untitled]
-    drawn = NegativeSampler(examples, "same_article", seed=0).contexts(0)
+    drawn = NegativeSampler(examples, "same_article", seed=0).draw_contexts(0)
     article_of = {example.context: example.article for example in examples}
     for example, context in zip(examples[:-2], drawn[:-2], strict=True):
         assert article_of[context] == example.article
@@ -457,7 +459,7 @@ def test_hard_negatives_are_near_the_question():
     asked = Example("v", "A violin has four strings tuned.", "How many strings tuned?", ("four",))
     examples = [asked] + [Example(c, c, "Which whale swims?", ()) for c in near + far]
     sampler = NegativeSampler(examples, "hard", seed=0)
-    drawn = {sampler.contexts(epoch)[0] for epoch in range(40)}
+    drawn = {sampler.draw_contexts(epoch)[0] for epoch in range(40)}
     assert drawn <= set(near)
     assert 5 <= len(drawn) <= 10
 
@@ -466,14 +468,14 @@ def test_hard_negatives_are_near_the_question():
 def test_without_a_suitable_context_there_is_none(kind):
     contexts = ["Bo is four years old.", "Four it is, says everyone.", "Ann counts: four!"]
     examples = [Example(str(i), c, "How old?", ("four",), "A") for i, c in enumerate(contexts)]
-    assert NegativeSampler(examples, kind).contexts(0) == [None] * 3
-    assert NegativeSampler(examples[:1], kind).contexts(0) == [None]
+    assert NegativeSampler(examples, kind).draw_contexts(0) == [None] * 3
+    assert NegativeSampler(examples[:1], kind).draw_contexts(0) == [None]
 
 
 def test_the_only_suitable_context_among_thousands_is_found():
     examples = [Example(str(i), f"four and {i}", "How many?", ("four",)) for i in range(3000)]
     examples.append(Example("fit", "five and nothing", "Which?", ("five",)))
-    assert set(NegativeSampler(examples[-40:] + examples[:1]).contexts(0)[:39]) == {
+    assert set(NegativeSampler(examples[-40:] + examples[:1]).draw_contexts(0)[:39]) == {
         "five and nothing"
     }
 
@@ -509,7 +511,7 @@ def test_the_only_suitable_context_among_thousands_is_found():
 )
 def test_whether_a_context_contains_an_answer(answer, context, is_contained):
     examples = [Example("1", "own context", "q?", (answer,)), Example("2", context, "other?", ())]
-    assert NegativeSampler(examples).contexts(0)[0] == (None if is_contained else context)
+    assert NegativeSampler(examples).draw_contexts(0)[0] == (None if is_contained else context)
 
 
 @pytest.mark.parametrize("kind", NEGATIVE_KINDS)
@@ -522,7 +524,7 @@ def test_a_question_is_not_asked_where_another_example_asks_it(kind):
         for i, (context, answer) in enumerate(zip(contexts, answers, strict=True))
     ]
     other = Example("3", "Di has four.", "Who?", ("Di",), "A")
-    drawn = NegativeSampler([*examples, other], kind).contexts(0)
+    drawn = NegativeSampler([*examples, other], kind).draw_contexts(0)
     assert drawn[:3] == ["Di has four."] * 3 and drawn[3] in contexts
 
 
@@ -535,7 +537,7 @@ def test_an_unknown_kind_is_an_error():
 @pytest.mark.parametrize("kind", NEGATIVE_KINDS)
 def test_negatives_on_real_data(kind):
     examples = read_examples(str(SQUAD / "dev-v1.1.json"))[::20]
-    drawn = NegativeSampler(examples, kind, seed=0).contexts(0)
+    drawn = NegativeSampler(examples, kind, seed=0).draw_contexts(0)
     assert None not in drawn
     for example, context in zip(examples, drawn, strict=True):
         assert context != example.context

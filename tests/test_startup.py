@@ -53,7 +53,7 @@ TYPOS = {  # arguments of which one is a wrong path, and the end of the error me
     "report_results": [(["{}/nope"], "nope")],
     "data.prepare_squad": [(["{}/nope", "{}/out"], "nope")],
     "data.make_recall": [(["{}/nope", "{}/out"], "nope")],
-    "data.swap_contexts": [(["{}/nope", "{}/out"], "nope")],
+    "data.make_negatives": [(["{}/nope", "{}/out"], "nope")],
 }
 HUGE = "9" * 30
 EVALUATE = [MODEL, DATA, "out.jsonl"]
@@ -81,7 +81,7 @@ OUT_OF_RANGE = [
     ("data.prepare_squad", [DATA, "out.jsonl", "--limit", "0"]),
     ("data.prepare_squad", [DATA, "out.jsonl", "--limit", HUGE]),
     ("data.make_recall", ["README.md", "out.jsonl", "--seed", HUGE]),
-    ("data.swap_contexts", [DATA, "out.jsonl", "--seed", HUGE]),
+    ("data.make_negatives", [DATA, "out.jsonl", "--seed", HUGE]),
 ]
 EMPTY = {  # arguments of which one is empty
     "prompt_mamba": [[""], [MODEL, "--shots", ""], [MODEL, "--tokenizer", ""]],
@@ -99,7 +99,7 @@ EMPTY = {  # arguments of which one is empty
     "query_results": [["", "SELECT 1"], ["{}/results.jsonl", "", "SELECT 1"], [DATA, ""]],
     "data.prepare_squad": [[DATA, "{}/out.jsonl", "--ids", ""], [DATA, ""]],
     "data.make_recall": [["README.md", ""]],
-    "data.swap_contexts": [[DATA, "{}/out.jsonl", "--contexts", ""]],
+    "data.make_negatives": [[DATA, "{}/out.jsonl", "--contexts", ""]],
 }
 SCRIPTS = [*TYPOS, "query_results"]
 HELP, USAGE = ["--help"], ["--no_such_flag"]

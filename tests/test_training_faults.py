@@ -501,4 +501,4 @@ def test_a_context_without_the_answer_is_dropped_however_short(tmp_path):
 
 def test_hard_negatives_of_contexts_without_a_word():
     examples = [Example("1", "b", "Which?", ("b",)), Example("2", "c", "Who?", ("c",))]
-    assert NegativeSampler(examples, "hard").contexts(0) == ["c", "b"]
+    assert NegativeSampler(examples, "hard").draw_contexts(0) == ["c", "b"]

@@ -20,15 +20,15 @@ def compare(path_a: str, path_b: str) -> dict:
     rows_a, rows_b, first_negative, left_out = paired(path_a, path_b)
     articles = articles_by_idx(read_summary(path_a), rows_a)
     articles = articles or articles_by_idx(read_summary(path_b), rows_a)
-    parts_a, parts_b = (metrics.parts(rows, first_negative) for rows in (rows_a, rows_b))
-    own_a, own_b = parts_a.get("", []), parts_b.get("", [])
-    only_a, only_b = flips(own_a, own_b), flips(own_b, own_a, swapped=True)
+    groups_a, groups_b = (metrics.group_rows(rows, first_negative) for rows in (rows_a, rows_b))
+    own_a, own_b = groups_a.get("", []), groups_b.get("", [])
+    only_a, only_b = flips(own_a, own_b), flips(own_b, own_a, are_of_b=True)
     return {
         "results_a": path_a,
         "results_b": path_b,
         "num_questions": len(rows_a),
         "num_left_out": left_out,
-        "differences": differences(parts_a, parts_b, articles),
+        "differences": differences(groups_a, groups_b, articles),
         "intervals_over": metrics.intervals_over(own_a or rows_a, articles),
         "mcnemar_p": mcnemar(len(only_a), len(only_b)),
         "only_a_right": only_a,
@@ -37,8 +37,8 @@ def compare(path_a: str, path_b: str) -> dict:
 
 
 def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int | None, int]:
-    """Rows of the questions that are in both files, in the same order, the idx of the first copy
-    among them, and how many are in one only. UserError where the data was not the same."""
+    """Rows of the questions that are in both files, in the same order, the idx of the first
+    negative among them, and how many are in one only. UserError where the data was not the same."""
     (by_idx_a, first_a), (by_idx_b, first_b) = by_idx(path_a), by_idx(path_b)
     common = sorted(by_idx_a.keys() & by_idx_b.keys())
     for idx in common:
@@ -64,27 +64,27 @@ def differing_data(row_a: dict, row_b: dict) -> list[str]:
 
 
 def by_idx(path: str) -> tuple[dict[int, dict], int | None]:
-    """The rows by their idx, and that of the first copy."""
+    """The rows by their idx, and the idx of the first negative."""
     rows = read_results(path, warn=True)
     found = {row["idx"]: row for row in rows}
     if len(found) < len(rows):
-        raise UserError(f"{path}: an idx is there twice; give the file of one run")
+        raise UserError(f"{path}: an idx occurs twice; give the file of one run")
     return found, find_first_negative(read_summary(path), rows)
 
 
 def differences(
-    parts_a: Mapping[str, Sequence[dict]],
-    parts_b: Mapping[str, Sequence[dict]],
+    groups_a: Mapping[str, Sequence[dict]],
+    groups_b: Mapping[str, Sequence[dict]],
     articles: Mapping[int, str],
 ) -> dict:
     """Of each score that `metrics.scores` has: a, b, b - a in percent, and the interval of that."""
     found = {}
-    for prefix, part_a in parts_a.items():
+    for prefix, group_a in groups_a.items():
         a, b = (
-            100 * np.array([[row[metric] for row in part] for metric in SCORES], float)
-            for part in (part_a, parts_b[prefix])
+            100 * np.array([[row[metric] for row in group] for metric in SCORES], float)
+            for group in (group_a, groups_b[prefix])
         )
-        intervals = metrics.mean_intervals(b - a, metrics.clusters(part_a, articles)) or [
+        intervals = metrics.mean_intervals(b - a, metrics.clusters(group_a, articles)) or [
             None
         ] * len(SCORES)
         means = a.mean(axis=1).tolist(), b.mean(axis=1).tolist()
@@ -94,9 +94,9 @@ def differences(
     return found
 
 
-def flips(right: Sequence[dict], wrong: Sequence[dict], swapped: bool = False) -> list[dict]:
-    """The questions with an exact match in the first rows alone; `swapped`: these are B's."""
-    guesses = ("guess_b", "guess_a") if swapped else ("guess_a", "guess_b")
+def flips(right: Sequence[dict], wrong: Sequence[dict], are_of_b: bool = False) -> list[dict]:
+    """The questions with an exact match in the first rows only; are_of_b: these are B's."""
+    guesses = ("guess_b", "guess_a") if are_of_b else ("guess_a", "guess_b")
     return [
         {name: one[name] for name in ("idx", "id", "question", "answer")}
         | dict(zip(guesses, (one["guess"], other["guess"]), strict=True))

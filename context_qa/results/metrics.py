@@ -1,4 +1,4 @@
-"""What results rows amount to: scores with confidence intervals, abstention, calibration.
+"""Metrics of results rows: scores with confidence intervals, abstention, calibration.
 
 All figures are percentages. Rows are those of a results file; nothing here needs a model.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from squad_utils import abstains, folded_answer, is_scored_as_empty
 
 SCORES = ("exact_match", "f1", "is_correct")
-PARTS = {  # of the results, by the beginning of their scores' names
+ROW_GROUPS = {  # titles, by the prefix of the scores' names
     "": "all",
     "has_answer_": "with answer",
     "no_answer_": "without answer",
@@ -27,7 +27,8 @@ class Interval(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Points of a curve, x rising, in percent; and the area under it, in percent of the whole."""
+    """Points of a curve, x ascending, in percent; and the area under it, in percent of the
+    whole."""
 
     x: np.ndarray
     y: np.ndarray
@@ -43,30 +44,32 @@ class Bins(NamedTuple):
 
 
 def is_negative(row: Mapping, first_negative: int | None) -> bool:
-    """Whether a row is of an unanswerable copy, which come after the data's own questions, from the
-    idx first_negative on; None: there are none."""
+    """Whether a row is a negative's. Negatives are after the data's own questions, from the idx
+    first_negative on; None: there are none."""
     return first_negative is not None and row["idx"] >= first_negative
 
 
-def parts(rows: Iterable[Mapping], first_negative: int | None = None) -> dict[str, list[Mapping]]:
-    """The rows of each of PARTS that has any: all of the data's own, those with and without an
-    answer, and the unanswerable copies (see `is_negative`)."""
-    own, copies = [], []
+def group_rows(
+    rows: Iterable[Mapping], first_negative: int | None = None
+) -> dict[str, list[Mapping]]:
+    """The rows of each of ROW_GROUPS that is not empty: all of the data's own, those with and
+    without an answer, and the negatives (see `is_negative`)."""
+    own, negatives = [], []
     for row in rows:
-        (copies if is_negative(row, first_negative) else own).append(row)
-    answered = [row for row in own if row["answers"]]
+        (negatives if is_negative(row, first_negative) else own).append(row)
+    answerable = [row for row in own if row["answers"]]
     unanswerable = [row for row in own if not row["answers"]]
-    found = zip(PARTS, (own, answered, unanswerable, copies), strict=True)
-    return {name: part for name, part in found if part}
+    found = zip(ROW_GROUPS, (own, answerable, unanswerable, negatives), strict=True)
+    return {name: group for name, group in found if group}
 
 
 def summarize(
     rows: Sequence[Mapping], articles: Mapping[int, str], first_negative: int | None = None
 ) -> dict:
-    """scores, their intervals, what these were resampled over; abstention on the data's own
-    questions and, where there are unanswerable copies, on both together. Where guesses differ from
-    references in nothing but the form of their characters, folded_exact_match counts these too."""
-    own = parts(rows, first_negative).get("", rows)  # all, where there are copies alone
+    """scores, their intervals, and what these were resampled over; abstention on the data's own
+    questions and, where there are negatives, on both together. Where guesses differ from references
+    only in the form of their characters, folded_exact_match counts these as right too."""
+    own = group_rows(rows, first_negative).get("", rows)  # all, where there are only negatives
     summary = {
         "scores": scores(rows, first_negative),
         "intervals": score_intervals(rows, articles, first_negative),
@@ -93,10 +96,10 @@ def _matches_folded(row: Mapping) -> bool:
 def scores(rows: Iterable[Mapping], first_negative: int | None = None) -> dict[str, float | int]:
     """The official SQuAD 2.0 scores and the raw match, in percent, and the number of questions."""
     found: dict[str, float | int] = {}
-    for prefix, part in parts(rows, first_negative).items():
+    for prefix, group in group_rows(rows, first_negative).items():
         for metric in SCORES:
-            found[prefix + metric] = 100 * sum(row[metric] for row in part) / len(part)
-        found[f"{prefix}num_questions"] = len(part)
+            found[prefix + metric] = 100 * sum(row[metric] for row in group) / len(group)
+        found[f"{prefix}num_questions"] = len(group)
     return found
 
 
@@ -104,18 +107,19 @@ def score_intervals(
     rows: Sequence[Mapping], articles: Mapping[int, str], first_negative: int | None = None
 ) -> dict[str, Interval]:
     """95 % confidence intervals of `scores`, by a bootstrap over articles; over questions where
-    not every row has its article in `articles`, by idx. A part of one question or article has none.
+    not every row has its article in `articles`, by idx. A group of one question or
+    article has none.
     """
     found = {}
-    for prefix, part in parts(rows, first_negative).items():
-        values = np.array([[100 * row[metric] for row in part] for metric in SCORES], float)
-        intervals = mean_intervals(values, clusters(part, articles))
+    for prefix, group in group_rows(rows, first_negative).items():
+        values = np.array([[100 * row[metric] for row in group] for metric in SCORES], float)
+        intervals = mean_intervals(values, clusters(group, articles))
         found |= {prefix + metric: i for metric, i in zip(SCORES, intervals, strict=False)}
     return found
 
 
 def clusters(rows: Sequence[Mapping], articles: Mapping[int, str]) -> list[Hashable]:
-    """What is resampled whole: each row's article, or each row where one has none."""
+    """The unit of resampling of each row: its article, or the row itself where one has none."""
     if all(row["idx"] in articles for row in rows):
         return [articles[row["idx"]] for row in rows]
     return list(range(len(rows)))
@@ -154,14 +158,13 @@ def mean_intervals(values: np.ndarray, clusters: Sequence[Hashable]) -> list[Int
 
 
 def abstention(rows: Sequence[Mapping]) -> dict[str, float | int]:
-    """How well the model knows what it does not know.
+    """How well a model abstains.
 
-    To abstain is to say NO_ANSWER. What is scored as the empty answer too (nothing, or punctuation
-    and articles alone) is counted apart, num_empty. Precision, recall and F1 are those of
-    abstaining where there is no answer. If the rows have confidences, there are also the area under
-    `risk_coverage`, the expected calibration error (Guo et al. 2017) and the average precision of
-    `answerability`. What would divide by zero is missing.
-    """
+    A guess that is NO_ANSWER abstains. Other guesses that are scored as the empty answer (no text,
+    or only punctuation and articles) are counted in num_empty. Precision, recall and F1 are those
+    of abstaining where there is no answer. If the rows have confidences, there are also the area
+    under `risk_coverage`, the expected calibration error (Guo et al. 2017) and the average
+    precision of `answerability`. A figure that would divide by zero is missing."""
     abstained = np.array([abstains(row["guess"]) for row in rows])
     unanswerable = np.array([not row["answers"] for row in rows])
     right = int((abstained & unanswerable).sum())
@@ -195,7 +198,7 @@ def has_confidence(rows: Iterable[Mapping]) -> bool:
 
 def risk_coverage(rows: Sequence[Mapping]) -> Curve:
     """Risk, the share of wrong guesses (by exact match), among the most confident guesses, against
-    coverage, their share of all (El-Yaniv & Wiener 2010). To abstain is a guess like another.
+    coverage, their share of all (El-Yaniv & Wiener 2010). An abstention is a guess like any other.
 
     Among guesses of equal confidence each counts as wrong as their mean. The area is the mean risk
     over all coverages (Geifman et al. 2019).
@@ -224,8 +227,8 @@ def calibration(rows: Sequence[Mapping]) -> Bins:
 
 
 def answerability(rows: Sequence[Mapping]) -> Curve:
-    """Precision against recall of telling which questions have an answer, by how little probability
-    the abstention has. The area is the average precision. Needs questions of both kinds."""
+    """Precision against recall of recognizing answerable questions, in order of rising probability
+    of the abstention. The area is the average precision. Needs questions of both kinds."""
     no_answer = np.array([row["no_answer_probability"] for row in rows])
     answerable = np.array([bool(row["answers"]) for row in rows])
     levels, level, counts = np.unique(no_answer, return_inverse=True, return_counts=True)
@@ -238,11 +241,11 @@ def answerability(rows: Sequence[Mapping]) -> Curve:
 def tuned_threshold(rows: Sequence[Mapping]) -> float:
     """The T for which abstaining where no_answer_probability > T gives the highest F1.
 
-    The rows' guesses are what the model says where it is not to abstain.
+    The rows' guesses are those of a model that may not abstain.
     """
     no_answer = np.array([row["no_answer_probability"] for row in rows])
     gain = np.array([row["f1"] - (not row["answers"]) for row in rows])  # of answering
-    levels, level = np.unique([0.0, *no_answer], return_inverse=True)  # 0: where most abstain
+    levels, level = np.unique([0.0, *no_answer], return_inverse=True)  # 0: abstain most
     gains = np.cumsum(np.bincount(level[1:], weights=gain, minlength=len(levels)))
     best = int(gains.argmax())
     above = levels[best + 1] if best + 1 < len(levels) else 1.0

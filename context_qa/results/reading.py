@@ -1,4 +1,4 @@
-"""Reading results: any JSON objects; rows of this layout or of an older one; or of this alone."""
+"""Read results: any JSON objects, rows of this layout or of an older one, or rows of this alone."""
 
 import json
 import math
@@ -55,11 +55,11 @@ def read_objects(path: str) -> tuple[dict[int, dict], bool]:
 
 
 def results_rows(objects: Mapping[int, dict], path: str) -> list[dict]:
-    """The rows that the objects of a results file are, each with all of COLUMNS.
+    """The rows of a results file from its objects, each with all of COLUMNS.
 
     A row of an older layout needs a question, a guess and a reference. It gets its place in the
     file as idx, an id as `read_examples` makes them, scores as a run computes them, and None for
-    what is not known. UserError names a line without these columns, or with a value that does not
+    unknown values. UserError names a line without these columns, or with a value that does not
     fit its column.
     """
     rows = []
@@ -73,7 +73,7 @@ def results_rows(objects: Mapping[int, dict], path: str) -> list[dict]:
     return rows
 
 
-def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
+def read_complete_rows(data: bytes, path: str) -> tuple[list[dict], int]:
     """Rows of the lines that end in a newline, and the size of these lines in bytes. UserError
     names a line that is not a row of exactly this layout."""
     *lines, torn = data.split(b"\n")
@@ -88,15 +88,15 @@ def whole_rows(data: bytes, path: str) -> tuple[list[dict], int]:
     return rows, len(data) - len(torn)
 
 
-def is_whole_row(line: bytes) -> bool:
-    """Whether a line is a row as `result_row` makes them, column by column."""
+def is_complete_row(line: bytes) -> bool:
+    """Whether a line is a complete row, with the columns of `result_row` in their order."""
     row = _parsed(line)
     return row is not None and list(row) == list(COLUMNS) and not find_wrong_values(row)
 
 
 def is_torn_row(line: bytes) -> bool:
-    """Whether a line is the beginning of a row, as a run that is killed leaves it; a crash of the
-    system can leave zeros."""
+    """Whether a line is the beginning of a row, as a killed run leaves it; a crash of the system
+    can leave zeros after it."""
     line, begun = line.rstrip(b"\0"), b'{"idx": '
     if len(line) <= len(begun):
         return begun.startswith(line)
@@ -109,7 +109,7 @@ def is_torn_row(line: bytes) -> bool:
 
 
 def _begins_with_a_value(line: bytes) -> bool:
-    """Whether a whole JSON value comes first in a line, whatever follows."""
+    """Whether a line begins with a complete JSON value."""
     try:
         json.JSONDecoder().raw_decode(line.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -120,14 +120,14 @@ def _begins_with_a_value(line: bytes) -> bool:
 def _is_results(stream: BinaryIO) -> bool:
     lines = iter(lambda: stream.readline(_MOST_BYTES), b"")
     return all(
-        is_whole_row(line) or (not line.endswith(b"\n") and is_torn_row(line)) for line in lines
+        is_complete_row(line) or (not line.endswith(b"\n") and is_torn_row(line)) for line in lines
     )
 
 
 RESULTS = Kind("results", _is_results)
 
 
-_MOST_BYTES = 1 << 28  # of a row, of a summary: what is longer is not ours
+_MOST_BYTES = 1 << 28  # of a row: a longer line is not ours
 
 
 def _object(line: bytes, place: str) -> dict:
@@ -156,7 +156,7 @@ def _parsed(line: bytes) -> dict | None:
 
 
 def _finite_number(text: str) -> float:
-    """The number; ValueError for NaN, Infinity and what is too large, which JSON does not have."""
+    """The number; ValueError for NaN, Infinity and numbers that are too large for a float."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)
@@ -173,7 +173,7 @@ def _older_row(found: Mapping, idx: int, place: str) -> dict:
         raise _other_layout(found, place, "question, guess, and answers or answer")
     if type(row.get("id")) is int:
         row["id"] = str(row["id"])
-    for name in ("is_correct", "exact_match", "f1"):  # defined in another way, perhaps
+    for name in ("is_correct", "exact_match", "f1"):  # perhaps of another definition
         row.pop(name, None)
     check_values(row, place)
     context, question = row.get("context"), row["question"]
@@ -196,7 +196,7 @@ def _other_layout(row: Mapping, place: str, needed: str) -> UserError:
 
 
 def warn_if_incomplete(path: str, num_rows: int, is_torn: bool) -> None:
-    """One line on stderr where a results file that is read is not the whole of its run."""
+    """Warn on stderr if a results file does not contain all rows of its run."""
     found = incompleteness(num_rows, read_summary(path, warns=True), is_torn)
     if found:
         warn(f"{path} {found}")

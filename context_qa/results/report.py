@@ -47,7 +47,7 @@ ABSTENTION = {  # the figures of metrics.abstention: their titles and what they 
     ),
     "answerability_average_precision": (
         "average precision of answerability",
-        "telling which questions have an answer; higher is better",
+        "how well it separates questions with and without an answer; higher is better",
     ),
 }
 
@@ -77,12 +77,11 @@ PAGE = Kind("a page of results", _is_page)
 
 def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: bool = False) -> str:
     """The page of a results file called `name`, of its rows and the summary beside it, which may be
-    empty; is_torn: whether its last line is. Raises UserError if the rows are unanswerable copies
-    alone."""
+    empty; is_torn: whether its last line is. Raises UserError if all rows are negatives."""
     articles, first_negative = articles_by_idx(summary, rows), find_first_negative(summary, rows)
-    own = metrics.parts(rows, first_negative).get("")
+    own = metrics.group_rows(rows, first_negative).get("")
     if own is None:
-        raise UserError(f"{name}: unanswerable copies alone; give it the data's own questions too")
+        raise UserError(f"{name}: only negatives; give a file that has the data's own questions")
     found = metrics.summarize(rows, articles, first_negative)
     filled = {
         "title": _title(summary, name),
@@ -100,11 +99,11 @@ def report_page(rows: Sequence[Mapping], summary: Mapping, name: str, is_torn: b
         ),
         "data": embedded_json(table_data(rows, first_negative)),
     }
-    # In one pass: what is filled in is not looked at again.
+    # In one pass: the texts that are filled in are not searched for places.
     return re.sub(r"{{(\w+)}}", lambda place: filled[place[1]], TEMPLATE.read_text("utf-8"))
 
 
-def _shortened(value: float | int | bool | None) -> float | int | bool | None:
+def _round(value: float | int | bool | None) -> float | int | bool | None:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -119,7 +118,7 @@ def table_data(rows: Iterable[Mapping], first_negative: int | None = None) -> di
             "context": contexts.setdefault(row["context"] or "", len(contexts)),
             "abstains": abstains(row["guess"]),
             "negative": is_negative(row, first_negative),
-            **{name: _shortened(row[name]) for name in FIGURES},
+            **{name: _round(row[name]) for name in FIGURES},
         }
         for row in rows
     ]
@@ -131,7 +130,7 @@ def table_data(rows: Iterable[Mapping], first_negative: int | None = None) -> di
 
 
 def embedded_json(value: object) -> str:
-    """JSON that may stand in a <script>: nothing in it can end that or begin a comment."""
+    """JSON for a <script>: nothing in it can end the script or begin a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
@@ -156,7 +155,7 @@ def by_prompt_length(rows: Sequence[Mapping]) -> Groups:
 
 
 def by_question_word(rows: Sequence[Mapping]) -> Groups:
-    """By the first question word, wherever in the question it stands."""
+    """By the first question word, wherever in the question it is."""
     return _grouped(rows, (_question_word(row["question"]) for row in rows), QUESTION_WORDS)
 
 
@@ -189,7 +188,7 @@ def _grouped(rows: Iterable[Mapping], titles: Iterable[str], order: Iterable[str
     return {title: group for title, group in groups.items() if group}
 
 
-# The page's parts, as HTML.
+# The sections of the page, as HTML.
 
 
 def _title(summary: Mapping, name: str) -> str:
@@ -201,8 +200,8 @@ def _title(summary: Mapping, name: str) -> str:
 
 def _notice(rows: Sequence[Mapping], summary: Mapping, is_torn: bool) -> str:
     found = incompleteness(len(rows), summary, is_torn)
-    texts = [f"This file {escape(found)}. The figures are those of its rows."] if found else []
-    texts += [f"Warning: {_foreign(warning)}." for warning in summary.get("warnings", ())]
+    texts = [f"This file {escape(found)}. The scores are those of its rows."] if found else []
+    texts += [f"Warning: {_isolate(warning)}." for warning in summary.get("warnings", ())]
     return "\n".join(f'<p class="notice" role="note">{text}</p>' for text in texts)
 
 
@@ -210,7 +209,7 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
     kinds = {
         "has_answer_": "with an answer",
         "no_answer_": "without an answer",
-        "negatives_": "negatives (own questions, asked once more where they have no answer)",
+        "negatives_": "negatives (own questions on another context, where they have no answer)",
     }
     counts = [
         f"{scores[f'{prefix}num_questions']:,} {kind}"
@@ -219,17 +218,17 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
     ]
     contexts = {row["context"] for row in rows} - {None}
     where = f" on {len(contexts):,} contexts" if contexts else ""
-    return f"<p>{_foreign(name)}: {len(rows):,} questions{where}; {', '.join(counts)}.</p>"
+    return f"<p>{_isolate(name)}: {len(rows):,} questions{where}; {', '.join(counts)}.</p>"
 
 
-def _foreign(text: object) -> str:
-    """Text inside of ours, which it does not turn if it is written from the right."""
+def _isolate(text: object) -> str:
+    """Text from the file, isolated so that right-to-left text does not reorder ours."""
     return f"<bdi>{escape(str(text))}</bdi>"
 
 
 def _settings(summary: Mapping) -> str:
-    """What made the results: the run's arguments, as it has resolved them."""
-    names = {"model", "data", "tokenizer"}  # settings hold their hashes
+    """What made the results: the arguments of the run, as it resolved them."""
+    names = {"model", "data", "tokenizer"}  # their hashes are in the settings
     resolved = {k: v for k, v in summary.get("settings", {}).items() if k not in names}
     made_with = ("device", "git_commit", "model_sha256", "data_sha256", "wall_seconds")
     settings = summary.get("arguments", {}) | resolved
@@ -243,7 +242,7 @@ def _settings(summary: Mapping) -> str:
         if value is not None
     ]
     if not items:
-        return "<p>No summary stands beside the results: model, data and settings are unknown.</p>"
+        return "<p>The results have no summary: model, data and settings are unknown.</p>"
     return f"<details><summary>Settings</summary><dl>{''.join(items)}</dl></details>"
 
 
@@ -260,10 +259,10 @@ def _maker(entry: object) -> str:
 def _score_table(found: Mapping) -> str:
     scores, intervals = found["scores"], found["intervals"]
     lines = []
-    for prefix, title in metrics.PARTS.items():
+    for prefix, title in metrics.ROW_GROUPS.items():
         if f"{prefix}num_questions" in scores:
             names = [prefix + metric for metric in metrics.SCORES]
-            figures = (_figure(scores[name], intervals.get(name)) for name in names)
+            figures = (_show_score(scores[name], intervals.get(name)) for name in names)
             count = f"{scores[f'{prefix}num_questions']:,}"
             lines.append(_line(title, count, *figures))
     return (
@@ -290,7 +289,7 @@ def _folded(found: Mapping) -> str:
     )
 
 
-def _figure(score: float, interval: metrics.Interval | None) -> str:
+def _show_score(score: float, interval: metrics.Interval | None) -> str:
     return f"<b>{score:.1f}</b>{_interval(interval)}"
 
 
@@ -329,8 +328,8 @@ def _group_table(title: str, groups: Groups, articles: Mapping[int, str]) -> str
             _line(
                 escape(name),
                 f"{len(rows):,}",
-                _figure(right.mean(), interval) + _bar(right.mean(), interval),
-                _figure(f1.mean(), None) + _bar(f1.mean()),
+                _show_score(right.mean(), interval) + _bar(right.mean(), interval),
+                _show_score(f1.mean(), None) + _bar(f1.mean()),
             )
         )
     return _table(title, (title, "questions", "exact match", "F1"), lines)

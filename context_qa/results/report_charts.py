@@ -1,4 +1,4 @@
-"""The charts of a report, as inline SVG: confidence against what it is worth."""
+"""The charts of a report, as inline SVG: confidence against correctness."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,23 +9,25 @@ from common.errors import UserError
 from context_qa.results import metrics
 from squad_utils import NO_ANSWER
 
-Series = dict[str, Sequence[Mapping]]  # rows by what they are called
+Series = dict[str, Sequence[Mapping]]  # rows by their label
 
-INK = "#010203"  # stands for the page's own text colour, which depends on its scheme
+INK = "#010203"  # replaced by the page's own text colour, which depends on its scheme
 LINES = (("#2b7bba", "-"), ("#d9730d", "--"))
-FEW_POINTS = 30  # of a curve: they are marked, since a line would claim more
+FEW_POINTS = 30  # of a curve: they are marked, since a line alone would suggest more data
 
 
 def charts(rows: Sequence[Mapping], own: Sequence[Mapping]) -> str:
     """The charts as HTML, of the data's own rows and, where there are more, of all of them; or why
     there are none."""
     if not metrics.has_confidence(rows):
-        return "<p>No charts: these results hold no confidences, as those of a baseline.</p>"
+        return "<p>No charts: these results have no confidences, like those of a baseline.</p>"
     series = {"own questions": own}
     if len(own) < len(rows):
         series["with negatives"] = rows
     of_both_kinds = {
-        name: part for name, part in series.items() if len({bool(r["answers"]) for r in part}) == 2
+        name: group
+        for name, group in series.items()
+        if len({bool(r["answers"]) for r in group}) == 2
     }
     figures = [
         _chart(
@@ -38,8 +40,8 @@ def charts(rows: Sequence[Mapping], own: Sequence[Mapping]) -> str:
         _chart(
             "calibration",
             "Calibration",
-            "Share of right guesses by confidence: on the dotted line, a confidence means what it "
-            "says. Below, the questions of each bin.",
+            "Share of right guesses by confidence: on the dotted line, confidence equals "
+            "accuracy. Below, the number of questions in each bin.",
             _draw_calibration,
             series,
         ),
@@ -49,8 +51,8 @@ def charts(rows: Sequence[Mapping], own: Sequence[Mapping]) -> str:
             _chart(
                 "answerability",
                 "Answerability",
-                f"Telling which questions have an answer, by how improbable “{NO_ANSWER}” is. "
-                "Higher is better.",
+                f"Separating questions with and without an answer by the probability of "
+                f"“{NO_ANSWER}”. Higher is better.",
                 _draw_answerability,
                 of_both_kinds,
             )
@@ -92,7 +94,7 @@ def _chart(name: str, title: str, caption: str, draw: Callable, series: Series) 
 
 
 def _inline_svg(document: str, name: str, title: str) -> str:
-    """The drawing alone: as large as its place, its ids apart from those of other drawings."""
+    """The drawing alone, scaled to its place, with ids that no other drawing has."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)

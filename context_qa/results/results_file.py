@@ -1,5 +1,5 @@
-"""The results file as it is written: whatever kills the run, its whole lines are valid and stay;
-whatever another program does to the file, the run writes its rows again."""
+"""The results file that a run writes. If the run is killed, the file's complete lines are valid and
+are kept. If another program changes the file, the run writes its rows again."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ from common.json_text import json_text
 from common.output_files import check_output, write_output
 from common.provenance import differences
 from context_qa.results.metrics import summarize
-from context_qa.results.reading import RESULTS, is_whole_row, whole_rows
+from context_qa.results.reading import RESULTS, is_complete_row, read_complete_rows
 from context_qa.results.rows import answer_of, result_row
 from context_qa.results.summary import (
     SUMMARY,
@@ -36,22 +36,22 @@ from context_qa.results.summary import (
 )
 from squad_utils import Example
 
-VERSIONS = ("git_commit", "python", "packages")  # of what made a row
+VERSIONS = ("git_commit", "python", "packages")  # of the code that made a row
 
 
 class ResultsFile:
-    """The results of one run over `examples`, which is resumed where it was cut off.
+    """The results of one run over `examples`, which resumes an interrupted run.
 
-    record["settings"] is what decides the rows, in words: the file of a run with others is refused,
-    by a UserError that says what differs, as are a path that cannot be written and one that another
-    process is writing. With `overwrite` such results go, at the first row; what is not results, or
-    no summary where that is written, is refused always. Rows come in any order; `finish` puts them
-    in that of the examples.
+    record["settings"] contains all that decides the rows. A UserError refuses the file of a run
+    with other settings and says what differs; it also refuses a path that cannot be written and one
+    that another process is writing. With `overwrite`, the first row replaces such results. A file
+    that is not results, or not a summary where the summary is written, is always refused. Rows may
+    be written in any order; `finish` sorts them into the order of the examples.
 
-    The rows are kept in memory too. Where another program changes, removes or replaces the file
-    during the run, a warning says so, what it has put there is kept by another name, and all rows
-    are written again: its size and time are compared at each write and at the end of the `with`
-    block, the content before the first row and in `finish`.
+    The rows are kept in memory too. If another program changes, removes or replaces the file during
+    the run, a warning reports it, the other content is kept under another name, and all rows are
+    written again. Size and time of the file are compared at each write and at the end of the `with`
+    block, its content before the first row and in `finish`.
     """
 
     def __init__(
@@ -79,11 +79,12 @@ class ResultsFile:
 
     @property
     def done(self) -> set[int]:
-        """The idx of every row there is."""
+        """The idx of each row."""
         return {row["idx"] for row in self.rows}
 
     def _note_content(self, data: bytes) -> None:
-        """What is in the file: this run's whole lines or, before its first row, what it found."""
+        """Note what the file contains: this run's lines or, before its first row, those it
+        found."""
         self.size, self.hash = len(data), hashlib.sha256(data)
         self.written_at = self._status().st_mtime_ns
 
@@ -101,7 +102,7 @@ class ResultsFile:
             os.close(self.descriptor)
 
     def _open(self) -> int:
-        # Else told only after all is computed.
+        # Checked now, since it is written only after all is computed.
         check_output(summary_path(self.path), SUMMARY, overwrite=True)
         with report_write_errors(self.path):
             if self.path.exists() and not self.path.is_file():
@@ -116,24 +117,24 @@ class ResultsFile:
                 os.close(descriptor)
                 if not is_ours:
                     raise self._is_of_another_run()
-            raise UserError(f"{self.path}: does not stay in its place; give another path")
+            raise UserError(f"{self.path}: is replaced again and again; give another path")
 
     def _is_of_another_run(self) -> UserError:
         return UserError(f"{self.path}: another run is writing it; give another path")
 
     def _resume(self, data: bytes) -> None:
-        """Take over the rows that are there, if they are this run's."""
+        """Resume with the rows in the file, if they are this run's."""
         try:
-            rows, size = whole_rows(data, str(self.path))
+            rows, size = read_complete_rows(data, str(self.path))
         except UserError as error:
             raise UserError(f"{error}; give another path or move the file away") from error
         check_output(self.path, RESULTS, overwrite=True)
         summary = read_summary(self.path)
-        if not rows and not is_whole_row(data):
+        if not rows and not is_complete_row(data):
             has_ended = summary and summary.get("complete") is not False
             if has_ended and summary.get("settings") != self.record["settings"]:
                 name = summary_path(self.path).name
-                raise self._refusal(f"no results, but {name} is there, of another run")
+                raise self._refusal(f"no results, and {name} is of another run")
             return
         other = summary.get("settings")
         if not isinstance(other, dict):
@@ -145,19 +146,18 @@ class ResultsFile:
         for line, row in enumerate(rows, start=1):
             idx = row["idx"]
             if idx in seen or idx not in range(len(self.examples)):
-                raise self._refusal(
-                    f"in line {line} an idx, {idx}, that is there twice or too high"
-                )
+                raise self._refusal(f"an idx, {idx}, in line {line} that is too high or not unique")
             if not _is_of(row, self.examples[idx]):
                 raise self._refusal(
-                    f"in line {line} what is not of the data's idx {idx}, or edited"
+                    f"a row in line {line} that is edited, or not of the data's idx {idx}"
                 )
             seen.add(idx)
-        if rows:  # the row of a run that was killed may lack its end
+        if rows:  # the last line of a killed run may be torn
             self.rows = rows
-            with report_write_errors(self.path):
-                os.ftruncate(self.descriptor, size)
-            self._note_content(data[:size])
+            if size < len(data):
+                with report_write_errors(self.path):
+                    os.ftruncate(self.descriptor, size)
+                self._note_content(data[:size])
         self.record["made_by"] = _made_by(summary, len(rows))
         if len(rows) < len(self.examples):
             self._warn_of_other_versions()
@@ -178,10 +178,10 @@ class ResultsFile:
         )  # above a progress bar
 
     def _refusal(self, reason: str) -> UserError:
-        return UserError(f"{self.path}: holds {reason}; give another path or --overwrite")
+        return UserError(f"{self.path}: contains {reason}; give another path or set overwrite")
 
     def write(self, rows: Iterable[dict]) -> None:
-        """Append rows; when it returns they are on the disk, and if it raises none of them is."""
+        """Append rows. On return they are on the disk; if it raises, none of them is."""
         rows = list(rows)
         if not rows:
             return
@@ -200,10 +200,10 @@ class ResultsFile:
         self.rows += rows
 
     def _write_first_summary(self) -> None:
-        """What the run must leave if it is killed: with this run's first row, or where it is
+        """Write the summary of an incomplete run, with this run's first row or where it is
         missing."""
         summary = summary_path(self.path)
-        if not self.rows:  # what was there goes now that there are new results
+        if not self.rows:  # new results replace what was there
             check_output(summary, SUMMARY, overwrite=True)
             summary.unlink(missing_ok=True)
             os.ftruncate(self.descriptor, 0)
@@ -226,7 +226,7 @@ class ResultsFile:
         self._warn(f"was {what} during the run; its {len(self.rows):,} rows are written again")
 
     def _is_cut(self) -> bool:
-        """Whether the file holds nothing but a part of this run's rows."""
+        """Whether the file contains only some of this run's rows."""
         return _lines(self.rows).encode().startswith(self.path.read_bytes())
 
     def _is_in_place(self) -> bool:
@@ -244,8 +244,8 @@ class ResultsFile:
         return hashlib.sha256(self.path.read_bytes()).digest() == self.hash.digest()
 
     def _set_aside(self) -> Path:
-        """Rename the file that another program has changed, or put in this one's place, unless it
-        is one that another run is writing; its new path."""
+        """Rename the file that another program has changed or put in this one's place, and return
+        its new path. UserError if another run is writing it."""
         path = Path(os.path.realpath(self.path))
         names = (f"{path.name}.replaced{number or ''}" for number in itertools.count())
         aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -267,8 +267,8 @@ class ResultsFile:
         self._note_content(text.encode())
 
     def finish(self, **measured: object) -> dict:
-        """Put the rows in order and write OUTPUT.summary.json: scores, and all one needs to make
-        them again. `measured`, the time and the memory go into it where this run was needed."""
+        """Sort the rows and write the summary: the scores, and all that is needed to reproduce
+        them. It contains `measured`, the time and the memory if this run computed anything."""
         with report_write_errors(self.path):
             self._write_again_if_changed(compare_content=True)
             if any(one["idx"] > other["idx"] for one, other in itertools.pairwise(self.rows)):
@@ -307,7 +307,7 @@ def _lines(rows: Iterable[dict]) -> str:
 
 
 def _is_of(row: Mapping, example: Example) -> bool:
-    """Whether the row is the example's, with the scores of its guess."""
+    """Whether a row is of this example and has the scores of its guess."""
     if row["time"] <= 0:
         return False
     written = result_row(row["idx"], example, answer_of(row))
@@ -319,17 +319,17 @@ def _versions(record: Mapping) -> dict:
 
 
 def _flat(record: Mapping) -> dict:
-    """The versions, packages beside the others."""
+    """The versions, with each package on the level of the others."""
     versions = _versions(record)
     packages = versions.pop("packages")
     return versions | (packages if isinstance(packages, dict) else {})
 
 
 def _made_by(summary: Mapping, num_rows: int) -> list[dict]:
-    """How many of a file's rows each commit with its versions made, in the order of the runs.
+    """The number of rows that each commit, with its versions, has made, in the order of the runs.
 
-    A run's own rows are in its summary's `made_by` only once it has ended: rows that are not
-    counted there are those of the run that wrote the summary.
+    A summary's `made_by` counts the rows of its own run only once that has ended: rows that are not
+    counted are those of the run that wrote the summary.
     """
     counted = summary.get("made_by", [])
     entries, left = [], num_rows
@@ -345,7 +345,7 @@ def _is_count(entry: object) -> bool:
 
 
 def _merged(entries: Iterable[dict]) -> list[dict]:
-    """The entries that have rows, those of one maker in a row as one."""
+    """The entries that have rows; consecutive ones of the same versions are added up."""
     found = []
     filled = (entry for entry in entries if entry["rows"])
     for versions, group in itertools.groupby(filled, key=_versions):

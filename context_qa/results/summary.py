@@ -1,4 +1,4 @@
-"""The summary beside a results file: what a run was, and how complete it is."""
+"""The summary beside a results file: what made the results, and whether they are complete."""
 
 import bisect
 import itertools
@@ -22,8 +22,8 @@ def summary_path(path: str | Path) -> Path:
 
 
 def read_summary(path: str | Path, warns: bool = False) -> dict:
-    """The summary beside a results file; without what a hand has put out of shape, and empty where
-    there is none that can be read. warns: a line on stderr says what is ignored."""
+    """The summary beside a results file, without values of a wrong type; empty if it cannot be
+    read. warns: warn on stderr of what is ignored."""
     where = summary_path(path)
     try:
         summary = read_json(where)
@@ -71,8 +71,8 @@ SUMMARY = Kind("the summary of a run", _is_summary)
 
 
 def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> str | None:
-    """How a results file differs from that of a run that has ended, such as "is incomplete: 12 of
-    100 questions". None if it does not, or where a summary does not say."""
+    """Why a results file is not that of a complete run, such as "is incomplete: 12 of 100
+    questions". None if it is, and if no summary says otherwise."""
     asked = summary.get("num_questions")
     has_ended = summary.get("complete", True) is True
     if has_ended and not is_torn and asked in (None, num_rows):
@@ -88,23 +88,23 @@ def incompleteness(num_rows: int, summary: Mapping, is_torn: bool = False) -> st
 
 
 def find_first_negative(summary: Mapping, rows: Sequence[Mapping]) -> int | None:
-    """The idx of the first unanswerable copy, which is after all of the data's own questions; None
-    where there is no copy, or no summary that says so."""
+    """The idx of the first negative, which is after all of the data's own questions; None without
+    negatives, and where no summary says so."""
     kind = summary.get("settings", {}).get("negatives")
     if kind is None or "first_negative" in summary:
         return summary.get("first_negative")
-    # Summaries of earlier versions name the kind alone: copies are the last rows, with ids that end
-    # in it, of questions that are there with an answer too.
+    # Summaries of earlier versions contain the kind only: negatives are the last rows, with ids
+    # that end in it, of questions that are there with an answer too.
     ordered = sorted(rows, key=lambda row: row["idx"], reverse=True)
     answerable = {(f"{row['id']}#{kind}", row["question"]) for row in rows if row["answers"]}
-    is_copy = (not r["answers"] and (r["id"], r["question"]) in answerable for r in ordered)
-    copies = list(itertools.takewhile(bool, is_copy))
-    return ordered[len(copies) - 1]["idx"] if copies else None
+    is_negative = (not r["answers"] and (r["id"], r["question"]) in answerable for r in ordered)
+    count = sum(itertools.takewhile(bool, is_negative))
+    return ordered[count - 1]["idx"] if count else None
 
 
 def articles_by_idx(summary: Mapping, rows: Iterable[Mapping]) -> dict[int, str]:
-    """The article of each row that has one, by idx, from a summary's run lengths; nothing where
-    these cannot be right."""
+    """The article of each row that has one, by idx, from a summary's run lengths; nothing if
+    these are impossible."""
     runs = summary.get("articles", [])
     if not all(isinstance(run, list) and [type(x) for x in run[1:]] == [int] for run in runs):
         return {}

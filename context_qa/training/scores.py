@@ -10,7 +10,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.processes import gather_batches
 from context_qa.answering import Answerer
-from context_qa.negatives import unanswerable_copies
+from context_qa.negatives import make_negatives
 from context_qa.prompts import PromptTokens
 from context_qa.results.metrics import abstention
 from context_qa.results.rows import Answer, result_row
@@ -35,7 +35,7 @@ def scored_examples(examples: Sequence[Example], negatives: str | None) -> list[
     would be one that never abstains."""
     if negatives is None or not examples or not all(e.is_answerable for e in examples):
         return list(examples)
-    return [*examples, *unanswerable_copies(examples, negatives)]
+    return [*examples, *make_negatives(examples, negatives)]
 
 
 def find_score_problems(scored: Sequence[Example], trained: Sequence[Example]) -> Iterator[str]:

@@ -195,7 +195,7 @@ class Run:
         left = (self.folder / LOG, self._partial)
         others = sorted(path.name for path in self.folder.iterdir() if path not in left)
         if others:
-            raise UserError(f"{self.folder}: holds other things ({others[0]}); give another folder")
+            raise UserError(f"{self.folder}: contains other files ({others[0]}); give another one")
         check_output(self.folder / LOG, STEPS, overwrite=True)
         for path in left:
             path.unlink(missing_ok=True)

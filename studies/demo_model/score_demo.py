@@ -20,7 +20,7 @@ import numpy as np
 
 from common.command_line import Parser, positive_int
 from context_qa.answering import Answerer
-from context_qa.negatives import NegativeSampler, unanswerable_copies
+from context_qa.negatives import NegativeSampler, make_negatives
 from context_qa.results.metrics import mean_intervals
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, prompt_parts, read_examples
@@ -59,10 +59,10 @@ def main(args: argparse.Namespace) -> None:
     print_row("nearest same-type phrase", examples, nearest)
 
     answerable = [e for e in examples if e.is_answerable]
-    contexts = NegativeSampler(examples).contexts(epoch=0)
-    other_contexts = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
-    pairs = list(zip(other_contexts, (e.question for e in answerable), strict=True))
-    print(f"on other contexts: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
+    contexts = NegativeSampler(examples).draw_contexts(epoch=0)
+    swapped = [c for c, e in zip(contexts, examples, strict=True) if e.is_answerable]
+    pairs = list(zip(swapped, (e.question for e in answerable), strict=True))
+    print(f"contexts swapped: {score([()] * len(pairs), answers(answerer, pairs)):.1f} % abstain")
 
     handwritten = read_examples(HANDWRITTEN)
     said = answers(answerer, [(e.context, e.question) for e in handwritten])
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     passages = {passage.context: passage for passage, _ in validation_passages(NUM_PASSAGES)}
     print()
     for kind in ("random", "hard"):
-        negatives = unanswerable_copies(examples, kind)
+        negatives = make_negatives(examples, kind)
         answered = [passages[c.context].answer_to(c.question) is not None for c in negatives]
         print(f"{kind} negatives that their context answers: {sum(answered)} of {len(negatives)}")
 

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     examples = [example for example in read_examples(args.data) if example.is_answerable]
     tokenizer = load_tokenizer(args.model, args.tokenizer)
     model = PrefixSuffixLM(load_model(args.model))
-    others = NegativeSampler(examples).contexts(epoch=0)
+    others = NegativeSampler(examples).draw_contexts(epoch=0)
     true, tokens = answer_losses(model, tokenizer, examples, args.batch_size)
     # The answer stays the target on the other context: this asks what the context contributes.
     replaced = [replace(e, context=context) for e, context in zip(examples, others, strict=True)]

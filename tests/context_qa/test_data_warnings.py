@@ -1,4 +1,4 @@
-"""What is doubtful in data is said before training and evaluation."""
+"""Warnings about data before training and evaluation."""
 
 import unicodedata
 from pathlib import Path
@@ -38,7 +38,7 @@ def warnings(data, tokenizer, max_new_tokens=64, **of) -> list[str]:
     return [warning.removeprefix("f.jsonl: ") for warning in found]
 
 
-def test_ordinary_data_is_not_doubted(tokenizer):
+def test_ordinary_data_gives_no_warnings(tokenizer):
     data = read_examples(str(ROOT / "data/demo/validation.jsonl"))
     assert warnings(data, tokenizer, 16) == []
 

@@ -81,7 +81,7 @@ def test_tuning_needs_questions_of_both_kinds(run, data, tmp_path):
     answered.write_text(
         "".join(line for line in lines if json.loads(line)["response"] != NO_ANSWER), "utf-8"
     )
-    with pytest.raises(UserError, match=r"needs answerable and unanswerable .*negatives adds"):
+    with pytest.raises(UserError, match=r"needs answerable and .*set negatives to add"):
         run(scored, "--tune_on", answered)
     _, summary = run(scored, "--tune_on", answered, "--negatives", "random")
     assert 0 < summary["settings"]["no_answer_threshold"] < 1

@@ -1,7 +1,8 @@
-"""Contexts of negatives: none of them answers the question, as far as words tell."""
+"""Contexts of negatives: none of them answers the question, as far as words show."""
 
 import json
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from context_qa.negatives import (
     NEGATIVE_KINDS,
     NegativeSampler,
     _sentences,
+    make_negatives,
     question_words,
     seems_to_answer,
-    unanswerable_copies,
 )
 from squad_utils import Example, read_examples
 from studies.demo_model.make_demo import NUM_VALIDATION_PASSAGES, validation_passages
@@ -54,7 +55,7 @@ FORMS = [
 def test_an_answer_in_another_form_is_one(kind, answer, context):
     asked = Example("q", f"{answer} it is.", "Who is it?", (answer,), "T")
     other = Example("o", context, "Is it?", (), "T")
-    drawn = [NegativeSampler([asked, other], kind, seed).contexts(0)[0] for seed in range(5)]
+    drawn = [NegativeSampler([asked, other], kind, seed).draw_contexts(0)[0] for seed in range(5)]
     assert drawn == [None] * 5
 
 
@@ -62,7 +63,7 @@ def test_an_answer_in_another_form_is_one(kind, answer, context):
 def test_a_context_that_only_looks_alike_is_drawn(kind):
     asked = Example("q", "Rue 1998.", "When?", ("1998",))
     other = Example("o", "In 1999 or 19987 and 1 998.", "Is it?", ())
-    assert NegativeSampler([asked, other], kind).contexts(0)[0] == other.context
+    assert NegativeSampler([asked, other], kind).draw_contexts(0)[0] == other.context
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_a_context_that_only_looks_alike_is_drawn(kind):
 def test_answers_without_words_and_parts_of_letters(answer, context):
     asked = Example("q", f"{answer} it is.", "What?", (answer,))
     other = Example("o", context, "Is it?", ())
-    assert NegativeSampler([asked, other]).contexts(0)[0] == context
+    assert NegativeSampler([asked, other]).draw_contexts(0)[0] == context
 
 
 def test_a_mark_beside_other_references_rules_nothing_out():
     """As in three questions of SQuAD: every context has a full stop."""
     asked = Example("q", "Bo it is.", "Who?", ("Bo", "."))
     other = Example("o", "It is Cy.", "Is it?", ())
-    assert NegativeSampler([asked, other]).contexts(0)[0] == other.context
+    assert NegativeSampler([asked, other]).draw_contexts(0)[0] == other.context
 
 
 def test_hard_contexts_are_compared_once(monkeypatch):
@@ -101,7 +102,7 @@ def test_hard_contexts_are_compared_once(monkeypatch):
         [Example(str(n), f"Bo{n}.", f"Who{n}?", ()) for n in range(4)], "hard"
     )
     before = len(compared)
-    assert None not in sampler.contexts(0)
+    assert None not in sampler.draw_contexts(0)
     assert before > 0 and len(compared) == before
 
 
@@ -109,7 +110,7 @@ def test_the_same_question_in_another_form_rules_a_context_out():
     context, question = "Zoé is there.", "Who runs the café?"
     asked = Example("a", "Bo is here.", question, ("Bo",))
     same = Example("b", context, unicodedata.normalize("NFD", question.upper()), ("Zoé",))
-    assert NegativeSampler([asked, same]).contexts(0)[0] is None
+    assert NegativeSampler([asked, same]).draw_contexts(0)[0] is None
 
 
 # Draws by row
@@ -121,16 +122,18 @@ def test_rows_of_one_id_are_drawn_apart(kind):
         return Example(identifier, f"Place{n} is red.", f"What is place{n}?", (f"red{n}",), "T")
 
     same = [example("same", n) for n in range(40)]
-    drawn = NegativeSampler(same, kind, seed=1).contexts(0)
+    drawn = NegativeSampler(same, kind, seed=1).draw_contexts(0)
     assert len(set(drawn)) > 10
     others = [example(str(n) if n else "same", n) for n in range(40)]
-    assert NegativeSampler(others, kind, seed=1).contexts(0)[0] == drawn[0]  # the first of its id
+    assert (
+        NegativeSampler(others, kind, seed=1).draw_contexts(0)[0] == drawn[0]
+    )  # the first of its id
 
 
-def test_copies_of_rows_with_one_id_are_all_made():
+def test_rows_with_one_id_all_have_negatives():
     rows = [Example("same", f"Place{n} is red{n}.", f"What {n}?", (f"red{n}",)) for n in range(9)]
-    copies = unanswerable_copies(rows, "random")
-    assert len(copies) == 9 and len({copy.context for copy in copies}) > 3
+    negatives = make_negatives(rows, "random")
+    assert len(negatives) == 9 and len({n.context for n in negatives}) > 3
 
 
 # Contexts that answer the question with another value
@@ -164,7 +167,7 @@ def test_what_seems_to_answer(question, context, is_stated):
     assert seems_to_answer(_sentences(context), *question_words(question)) == is_stated
 
 
-def test_few_hard_copies_of_the_demo_are_answered_by_their_context():
+def test_few_hard_negatives_of_the_demo_are_answered_by_their_context():
     """By what the generator knows: 31 of 800 without looking at names and attributes."""
     passages = {p.context: p for p, _ in validation_passages(NUM_VALIDATION_PASSAGES)}
     path = ROOT / "data/demo/validation.jsonl"
@@ -173,6 +176,48 @@ def test_few_hard_copies_of_the_demo_are_answered_by_their_context():
     for row, example in zip(rows, examples, strict=True):  # the generator knows its own questions
         answer = passages[example.context].answer_to(example.question)
         assert answer == (row["response"] if example.is_answerable else None)
-    copies = unanswerable_copies(examples, "hard")
-    answered = [passages[c.context].answer_to(c.question) is not None for c in copies]
-    assert len(copies) == 800 and sum(answered) <= 5
+    negatives = make_negatives(examples, "hard")
+    answered = [passages[c.context].answer_to(c.question) is not None for c in negatives]
+    assert len(negatives) == 800 and sum(answered) <= 5
+
+
+def test_each_answerable_question_has_a_negative_on_a_context_without_its_answer():
+    examples = [
+        Example(
+            f"q{i}", f"Town {i // 2} is T{i // 2}.", f"Which is {i}?", (f"T{i // 2}",), f"a{i}", 8
+        )
+        for i in range(12)
+    ]
+    unknown = Example("u", "Town 3 is T3.", "Who is Bo?", ())
+    negatives = make_negatives([*examples, unknown], "random")
+    assert sorted(negative.id for negative in negatives) == sorted(
+        f"q{i}#random" for i in range(12)
+    )
+    originals = {f"{e.id}#random": e for e in examples}
+    for negative in negatives:
+        original = originals[negative.id]
+        assert (negative.question, negative.article) == (original.question, original.article)
+        assert not negative.is_answerable and negative.answer_start is None
+        assert original.answers[0] not in negative.context
+    contexts = [negative.context for negative in negatives]  # those on one context are together
+    assert len(set(contexts)) == sum(a != b for a, b in pairwise(contexts)) + 1
+    assert negatives == make_negatives([*examples, unknown], "random")
+
+
+@pytest.mark.parametrize("kind", ["random", "hard"])
+def test_no_negative_is_on_a_context_where_its_question_has_another_answer(kind):
+    """Who owns it? Bo in one context and Ann in the other; there is no third context."""
+    passages = {"The Swan is Bo's.": "Bo", "The Swan is Ann's.": "Ann"}
+    examples = [
+        Example(f"{answer}", context, question, (answer,))
+        for context, answer in passages.items()
+        for question in ("Who owns it?", f"Who is {answer}?")
+    ]
+    negatives = make_negatives(examples, kind)
+    assert {negative.id for negative in negatives} == {f"Bo#{kind}", f"Ann#{kind}"}
+    assert {negative.question for negative in negatives} == {"Who is Bo?", "Who is Ann?"}
+
+
+def test_a_question_for_which_no_context_is_fit_has_no_negative():
+    examples = [Example(c, f"Oslo {c}.", f"Where is {c}?", ("Oslo",)) for c in "ab"]
+    assert make_negatives(examples, "random") == []

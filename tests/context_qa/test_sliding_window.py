@@ -71,7 +71,7 @@ def test_answers_by_place_without_those_that_are_done():
 
 def plain_best_phrase(context: str, question: str) -> str:
     """The definition, word for word: every candidate looks at all of its sentence."""
-    sentences, information = sliding_window._parsed(context)
+    sentences, information = sliding_window._parse(context)
     asked = [fold(t) for t in sliding_window._TOKEN.findall(question) if t[0].isalnum()]
     stop_words = sliding_window._stop_words()
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from context_qa.answering import Answerer
-from data import swap_contexts
+from data import make_negatives
 from mamba_lm.checkpoint import load_model, load_tokenizer
 from squad_utils import NO_ANSWER, Example, exact_match, read_examples
 from studies.demo_model.make_demo import POOLS
@@ -48,7 +48,7 @@ def test_the_shipped_checkpoint_answers_and_abstains():
     assert all(mean(scores) >= 0.9 for scores in right.values())
 
 
-def test_swapped_contexts_are_unanswerable_and_another_draw_by_seed(tmp_path):
+def test_written_negatives_are_unanswerable_and_depend_on_the_seed(tmp_path):
     def rows(prefix, number):
         return [
             {
@@ -67,8 +67,8 @@ def test_swapped_contexts_are_unanswerable_and_another_draw_by_seed(tmp_path):
     )  # fmt: skip
     drawn = []
     for seed in (0, 0, 5):
-        output = tmp_path / f"swapped{len(drawn)}.jsonl"
-        swap_contexts.main(
+        output = tmp_path / f"negatives{len(drawn)}.jsonl"
+        make_negatives.main(
             SimpleNamespace(data=str(data), output=str(output), contexts=str(others), seed=seed)
         )
         examples = read_examples(str(output))

@@ -2,12 +2,10 @@
 
 import math
 import random
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from context_qa.negatives import unanswerable_copies
 from context_qa.results import metrics
 from context_qa.results.rows import Answer, result_row
 from squad_utils import NO_ANSWER, Example
@@ -195,7 +193,7 @@ def test_answerability_by_its_definition(seed):
     assert curve.area == pytest.approx(area)
 
 
-def test_answerability_that_is_always_told():
+def test_perfect_answerability():
     rows = [row(i, ["x"] if i < 3 else [], no_answer=i / 10) for i in range(6)]
     assert metrics.answerability(rows).area == pytest.approx(100.0)
 
@@ -226,51 +224,11 @@ def test_thresholds_that_always_or_never_abstain(answers, guess, threshold):
     assert metrics.tuned_threshold(rows) == threshold
 
 
-# Unanswerable copies
-
-
-def test_copies_are_every_answerable_question_on_a_context_without_its_answer():
-    examples = [
-        Example(f"q{i}", f"Town {i // 2} is T{i // 2}.", f"Which is {i}?", (f"T{i // 2}",), f"a{i}")
-        for i in range(12)
-    ]
-    unknown = Example("u", "Town 3 is T3.", "Who is Bo?", ())
-    copies = unanswerable_copies([*examples, unknown], "random")
-    assert sorted(copy.id for copy in copies) == sorted(f"q{i}#random" for i in range(12))
-    originals = {f"{e.id}#random": e for e in examples}
-    for copy in copies:
-        original = originals[copy.id]
-        assert (copy.question, copy.article) == (original.question, original.article)
-        assert not copy.is_answerable and original.answers[0] not in copy.context
-    contexts = [copy.context for copy in copies]  # those on one context stand together
-    assert len(set(contexts)) == sum(a != b for a, b in pairwise(contexts)) + 1
-    assert copies == unanswerable_copies([*examples, unknown], "random")
-
-
-@pytest.mark.parametrize("kind", ["random", "hard"])
-def test_no_copy_stands_where_its_question_has_another_answer(kind):
-    """Who owns it? Bo, in one passage, and Ann, in the next: no third one is there to draw."""
-    passages = {"The Swan is Bo's.": "Bo", "The Swan is Ann's.": "Ann"}
-    examples = [
-        Example(f"{answer}", context, question, (answer,))
-        for context, answer in passages.items()
-        for question in ("Who owns it?", f"Who is {answer}?")
-    ]
-    copies = unanswerable_copies(examples, kind)
-    assert {copy.id for copy in copies} == {f"Bo#{kind}", f"Ann#{kind}"}
-    assert {copy.question for copy in copies} == {"Who is Bo?", "Who is Ann?"}
-
-
-def test_a_question_that_no_context_fits_has_no_copy():
-    examples = [Example(c, f"Oslo {c}.", f"Where is {c}?", ("Oslo",)) for c in "ab"]
-    assert unanswerable_copies(examples, "random") == []
-
-
-def test_a_copy_is_known_by_its_place_and_not_by_its_id():
+def test_negatives_are_known_by_their_place_and_not_by_their_id():
     rows = [row(0, [], id="q#hard"), row(1, ["x"]), row(2, [], id="q")]
-    assert metrics.parts(rows).keys() == {"", "has_answer_", "no_answer_"}
-    parts = metrics.parts(rows, first_negative=2)
-    assert (parts["no_answer_"], parts["negatives_"]) == (rows[:1], rows[2:])
+    assert metrics.group_rows(rows).keys() == {"", "has_answer_", "no_answer_"}
+    groups = metrics.group_rows(rows, first_negative=2)
+    assert (groups["no_answer_"], groups["negatives_"]) == (rows[:1], rows[2:])
 
 
 def test_guesses_in_another_unicode_form_are_counted_beside_the_official_score():
@@ -284,8 +242,8 @@ def test_guesses_in_another_unicode_form_are_counted_beside_the_official_score()
     found = metrics.summarize(rows, {})
     assert (found["scores"]["exact_match"], found["folded_exact_match"]) == (40.0, 80.0)
     assert "folded_exact_match" not in metrics.summarize(rows[1:4], {})
-    copies = metrics.summarize(rows, {}, first_negative=1)  # of the data's own alone
-    assert copies["folded_exact_match"] == 100.0
+    negatives = metrics.summarize(rows, {}, first_negative=1)  # own questions only
+    assert negatives["folded_exact_match"] == 100.0
 
 
 @pytest.mark.parametrize("guess", ["", "A", "...", "the", "::::"])

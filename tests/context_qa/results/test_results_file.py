@@ -1,4 +1,4 @@
-"""The results file as it is written: nothing is lost, nothing is mixed, a rerun goes on."""
+"""The results file as it is written: nothing is lost or mixed, and a second run resumes it."""
 
 import argparse
 import json
@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.provenance import describe_run, sha256
-from context_qa.evaluation import print_summary
 from context_qa.results.reading import read_results
 from context_qa.results.results_file import ResultsFile
 from context_qa.results.rows import Answer, result_row
+from context_qa.results.score_table import print_summary
 from context_qa.results.summary import read_summary
 from squad_utils import NO_ANSWER, Example
 
@@ -67,7 +67,7 @@ def test_rows_are_on_disk_after_each_write_one_a_line(tmp_path):
     assert text.count("\n") == len(ROWS) and "“cat”" in text  # for a reader's eyes, not escaped
 
 
-def test_a_second_run_goes_on(path):
+def test_a_second_run_resumes(path):
     write(path, *ROWS[:2])
     with opened(path) as results:
         assert results.done == {0, 1}
@@ -110,7 +110,7 @@ def test_a_run_that_computes_nothing_leaves_nothing(path):
     assert path.exists()  # it is not ours
 
 
-def test_a_whole_line_without_its_newline_is_written_anew(path):
+def test_a_whole_line_without_its_newline_is_written_again(path):
     write(path, *ROWS[:2])
     path.write_bytes(path.read_bytes()[:-1])
     write(path, *ROWS[1:])
@@ -118,7 +118,7 @@ def test_a_whole_line_without_its_newline_is_written_anew(path):
 
 
 @pytest.mark.parametrize("left", [b"", b'{"idx": 0, "id'])
-def test_a_file_without_a_whole_line_is_begun_anew_by_any_run(path, left):
+def test_a_file_without_a_whole_line_is_restarted_by_any_run(path, left):
     write(path, *ROWS, model="other")
     path.write_bytes(left)
     write(path, *ROWS)
@@ -229,15 +229,15 @@ def test_another_run_is_refused_and_what_differs_is_said(path, other, complaint)
 def test_other_data_is_refused(path):
     write(path, *ROWS[:2])
     changed = [EXAMPLES[0], EXAMPLES[2], *EXAMPLES[2:]]
-    with pytest.raises(UserError, match="in line 2 what is not of the data's idx 1, or edited"):
+    with pytest.raises(UserError, match="in line 2 that is edited, or not of the data's idx 1"):
         opened(path, examples=changed)
-    with pytest.raises(UserError, match="in line 2 an idx, 1, that is there twice or too high"):
+    with pytest.raises(UserError, match="an idx, 1, in line 2 that is too high"):
         opened(path, examples=EXAMPLES[:1])
 
 
 def test_twice_the_same_row_is_refused(path):
     write(path, ROWS[0], ROWS[0])
-    with pytest.raises(UserError, match="in line 2 an idx, 0, that is there twice"):
+    with pytest.raises(UserError, match="an idx, 0, in line 2 that"):
         opened(path)
 
 
@@ -245,7 +245,7 @@ def test_rows_of_an_unknown_run_are_refused(path):
     write(path, *ROWS[:2])
     path.with_name("results.jsonl.summary.json").unlink()
     with pytest.raises(
-        UserError, match=r"unknown run: no results.jsonl.summary.json; .*--overwrite"
+        UserError, match=r"unknown run: no results.jsonl.summary.json; .*set overwrite"
     ):
         opened(path)
     assert read_results(str(path)) == ROWS[:2]
@@ -282,7 +282,7 @@ def test_a_run_does_not_resume_another_layout(path, missing):
 )
 def test_rows_that_were_edited_are_refused(path, edited):
     write(path, ROWS[0], ROWS[1] | edited)
-    with pytest.raises(UserError, match="in line 2 what is not of the data's idx 1, or edited"):
+    with pytest.raises(UserError, match="in line 2 that is edited, or not of the data's idx 1"):
         opened(path)
 
 
@@ -518,7 +518,7 @@ def test_two_runs_do_not_write_one_file(path):
     "output", [".", "file/results.jsonl", "file/deeper/results.jsonl", "a" * 300, "fifo"]
 )
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwrite):
+def test_a_path_that_cannot_be_written_is_an_error_at_once(tmp_path, output, overwrite):
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UserError) as caught:
@@ -527,7 +527,7 @@ def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path, output, overwri
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_summary_that_cannot_be_written_is_told_at_once(path):
+def test_a_summary_that_cannot_be_written_is_an_error_at_once(path):
     path.with_name("results.jsonl.summary.json").mkdir()
     with pytest.raises(UserError, match=r"summary\.json: cannot be written \(not a file\)"):
         opened(path)
@@ -565,7 +565,7 @@ def fill(path: Path) -> None:
     assert len(written) > 50
 
 
-def test_a_full_disk_is_told_and_leaves_whole_lines(small_disk):
+def test_a_full_disk_is_an_error_and_leaves_whole_lines(small_disk):
     path = small_disk / "results.jsonl"
     fill(path)
     with opened(path, examples=EXAMPLES[:1] * 5000) as results:

@@ -171,7 +171,7 @@ def test_what_a_row_of_an_older_layout_has_is_kept_but_for_its_scores(tmp_path):
 
 @pytest.mark.parametrize("missing", ["question", "guess", "answer"])
 @pytest.mark.parametrize("is_null", [False, True])
-def test_another_layout_is_told_by_its_columns(tmp_path, missing, is_null):
+def test_another_layout_is_reported_with_its_columns(tmp_path, missing, is_null):
     row = {name: value for name, value in WITH_CONTEXT.items() if name != missing}
     bad = WITH_CONTEXT | {missing: None} if is_null else row
     path = write(tmp_path / "results.jsonl", [WITH_CONTEXT, bad])
