@@ -283,10 +283,10 @@ def test_standard_output_has_only_json(start, tmp_path):
     assert re.match(r'\{"question": ".*", "answer": "Marco Quill", ', line)
 
 
-def test_the_recording_in_the_readme(start):
-    """What it shows, but for times, is what one sees who types the same."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command, recording = re.search(r"```\n\$ (python prompt_.*)\n((?:.*\n)*?)```", readme).groups()
+def test_the_recording_in_the_documentation(start):
+    """It shows, but for times, what a user sees who types the same."""
+    page = (ROOT / "docs/console.md").read_text(encoding="utf-8")
+    command, recording = re.search(r"```\n\$ (python prompt_.*)\n((?:.*\n)*?)```", page).groups()
     terminal = start(*command.split()[1:2], *command.split()[3:], size=(60, 80), NO_COLOR="1")
     for count, typed in enumerate(re.findall(r"^Q: (.+)$", recording, re.MULTILINE), start=1):
         terminal.wait_for("\nQ:", count=count)

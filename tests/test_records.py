@@ -272,7 +272,7 @@ def test_a_record_of_earlier_versions_is_looked_at_too(train, tmp_path):
     (folder / "training_args.json").write_text(json.dumps(record))
     assert "warning" not in train()
     (folder / "config.json").unlink()
-    assert "its model is not whole" in train()
+    assert "its model is damaged" in train()
     assert "warning" not in train()
 
 

@@ -77,7 +77,7 @@ def launch_training(kernels, dtype: torch.dtype) -> None:
 def launch_decoding(kernels, dtype: torch.dtype) -> None:
     model = MambaLM(MambaConfig(vocab_size=1000, d_model=768, n_layer=2)).to(dtype)
     d, n = model.config.d_inner, model.config.d_state
-    step = kernels.fused_layers(model.layer_weights())
+    step = kernels.fused_layers([block.weights() for block in model.blocks])
     convs, ssms = [torch.zeros(4, 3, d, dtype=dtype)] * 2, [torch.zeros(4, n, d)] * 2
     step(torch.zeros(4, 1, 768), convs, ssms)
 

@@ -183,7 +183,7 @@ def test_a_checkpoint_takes_no_memory_that_its_files_do_not_have(name, checkpoin
     state = torch.load(checkpoint / name, weights_only=False)
     torch.save(state | {"x": Large()}, checkpoint / name)
     reseal(checkpoint)
-    assert_refused(checkpoint, tmp_path, "holds __builtin__ bytearray")
+    assert_refused(checkpoint, tmp_path, "contains __builtin__ bytearray")
 
 
 def test_files_that_nothing_reads_are_not_read(checkpoint, tmp_path, monkeypatch):
