@@ -429,7 +429,10 @@ def change_config(**changes):
         (change_config(r=7), "does not fit the model"),
         (change_config(target_modules=["q_proj"]), "'q_proj' matches nothing"),
         (change_config(peft_type="NOTHING"), r"adapter_config\.json: not an adapter's config"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must contain a JSON object"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("[]"),
+            "must contain a JSON object",
+        ),
     ],
 )
 def test_files_that_do_not_fit_leave_the_model_as_it_was(
