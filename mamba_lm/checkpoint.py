@@ -267,7 +267,9 @@ def find_tokenizer_of(model: str, tokenizer: str | None = None) -> Path:
         read_config(path)
         raw = _read_json(path)
         if not recognise_format(raw, path).has_default_tokenizer(raw):
-            raise UserError(f"{model}: a Falcon-Mamba model without a tokenizer; give --tokenizer")
+            raise UserError(
+                f"{model}: a Falcon-Mamba model without a tokenizer; give its tokenizer"
+            )
         tokenizer = DEFAULT_TOKENIZER
     return find_tokenizer(tokenizer)
 
@@ -307,7 +309,7 @@ def load_model_and_tokenizer(
     rows, ids = model.config.vocab_rows, vocabulary_bound(loaded)
     fit = f"{name}: has {rows:,} vocabulary rows, the tokenizer {loaded.name_or_path} has "
     if ids > rows:
-        raise UserError(f"{fit}token ids up to {ids - 1:,}; give --tokenizer the model's own")
+        raise UserError(f"{fit}token ids up to {ids - 1:,}; give the model's own tokenizer")
     if rows - ids > max(64, rows // 20):
-        warn(f"{fit}only {ids:,} token ids: is it the model's own? --tokenizer names another")
+        warn(f"{fit}only {ids:,} token ids: is it the model's own tokenizer?")
     return model, loaded

@@ -29,13 +29,8 @@ NUMPY_STUDY = {"numpy", "pandas"}
 NAMESPACE_BELOW_SCRIPTS: set[str] = {
     "context_qa/arguments.py",
     "studies/base_model/train_base_model.py",
-    "studies/shared_contexts/learning.py",
 }
-FLAG_BELOW_SCRIPTS: set[str] = {
-    "mamba_lm/checkpoint.py",
-    "mamba_lm/formats/transformers.py",
-    "mamba_lm/training/run_folder.py",
-}
+FLAG_BELOW_SCRIPTS: set[str] = set()
 
 
 def sources() -> list[Path]:

@@ -44,13 +44,14 @@ def find_score_problems(scored: Sequence[Example], trained: Sequence[Example]) -
     if not scored:
         return
     num_answerable = sum(example.is_answerable for example in scored)
+    data = "questions of the evaluation data"
     if num_answerable == 0:
-        yield "no question in --eval_data has an answer: the best model will be one that abstains"
+        yield f"none of the {data} has an answer: the best model will be one that abstains"
     if num_answerable == len(scored):
-        yield "all questions in --eval_data have answers: the best model will never abstain"
+        yield f"all {data} have answers: the best model will never abstain"
     known = {same_question(example.context, example.question) for example in trained}
     if num_known := sum(same_question(e.context, e.question) in known for e in scored):
-        yield f"{num_known:,} of {len(scored):,} questions in --eval_data are trained on too"
+        yield f"{num_known:,} of {len(scored):,} {data} are trained on too"
 
 
 def make_scorer(

@@ -68,7 +68,7 @@ _DESCRIPTION = {
         "use_cache", "use_mambapy", "use_falcon_mambapy", "use_associative_scan",
         remark="how fast, not what",
     ),
-    **describes("dtype", "torch_dtype", remark="--dtype decides"),
+    **describes("dtype", "torch_dtype", remark="the setting dtype decides"),
     **describes("auto_map", "custom_pipelines", remark="no code from a model's folder is run"),
     **describes(
         "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",

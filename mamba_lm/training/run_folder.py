@@ -67,7 +67,7 @@ class RunFolder:
         inputs: files and folders that the run reads, which must not be in a new run's folder.
         card: the kind of README.md that is written; one of another kind is never replaced.
         overwrite: restart the run, removing what it, or another one, has left in the folder.
-        restart: how the user asks for `overwrite`, for messages, such as "--overwrite".
+        restart: how the user asks for `overwrite`, for messages, such as a flag of the script.
         """
         self.folder, self.card, self.inputs = Path(folder), card, list(inputs)
         self.overwrite, self.restart = overwrite, restart

@@ -120,7 +120,7 @@ def train_elsewhere(condition: str, seed: int, started: list[subprocess.Popen]) 
         raise UserError(f"{condition}, seed {seed}: {said[-1]}")
 
 
-def train_one(args: argparse.Namespace) -> None:
+def train_one(args) -> None:
     [condition], [seed] = args.conditions, args.seeds
     kind, _, size = condition.partition(":")
     set_seed(seed)

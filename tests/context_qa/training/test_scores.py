@@ -92,9 +92,9 @@ def test_negatives_are_added_only_where_all_are_answerable():
 
 @pytest.mark.parametrize("scored, said", [
     ("answered unanswered", []),
-    ("unanswered", ["no question in --eval_data has an answer"]),
-    ("answered", ["all questions in --eval_data have answers"]),
-    ("answered unanswered known", ["1 of 3 questions in --eval_data are trained on too"]),
+    ("unanswered", ["none of the questions of the evaluation data has an answer"]),
+    ("answered", ["all questions of the evaluation data have answers"]),
+    ("answered unanswered known", ["1 of 3 questions of the evaluation data are trained on too"]),
 ])  # fmt: skip
 def test_problems_of_scores_are_reported(scored, said):
     known = Example("known", "Bo is a cat.", "Who?", ("Bo",))
