@@ -60,7 +60,7 @@ demo_model: setup models/demo_first/.finished  # models/demo from scratch, into 
 	$(RUN) -m studies.demo_model.train_demo_model models/demo_new --model models/demo_first \
 		--first_stage 3 --unanswerable 0.5 --steps 4000 --learning_rate 2e-3 --seed 1
 
-# An interrupted run leaves its last model there: remove the folder to start anew.
+# An interrupted run leaves its last model there: remove the folder to restart.
 models/demo_first/.finished: | setup
 	$(RUN) -m studies.demo_model.train_demo_model models/demo_first
 	@touch $@

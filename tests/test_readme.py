@@ -13,7 +13,7 @@ PAGES = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "*/*.md", "studies/*/*.md")
     for path in ROOT.glob(pattern)
-    if not path.is_relative_to(ROOT / ".venv")
+    if not path.relative_to(ROOT).parts[0].startswith(".")
 )
 
 
@@ -38,7 +38,7 @@ def shown_commands() -> list[str]:
             command = re.sub(r"^(\.venv/bin/|uv run )", "", command)
             command = re.sub(r"^torchrun --nproc_per_node \w+ ", "python ", command)
             if re.match(
-                r"python (-m (data|benchmarks|context_qa|studies\.(demo|shared))|\w+\.py)\S*",
+                r"python (-m (data|benchmarks|context_qa|studies\.(base|demo|shared))|\w+\.py)\S*",
                 command,
             ):
                 commands.append(command)
