@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_skipped(inputs, undisturbed, tmp_path, capsys):
     ],
 )
 def test_another_run_is_refused(flag, value, said, inputs, undisturbed):
-    with pytest.raises(UserError, match=f"contains another run .*{said}.*--overwrite") as caught:
+    with pytest.raises(UserError, match=f"contains another run .*{said}.*set overwrite") as caught:
         finish(inputs, undisturbed, flag, value)
     assert "\n" not in str(caught.value)
 

@@ -241,7 +241,7 @@ def test_log_plot_and_card_are_the_same_after_a_resume(train, tmp_path):
 def test_an_unreadable_record_is_another_run(text, train):
     output = train()
     (output / "training_args.json").write_text(text)
-    with pytest.raises(UserError, match="give another folder or --overwrite") as caught:
+    with pytest.raises(UserError, match="give another folder or set overwrite") as caught:
         train()
     assert "\n" not in str(caught.value)
     train("--overwrite")
@@ -465,9 +465,9 @@ def test_settings_without_effect_or_with_a_wrong_one_are_refused(key, value, tra
 @pytest.mark.parametrize(
     "override, said",
     [
-        ("learning_rate=1", "use --learning_rate"),
-        ("per_device_train_batch_size=4", "use --batch_size"),
-        ("output_dir=x", "use --output"),
+        ("learning_rate=1", "set learning_rate instead"),
+        ("per_device_train_batch_size=4", "set batch_size instead"),
+        ("output_dir=x", "set output instead"),
         ("sav_steps=3", r"\(save_steps\?\)"),
     ],
 )
@@ -482,7 +482,7 @@ def test_an_unknown_metric_is_reported_with_the_known_ones(train, tmp_path, caps
     with pytest.raises(UserError, match="choose from exact_match, f1, answerable_exact_match, "):
         train(*SCORED, metric_for_best_model="nonsense")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="metric_for_best_model needs --eval_data"):
+    with pytest.raises(UserError, match="metric_for_best_model needs eval_data"):
         train(metric_for_best_model="f1")
     assert not (tmp_path / "run").exists()
 

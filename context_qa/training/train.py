@@ -23,14 +23,15 @@ from mamba_lm.training.arguments import training_arguments
 from mamba_lm.training.run_folder import RunFolder
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
-_FLAGS = {  # fields of TrainingArguments that have a flag of their own
-    "output_dir": "--output",
-    "seed": "--seed",
-    "num_train_epochs": "--num_epochs",
-    "per_device_train_batch_size": "--batch_size",
-    **{name: f"--{name}" for name in ("max_steps", "learning_rate", "gradient_accumulation_steps",
-                                      "optim")},
-}  # fmt: skip
+_SETTINGS = {  # by the fields of TrainingArguments that they decide
+    "output_dir": "output",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size",
+    **{
+        name: name
+        for name in ("seed", "max_steps", "learning_rate", "gradient_accumulation_steps", "optim")
+    },
+}
 _WITHOUT_EFFECT = (  # on the weights: fields of TrainingArguments that may change on a resume
     *("save_steps", "save_total_limit", "disable_tqdm", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
@@ -51,10 +52,9 @@ def train(settings: TrainingSettings, data: Data) -> None:
         inputs=settings.inputs(),
         card=MODEL_CARD,
         overwrite=settings.overwrite,
-        restart="--overwrite",
     ) as run:
         if run.is_complete:
-            say(f"{settings.output}: this run is complete; --overwrite restarts it")
+            say(f"{settings.output}: this run is complete; set overwrite to restart it")
         else:
             complete(settings, data, arguments, run)
             say(f"model written to {settings.output}")
@@ -138,12 +138,12 @@ def make_arguments(settings: TrainingSettings) -> TrainingArguments:
     if settings.eval_data:
         fields |= {"eval_strategy": "epoch", "metric_for_best_model": "exact_match"}
     device = choose_device("cpu" if "use_cpu=true" in settings.trainer else "auto")
-    arguments = training_arguments(settings.output, device, settings.trainer, _FLAGS, **fields)
+    arguments = training_arguments(settings.output, device, settings.trainer, _SETTINGS, **fields)
     if not settings.eval_data:
         if arguments.eval_strategy != "no" or arguments.eval_on_start:
-            raise UserError("training arguments: evaluation needs --eval_data")
+            raise UserError("training arguments: evaluation needs eval_data")
         if arguments.metric_for_best_model is not None:
-            raise UserError("training arguments: metric_for_best_model needs --eval_data")
+            raise UserError("training arguments: metric_for_best_model needs eval_data")
     if arguments.dataloader_num_workers:
         require_shared_memory()
     return arguments

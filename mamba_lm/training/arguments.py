@@ -80,7 +80,7 @@ def _parse(override: str, reserved: Mapping[str, str]) -> tuple[str, object]:
         wanted = f"give KEY=VALUE, a field of TrainingArguments{near}"
         raise UserError(f"training arguments: {override}: {wanted}")
     if key in reserved:
-        raise UserError(f"training arguments: {override}: use {reserved[key]}")
+        raise UserError(f"training arguments: {override}: set {reserved[key]} instead")
     try:
         value = json.loads(text)
     except ValueError:

@@ -57,7 +57,6 @@ class RunFolder:
         inputs: Iterable[str | None],
         card: Kind,
         overwrite: bool = False,
-        restart: str = "overwrite",
     ):
         """In every process of the run; only the first one reads and writes.
 
@@ -67,10 +66,9 @@ class RunFolder:
         inputs: files and folders that the run reads, which must not be in a new run's folder.
         card: the kind of README.md that is written; one of another kind is never replaced.
         overwrite: restart the run, removing what it, or another one, has left in the folder.
-        restart: how the user asks for `overwrite`, for messages, such as a flag of the script.
         """
         self.folder, self.card, self.inputs = Path(folder), card, list(inputs)
-        self.overwrite, self.restart = overwrite, restart
+        self.overwrite = overwrite
         self.processes = PartialState()
         self.record = {"settings": dict(settings), **description}
         self.warnings: list[str] = []  # on the data
@@ -123,7 +121,7 @@ class RunFolder:
         if change is not None and checkpoint is None:
             raise UserError(
                 f"{self.folder}: {change}, and no checkpoint is left to write the model from; "
-                f"{self.restart} trains it again from the start"
+                "set overwrite to train it again from the start"
             )
         if change is not None:
             action = f"{change}; the model is written again from {checkpoint.name}"
@@ -225,7 +223,7 @@ class RunFolder:
             what = f"another run ({'; '.join(different)})"
         else:
             return
-        raise UserError(f"{self.folder}: contains {what}; give another folder or {self.restart}")
+        raise UserError(f"{self.folder}: contains {what}; give another folder or set overwrite")
 
     def _note_other_code(self, before: Mapping) -> None:
         """Warn, and add to the record, if other code started the run: its bits may differ."""

@@ -56,10 +56,9 @@ def test_a_complete_run_is_recognized(finished):
 
 def test_another_run_is_refused_and_the_way_to_restart_is_named(finished):
     message = "contains another run (color: red there, blue now); give another folder or "
-    for changes, remedy in (({}, "overwrite"), ({"restart": "--begin"}, "--begin")):
-        with pytest.raises(UserError) as caught, enter(finished, "blue", **changes):
-            pass
-        assert str(caught.value) == f"{finished}: {message}{remedy}"
+    with pytest.raises(UserError) as caught, enter(finished, "blue"):
+        pass
+    assert str(caught.value) == f"{finished}: {message}set overwrite"
 
 
 def test_a_restart_removes_the_files_of_the_run_alone(finished):
