@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of names in peft's files
-# What peft raises for an adapter that it cannot make or merge.
-_REFUSALS = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (NotImplementedError, ValueError)  # peft's, of an adapter that it cannot make or merge
 
 
 def add_adapter(model: LanguageModel, config: "PeftConfig") -> None:

@@ -35,6 +35,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from common.errors import UserError, warn
+from mamba_lm.adapters import has_adapter
 from mamba_lm.checkpoint import load_weights, read_model_weights, save_model
 from mamba_lm.foreign_files import parsing
 from mamba_lm.formats.pickles import require_plain
@@ -149,6 +150,8 @@ class PrefixSuffixTrainer(Trainer):
         evaluates = arguments.eval_strategy != IntervalStrategy.NO or arguments.eval_on_start
         if score is None and (evaluates or arguments.metric_for_best_model is not None):
             raise ValueError("evaluation and metric_for_best_model need a score function")
+        if has_adapter(model):  # its first checkpoint would fail, and the training be lost
+            raise UserError("training a model with an adapter is not supported yet; merge it first")
         if sharded and arguments.world_size < 2:
             raise UserError("fully_shard needs two processes or more; start them with torchrun")
         self._output = Path(arguments.output_dir)

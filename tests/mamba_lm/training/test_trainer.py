@@ -668,7 +668,7 @@ def test_a_field_that_this_code_misspells_is_a_bug(tmp_path):
         ('accelerator_config={"a": 1}', "its keys are split_batches"),
         ("accelerator_config=nowhere.json", "nowhere.json"),
         ("save_steps=1e400", "cannot convert float infinity"),
-        ("output_dir=x", "use output"),
+        ("output_dir=x", "set output instead"),
         ("restore_callback_states_from_checkpoint=true", "no callback keeps a state"),
     ],
 )
@@ -700,3 +700,11 @@ def test_the_engine_names_no_flag():
         documented = 'such as "--overwrite"'  # of a parameter
         flags = [text for text in texts if "--" in text and documented not in text]
         assert not flags, path
+
+
+def test_a_model_with_an_adapter_is_refused_before_training(make_trainer, make_model, add_lora):
+    """Not at its first checkpoint, when what was trained would be lost."""
+    model = make_model()
+    add_lora(model, "in_proj")
+    with pytest.raises(UserError, match="with an adapter is not supported yet; merge it first"):
+        make_trainer(model, random_examples(4))
