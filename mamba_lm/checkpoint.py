@@ -268,7 +268,7 @@ def find_tokenizer_of(model: str, tokenizer: str | None = None) -> Path:
         raw = _read_json(path)
         if not recognise_format(raw, path).has_default_tokenizer(raw):
             raise UserError(
-                f"{model}: a Falcon-Mamba model without a tokenizer; give its tokenizer"
+                f"{model}: has no tokenizer, and its family has no default one; give its tokenizer"
             )
         tokenizer = DEFAULT_TOKENIZER
     return find_tokenizer(tokenizer)
