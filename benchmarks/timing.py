@@ -62,8 +62,8 @@ def installed(*modules: str) -> bool:
 
 @dataclass(frozen=True)
 class Contender:
-    """A call that handles so many items, and for them so many tokens. flop and num_bytes are the
-    least work that it must do: the FLOP of its matrix products, and the bytes that it must move."""
+    """A call, and how many items and tokens it processes. flop and num_bytes are the least work
+    that it must do: the FLOP of its matrix products, and the bytes that it must move."""
 
     call: Callable[[], object]
     items: int = 1

@@ -62,8 +62,8 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
 
 
 def write_oxen_layout(examples: list[Example], output: str) -> None:
-    """Write the file, complete or not at all, byte for byte as Oxen's are written. Nothing tells it
-    from those: a file that is there is not replaced."""
+    """Write the file, complete or not at all, byte for byte as Oxen's are written. It
+    cannot be distinguished from those, so an existing file is never replaced."""
     write_output(output, "".join(map(oxen_line, examples)))
 
 
