@@ -4,10 +4,10 @@
     python -m benchmarks.bench_console          # mamba-130m's shape, a passage of 2,000 tokens
     python -m benchmarks.bench_console --quick
 
-Random weights, stops ignored. The first question bears the reading of the passage; later ones are
-asked one after the other. Ours also scores "I don't know." with every answer, which the peers do
-not; llama.cpp keeps the passage's state by its own means, transformers has none and reads
-everything again.
+Random weights, stops ignored. The time of the first question includes reading the passage; later
+questions are asked one after the other. Ours also scores "I don't know." with every answer, which
+the peers do not. llama.cpp can save the passage's state; transformers cannot and reads everything
+again.
 """
 
 from common.script import run_script
@@ -26,6 +26,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from benchmarks.workloads import VALIDATION, VOCABULARY, WIDTH
 from common.command_line import positive_int
 from common.errors import UserError
 from context_qa.answering import Answerer
@@ -38,14 +39,12 @@ from mamba_lm.models.state import MambaState
 from mamba_lm.tokenizer import token_ids
 from squad_utils import prompt_parts, read_examples
 
-EMBEDDED = "data/demo/validation.jsonl"
-VOCABULARY, WIDTH = 50277, 768
 FIRST, LATER = "first token of the first question", "first token of a later one"
 ONE, ALL, REREAD = "one question", "all questions", "all questions, the context read for each"
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__, EMBEDDED)
+    parser = parse_benchmark_args(__doc__, VALIDATION)
     parser.add_argument("--n_layer", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--tokens", type=positive_int, default=2000, help="default: 2000")
     parser.add_argument("--questions", type=positive_int, default=10, help="default: 10")
@@ -57,7 +56,7 @@ def parse_args():
 def main(args) -> None:
     if args.quick:
         args.n_layer, args.tokens, args.rounds = 2, 500, 2
-    passage, questions = sample(args)
+    passage, questions = passage_and_questions(args)
     settings = (passage, questions, args.tokenizer, args.n_layer, args.max_new_tokens)
     names = [f"ours: {task}" for task in (FIRST, LATER, ONE, ALL, REREAD)]
     if installed("gguf", "llama_cpp"):
@@ -73,8 +72,8 @@ def main(args) -> None:
     compare(*settings)
 
 
-def sample(args) -> tuple[str, list[str]]:
-    """A passage of so many tokens, of the data's contexts put together, and questions."""
+def passage_and_questions(args) -> tuple[str, list[str]]:
+    """A passage of args.tokens tokens, joined from the data's contexts, and questions."""
     examples = read_examples(args.data)
     tokenizer = load_tokenizer("", args.tokenizer)
     text = "\n".join(dict.fromkeys(example.context for example in examples[:2000]))
@@ -85,8 +84,8 @@ def sample(args) -> tuple[str, list[str]]:
     return passage, [example.question for example in examples[: args.questions]]
 
 
-def made(tokenizer_name: str, n_layer: int) -> tuple:
-    """The tokenizer and the model, of the same random weights in every process."""
+def load_tokenizer_and_model(tokenizer_name: str, n_layer: int) -> tuple:
+    """The model has the same random weights in every process."""
     torch.manual_seed(0)
     return load_tokenizer("", tokenizer_name), MambaLM(
         MambaConfig(VOCABULARY, WIDTH, n_layer)
@@ -96,7 +95,7 @@ def made(tokenizer_name: str, n_layer: int) -> tuple:
 def prepare(
     name: str, task: str, passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int
 ) -> Contender:
-    tokenizer, model = made(tokenizer, n_layer)
+    tokenizer, model = load_tokenizer_and_model(tokenizer, n_layer)
     questions = {ALL: questions, REREAD: questions, LATER: questions[1:]}.get(task, questions[:1])
     makers = {"ours": ours, "llama.cpp": llama_cpp, "transformers": transformers}
     return makers[name](task, model, tokenizer, passage, questions, new)
@@ -106,12 +105,12 @@ def suffixes_of(questions: list[str]) -> list[str]:
     return [prompt_parts("", question)[1] for question in questions]
 
 
-class _Told(Exception):
+class _FirstTextShown(Exception):
     pass
 
 
-def until_told(text: str) -> None:
-    raise _Told
+def stop_at_first_text(text: str) -> None:
+    raise _FirstTextShown
 
 
 def answerer_of(model: MambaLM, tokenizer, new: int) -> Answerer:
@@ -128,17 +127,17 @@ def ours(task: str, model: MambaLM, tokenizer, passage: str, questions, new: int
         ids = answerer.tokens.encode([passage])
         return answerer.read_prefixes(ids), len(ids[0])
 
-    kept = read_passage()
+    first_reading = read_passage()
 
     def ask(suffix: str, reading: tuple[MambaState, int], **show) -> None:
         state, length = reading
         [ids] = answerer.tokens.encode([suffix])
-        with contextlib.suppress(_Told):
+        with contextlib.suppress(_FirstTextShown):
             stream_answer(answerer, state, ids, length, **show)
 
     def call() -> None:
-        show = {"show": until_told} if task in (FIRST, LATER) else {}
-        reading = kept if task == LATER else read_passage()
+        show = {"show": stop_at_first_text} if task in (FIRST, LATER) else {}
+        reading = first_reading if task == LATER else read_passage()
         for place, suffix in enumerate(suffixes):
             if place > 0 and task == REREAD:
                 reading = read_passage()
@@ -193,19 +192,19 @@ def transformers(
 
 @torch.inference_mode()
 def compare(passage: str, questions: list[str], tokenizer: str, n_layer: int, new: int) -> None:
-    """Tell how many answers from the kept state are those of whole prompts read alone."""
-    tokenizer, model = made(tokenizer, n_layer)
+    """Print how many answers from the saved state equal those of whole prompts."""
+    tokenizer, model = load_tokenizer_and_model(tokenizer, n_layer)
     prefix, equal, distance = token_ids(tokenizer, passage), 0, 0.0
     state = answerer_of(model, tokenizer, new).read_prefixes([prefix])
     for suffix in suffixes_of(questions):
         ids = token_ids(tokenizer, suffix)
-        [kept] = decode(model, read(model, [ids], state), (), new)
-        [fresh] = decode(model, read(model, [prefix + ids]), (), new)
-        equal += kept.token_ids == fresh.token_ids
-        distance = max(distance, abs(kept.log_prob - fresh.log_prob))
+        [forked] = decode(model, read(model, [ids], state), (), new)
+        [whole] = decode(model, read(model, [prefix + ids]), (), new)
+        equal += forked.token_ids == whole.token_ids
+        distance = max(distance, abs(forked.log_prob - whole.log_prob))
     print(
-        f"\n{equal} of {len(questions)} answers from the kept state equal those of whole prompts "
-        f"read alone; log-probabilities differ by {distance:.1e} at most"
+        f"\n{equal} of {len(questions)} answers from the saved state equal those of whole prompts; "
+        f"log-probabilities differ by {distance:.1e} at most"
     )
 
 

@@ -23,12 +23,12 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from benchmarks.workloads import VOCABULARY, WIDTH
 from common.command_line import positive_int
 from mamba_lm.device import DTYPES
 from mamba_lm.generate import decode, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 
-VOCABULARY, WIDTH = 50277, 768
 READING, OURS, LLAMA = "weights read once", "ours", "llama.cpp"
 PROMPT = list(range(100, 260))
 
@@ -67,7 +67,7 @@ def prepare(name: str, dtype: str, n_layer: int, new: int) -> Contender:
     if name == OURS:
         with torch.inference_mode():
             reading = read(model, [PROMPT])
-        return Contender(lambda: continued(model, reading, new), new, new)
+        return Contender(lambda: continue_reading(model, reading, new), new, new)
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def prepare(name: str, dtype: str, n_layer: int, new: int) -> Contender:
 
 
 @torch.inference_mode()
-def continued(model: MambaLM, reading, new: int):
+def continue_reading(model: MambaLM, reading, new: int):
     return decode(model, reading, set(), new)
 
 

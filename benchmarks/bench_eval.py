@@ -5,16 +5,14 @@
     python -m benchmarks.bench_eval --quick                               # embedded data, 2 layers
 
 Random weights, greedy decoding, --max_new_tokens each, stops ignored. Passages are a seeded sample
-with all their questions, as many on average as in the data. `seconds` is a question's; `ratio` is
+with all their questions, as many on average as in the data. `seconds` is per question; `ratio` is
 to ours, shared. Ours also scores "I don't know." after every question, which the peers do not. A
-peer that is slow answers only some questions of the sample, of its middle lengths.
+slow peer answers only some questions of the sample, of its middle lengths.
 """
 
 from common.script import run_script
 
-import random
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from benchmarks.workloads import VALIDATION, VOCABULARY, WIDTH, sample_passages
 from common.command_line import positive_int
 from context_qa.answering import Answerer
 from mamba_lm.checkpoint import load_tokenizer, save_model
@@ -34,14 +33,12 @@ from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.tokenizer import token_ids
 from squad_utils import Example, prompt_parts, read_examples
 
-EMBEDDED = "data/demo/validation.jsonl"
-VOCABULARY, WIDTH = 50277, 768
 SHARED, UNSHARED, TRANSFORMERS = "ours, shared", "ours, unshared", "transformers, batches"
-LLAMA, LLAMA_SHARED = "llama.cpp", "llama.cpp, prefix state kept"
+LLAMA, LLAMA_SHARED = "llama.cpp", "llama.cpp, saved prefix state"
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__, EMBEDDED)
+    parser = parse_benchmark_args(__doc__, VALIDATION)
     parser.add_argument("--n_layer", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--passages", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--max_new_tokens", type=positive_int, default=16, help="default: 16")
@@ -52,7 +49,7 @@ def parse_args():
 def main(args) -> None:
     if args.quick:
         args.n_layer, args.passages, args.rounds = 2, 4, 1
-    passages = sample(read_examples(args.data), args.passages)
+    passages = sample_passages(read_examples(args.data), args.passages)
     sizes = (8,) if args.quick else (1, 8, 32)
     names = [SHARED, UNSHARED, *(f"{TRANSFORMERS} of {size}" for size in sizes)]
     if installed("gguf", "llama_cpp"):
@@ -68,18 +65,6 @@ def main(args) -> None:
         rows_per_item(workers, SHARED, args.rounds, patience=90),
         args.json,
     )
-
-
-def sample(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """All questions of `count` passages: of a hundred seeded draws the one whose questions per
-    passage are nearest to the data's."""
-    passages: dict[str, list[Example]] = {}
-    for example in examples:
-        passages.setdefault(example.context, []).append(example)
-    count = min(count, len(passages))
-    wanted = len(examples) / len(passages) * count
-    draws = (random.Random(seed).sample(list(passages.values()), count) for seed in range(100))
-    return min(draws, key=lambda draw: abs(sum(map(len, draw)) - wanted))
 
 
 def prepare(
@@ -126,8 +111,8 @@ def ours(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contend
 
 
 def transformers(model: MambaLM, tokenizer, passages, new: int, batch_size: int) -> Contender:
-    """A batch of prompts of like length, the sample's median: the less padding, the faster. By
-    `generate` with left padding and a mask."""
+    """`generate` on a batch of prompts with left padding and a mask. Their lengths are near the
+    sample's median, so that there is little padding."""
     from transformers import AutoModelForCausalLM
 
     prefixes, suffixes = tokens_of(tokenizer, passages)
@@ -154,8 +139,8 @@ def transformers(model: MambaLM, tokenizer, passages, new: int, batch_size: int)
 
 
 def llama_cpp(model: MambaLM, tokenizer, passages, new: int, shared: bool) -> Contender:
-    """Six passages of lengths evenly spread over the sample's; by its own means, llama.cpp can keep
-    a prefix's state."""
+    """Six passages, whose lengths are evenly spread over the sample's. llama.cpp can save the state
+    of a prefix."""
     from benchmarks.llama_cpp_peer import LlamaCpp, write_gguf
 
     passages = sorted(passages, key=lambda passage: len(passage[0].context))

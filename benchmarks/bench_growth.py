@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Contender, new_file, parse_benchmark_args, report, rows_per_item
+from benchmarks.workloads import VOCABULARY, WIDTH
 from common.command_line import positive_int
 from common.errors import UserError
 from common.output_files import check_inputs_not_overwritten, check_output
 from mamba_lm.generate import decode, prefill, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 
-VOCABULARY, WIDTH = 50277, 768
 QUESTION, ANSWER = 20, 16
 # Contexts, questions on each of them, their tokens.
 BY_QUESTIONS = [(10 // questions, questions, 160) for questions in (1, 2, 5, 10)]

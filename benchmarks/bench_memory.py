@@ -1,18 +1,19 @@
-"""Memory of training, on paper for every size and measured where it is small.
+"""Memory of training: expected by a formula for all shapes, measured for the small ones.
 
     python -m benchmarks.bench_memory                       # the shapes in models/configs
 
-On paper: weights, gradients and AdamW's two moments are 16 bytes a parameter in float32, whatever
-runs. A layer keeps, of each token that it reads, for its gradients:
+Expected: weights, gradients and AdamW's two moments take 16 bytes a parameter in float32. For its
+gradients, a layer saves of each token that it reads:
 
-    its input and what is normed (2 m), both halves of in_proj (2 d), what leaves the convolution, Δ
-    and what goes into out_proj (3 d), x_proj's output (r + 2 n), a state in 32 tokens (n d / 32)
+    its input and the norm's output (2 m), both halves of in_proj's output (2 d), the convolution's
+    output, Δ and out_proj's input (3 d), x_proj's output (r + 2 n), a state every 32 tokens
+    (n d / 32)
 
 and of each row, context or question, a state before and one after (2 n d). With activation
-checkpointing it keeps its input alone (m, and n d of a row), and one layer at a time the rest. m,
-d, n, r are d_model, d_inner, d_state, dt_rank; numbers are float32.
+checkpointing it saves only its input (m, and n d of a row), and the rest for one layer at a time.
+m, d, n, r are d_model, d_inner, d_state, dt_rank; numbers are float32.
 
-Measured: what autograd keeps of a batch of eight contexts of 160 tokens with five questions of 25
+Measured: what autograd saves for a batch of eight contexts of 160 tokens with five questions of 25
 tokens each, as SQuAD has them, by hooks on saved tensors, without the vocabulary's logits.
 """
 
@@ -45,23 +46,28 @@ def main(args) -> None:
     configs = {path.stem: read_config(path) for path in CONFIGS.glob("*.json")}
     configs = dict(sorted(configs.items(), key=lambda item: num_parameters(item[1])))
     report(
-        "on paper: gradients and AdamW's moments; activations",
-        [on_paper(*c) for c in configs.items()],
+        "expected: gradients and AdamW's moments; activations",
+        [expected_memory(*c) for c in configs.items()],
         None,
     )
     rows = [
         row
         for name, config in configs.items()
         if config.d_model <= WIDEST
-        for row in measured(name, config)
+        for row in measured_memory(name, config)
     ]
-    report(f"kept for gradients by a layer, of {TOKENS:,} tokens in {ROWS} rows", rows, args.json)
+    report(f"saved for gradients by a layer, of {TOKENS:,} tokens in {ROWS} rows", rows, args.json)
 
 
-def on_paper(name: str, config: MambaConfig) -> dict:
+def expected_memory(name: str, config: MambaConfig) -> dict:
     parameters = num_parameters(config)
-    per_token = [kept(config, 1, 0, again) * config.n_layer / 1e6 for again in (False, True)]
-    batch = [kept(config, TOKENS, ROWS, again) * config.n_layer / 1e9 for again in (False, True)]
+    per_token = [
+        expected_bytes(config, 1, 0, again) * config.n_layer / 1e6 for again in (False, True)
+    ]
+    batch = [
+        expected_bytes(config, TOKENS, ROWS, again) * config.n_layer / 1e9
+        for again in (False, True)
+    ]
     return {
         "shape": name,
         "M parameters": parameters / 1e6,
@@ -70,12 +76,12 @@ def on_paper(name: str, config: MambaConfig) -> dict:
         "MB a token": per_token[0],
         "checkpointed": per_token[1],
         "GB a batch": batch[0],
-        "checkpointed ": batch[1] + kept(config, TOKENS, ROWS) / 1e9,
+        "checkpointed ": batch[1] + expected_bytes(config, TOKENS, ROWS) / 1e9,
     }
 
 
-def kept(config: MambaConfig, tokens: int, rows: int, recomputed: bool = False) -> float:
-    """Bytes that a layer keeps for its gradients, by the formula."""
+def expected_bytes(config: MambaConfig, tokens: int, rows: int, recomputed: bool = False) -> float:
+    """Bytes that a layer saves for its gradients, by the formula."""
     m, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
     if recomputed:
         return FLOAT * (tokens * m + rows * n * d)
@@ -88,21 +94,21 @@ def num_parameters(config: MambaConfig) -> int:
         return sum(parameter.numel() for parameter in MambaLM(config).parameters())
 
 
-def measured(name: str, config: MambaConfig) -> Iterator[dict]:
-    """The difference that a layer makes: of two, since the first keeps no state before it."""
+def measured_memory(name: str, config: MambaConfig) -> Iterator[dict]:
+    """What the second of two layers adds: the first saves no state before it."""
     for recomputed in (False, True):
         one, two = (saved_bytes(config, layers, recomputed) for layers in (1, 2))
-        paper = kept(config, TOKENS, ROWS, recomputed)
+        expected = expected_bytes(config, TOKENS, ROWS, recomputed)
         yield {
             "shape": f"{name}{', checkpointed' if recomputed else ''}",
             "MB measured": (two - one) / 1e6,
-            "MB on paper": paper / 1e6,
-            "ratio": (two - one) / paper,
+            "MB expected": expected / 1e6,
+            "ratio": (two - one) / expected,
         }
 
 
 def saved_bytes(config: MambaConfig, n_layer: int, recomputed: bool) -> int:
-    """What autograd keeps of the batch, but for weights, with so many of the layers."""
+    """Bytes that autograd saves for the batch, without weights, by a model of n_layer layers."""
     torch.manual_seed(0)
     shape = vars(config) | {"n_layer": n_layer, "vocab_size": 64}
     model = PrefixSuffixLM(MambaLM(MambaConfig(**shape)))
@@ -118,7 +124,7 @@ def saved_bytes(config: MambaConfig, n_layer: int, recomputed: bool) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(**batch())["loss"]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert loss.requires_grad  # alive until here, and with it all that was kept
+    assert loss.requires_grad  # alive until here, and with it all saved tensors
     return sum(size for place, size in sizes.items() if place not in weights)
 
 

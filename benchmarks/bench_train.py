@@ -7,15 +7,14 @@
 
 mamba-130m's width and vocabulary, fewer layers. Every question comes once more on a random context,
 where "I don't know." is right; a step is forward, backward and AdamW. The batch is one in which
-sharing spares as many tokens as in an epoch's batches on average; mambapy reads it in smaller ones
-of like lengths, gradients added up. `seconds` is an example's; `ratio` is to ours, shared; tokens
-count what is read, without padding.
+sharing saves as many tokens as in an epoch's batches on average; mambapy reads it in smaller
+batches of similar lengths and adds their gradients. `seconds` and `tokens` are per example, without
+padding; `ratio` is to ours, shared.
 """
 
 from common.script import run_script
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +27,23 @@ from benchmarks.timing import (
     report,
     rows_per_item,
 )
+from benchmarks.workloads import (
+    TRAIN,
+    VOCABULARY,
+    WIDTH,
+    num_tokens,
+    training_batch,
+    without_prefix,
+)
 from common.command_line import positive_int
-from context_qa.batches import GroupedBatches, continuation
-from mamba_lm.checkpoint import load_tokenizer
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
-from squad_utils import PROMPT_ORDERS, read_examples
 
-EMBEDDED = "data/demo/train.jsonl"
-VOCABULARY, WIDTH = 50277, 768
 SHARED, UNSHARED, MAMBAPY = "ours, shared", "ours, unshared", "mambapy, batches"
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__, EMBEDDED)
+    parser = parse_benchmark_args(__doc__, TRAIN)
     parser.add_argument("--n_layer", type=positive_int, default=12, help="default: 12")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="default: 32")
     parser.add_argument("--rounds", type=positive_int, default=2, help="default: 2")
@@ -54,7 +56,7 @@ def main(args) -> None:
     names = [SHARED, UNSHARED]
     if installed("mambapy"):
         names += [f"{MAMBAPY} of {size}" for size in ((2,) if args.quick else (1, 2, 4))]
-    examples, contexts = batch(args.data, args.tokenizer, args.batch_size)
+    examples, contexts = training_batch(args.data, args.tokenizer, args.batch_size)
     workers = {name: Worker(prepare, name, examples, args.n_layer) for name in names}
     report(
         f"{len(examples)} examples on {contexts} contexts, d_model {WIDTH}, {args.n_layer} layers, "
@@ -64,40 +66,14 @@ def main(args) -> None:
     )
 
 
-def batch(data: str, tokenizer: str, batch_size: int) -> tuple[list[Item], int]:
-    """Of the first fifty batches of an epoch the one whose gain in tokens by sharing is nearest to
-    that of all, and how many contexts are in it."""
-    tokenizer = load_tokenizer("", tokenizer)
-    pairings = GroupedBatches(read_examples(data), batch_size, "random")
-    batches = [
-        [continuation(pairing, tokenizer, PROMPT_ORDERS[0]) for pairing in of_batch]
-        for of_batch in itertools.islice(pairings, 50)
-    ]
-    shared = [num_tokens(examples) for examples in batches]
-    unshared = [num_tokens(map(whole, examples)) for examples in batches]
-    gain = sum(unshared) / sum(shared)
-    distances = [abs(u / s - gain) for u, s in zip(unshared, shared, strict=True)]
-    examples = batches[distances.index(min(distances))]
-    return examples, len({tuple(example.prefix) for example in examples})
-
-
-def num_tokens(examples: Iterable[Item]) -> int:
-    batch = collate(examples)
-    return int(batch["prefix_lengths"].sum() + batch["suffix_lengths"].sum())
-
-
 def prepare(name: str, examples: list[Item], n_layer: int) -> Contender:
     if name == SHARED:
         return ours(examples, n_layer)
     if name == UNSHARED:
-        return ours([whole(example) for example in examples], n_layer)
-    return mambapy([whole(example) for example in examples], n_layer, int(name.split()[-1]))
-
-
-def whole(example: Item) -> Item:
-    """The same example with nothing to share: its context is part of its suffix."""
-    labels = [*[IGNORED] * len(example.prefix), *example.labels]
-    return Item((), [*example.prefix, *example.suffix], labels)
+        return ours([without_prefix(example) for example in examples], n_layer)
+    return mambapy(
+        [without_prefix(example) for example in examples], n_layer, int(name.split()[-1])
+    )
 
 
 def ours(examples: list[Item], n_layer: int) -> Contender:

@@ -1,17 +1,17 @@
-"""Everything of a GPU in one run: correctness first, then speed and memory beside the peers.
+"""All GPU measurements in one run: correctness first, then speed and memory beside the peers.
 
     python -m benchmarks.gpu --data rajpurkar/squad:train --tokenizer EleutherAI/gpt-neox-20b \\
         --json gpu.json
     python -m benchmarks.gpu --dry_run          # without a GPU: the same code on tiny shapes
 
-Peers are mamba-ssm's MambaLMHeadModel and transformers' Mamba on the same kernels, where they are
-installed. Training is bfloat16 autocast over float32 weights, forward, backward and AdamW; all else
-is bfloat16. `of_limit` is the share of what this GPU reached in the same run: in training and
-prefill of the speed of an 8192-wide bfloat16 product, counting real tokens' products only; in
-decoding of both, counting a prompt's products, and weights and states for every new token.
-Answering includes tokenising. `peak_GB` is what torch's allocator holds. Rows are printed, and
-written, as they come; nothing begins after --minutes. Exit code 1 if an error is more than what is
-tolerated.
+Peers are mamba-ssm's MambaLMHeadModel and transformers' Mamba with the same kernels, if installed.
+Training is bfloat16 autocast over float32 weights, forward, backward and AdamW; all else is
+bfloat16. `of_limit` is the share of this GPU's limit, measured in the same run. For training and
+prefill the limit is the speed of an 8192-wide bfloat16 product; only the products of real tokens
+count. For decoding it is both that speed, for the prompt's products, and the memory bandwidth, for
+the weights and states of each new token. Answering includes tokenising. `peak_GB` is the memory
+that torch's allocator holds. Rows are printed and written one by one; nothing starts after
+--minutes. Exit code 1 if an error exceeds its tolerance.
 """
 
 from common.script import run_script
@@ -29,11 +29,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_eval import sample
-from benchmarks.bench_train import batch, num_tokens, whole
 from benchmarks.gpu_models import MAMBA_SSM, TRANSFORMERS, Model
 from benchmarks.gpu_parity import first_line, model_parity, parity
 from benchmarks.timing import Contender, parse_benchmark_args, repeat, report
+from benchmarks.workloads import TRAIN, num_tokens, sample_passages, training_batch, without_prefix
 from common.atomic_files import write_atomically
 from common.command_line import positive_float, positive_int
 from common.errors import UserError
@@ -44,9 +43,8 @@ from mamba_lm.selective_scan import load_backend
 from mamba_lm.training.prefix_suffix import Item
 from squad_utils import Example, prompt_parts, read_examples
 
-EMBEDDED = "data/demo/train.jsonl"
 N = 16  # Mamba's d_state
-PATIENCE, SHORT = 3.0, 0.05  # seconds: of a contender in all; of a round at least
+PATIENCE, SHORT = 3.0, 0.05  # seconds: of all rounds of a contender; of a round, at least
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,11 @@ DRY = Sizes(
 
 
 def parse_args():
-    parser = parse_benchmark_args(__doc__, EMBEDDED, quick=False)
+    parser = parse_benchmark_args(__doc__, TRAIN, quick=False)
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--rounds", type=positive_int, default=7, help="at most (default: 7)")
     parser.add_argument(
-        "--minutes", type=positive_float, default=7.5, help="nothing begins later (default: 7.5)"
+        "--minutes", type=positive_float, default=7.5, help="nothing starts later (default: 7.5)"
     )
     return parser.parse_args()
 
@@ -106,10 +104,10 @@ def main(args) -> None:
         raise UserError("torch sees no CUDA GPU here; --dry_run needs none")
     gpu = GPU(args.dry_run, args.rounds, args.minutes)
     batches = {  # before anything is measured: the data may not be there
-        name: batch(args.data, args.tokenizer, size)
+        name: training_batch(args.data, args.tokenizer, size)
         for name, (_, _, size) in gpu.sizes.models.items()
     }
-    passages = sample(read_examples(args.data), gpu.sizes.passages)
+    passages = sample_passages(read_examples(args.data), gpu.sizes.passages)
     tokenizer = load_tokenizer("", args.tokenizer)
     print(f"GPU: {gpu.name}")
     found = {"device": gpu.name, "torch": torch.__version__, "errors": [], "speed": []}
@@ -128,7 +126,7 @@ def main(args) -> None:
     keep("speed", generations(gpu))
     keep("speed", prefills(gpu))
     keep("speed", answering(gpu, passages, tokenizer))
-    report("errors, as parts of what is tolerated", found["errors"], None)
+    report("errors, as fractions of their tolerance", found["errors"], None)
     report("speed", found["speed"], None)
     if not all(row["ok"] for row in found["errors"]):
         print("\nNOT CORRECT: see the first table", file=sys.stderr)
@@ -136,7 +134,7 @@ def main(args) -> None:
 
 
 class GPU:
-    """The device, what is to be measured on it, and how."""
+    """The device, the contenders that run on it, and how they are timed."""
 
     def __init__(self, dry_run: bool, rounds: int, minutes: float):
         self.deadline = time.monotonic() + 60 * minutes
@@ -152,8 +150,9 @@ class GPU:
         self.backends = ["cpu"] if dry_run else self.scan_backends
 
     def rows(self, title: str, contenders: dict[str, Callable[[], Contender]]) -> Iterator[dict]:
-        """One after the other, each made, timed and thrown away; ratios are to the first that ran.
-        One that fails is a row that says so."""
+        """A row per contender. They are made, timed and deleted one after the other, since their
+        weights do not fit into memory together. Ratios are to the first one that ran; one that
+        fails is a row that says so."""
         base = None
         for name, prepare in contenders.items():
             row = {"name": f"{title}: {name}", "seconds": None, "ratio": None, "items/s": None,
@@ -312,7 +311,7 @@ def training(gpu: GPU, batches: dict[str, tuple[list[Item], int]]) -> Iterator[d
             model_name: str, forked=False, shape=(d_model, n_layer), examples=examples
         ) -> Contender:
             model = Model(model_name, *shape, gpu.device)
-            tokens = num_tokens(examples if forked else map(whole, examples))
+            tokens = num_tokens(examples if forked else map(without_prefix, examples))
             step = model.training_step(examples, forked)
             flop = 3 * tokens * model.product_flop()
             return Contender(step, len(examples), flop=flop)

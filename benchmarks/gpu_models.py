@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_train import VOCABULARY, whole
+from benchmarks.workloads import VOCABULARY, without_prefix
 from mamba_lm import generate
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.training.prefix_suffix import IGNORED, Item, PrefixSuffixLM, collate
@@ -35,13 +35,13 @@ class Model:
     def training_step(self, examples: list[Item], forked: bool) -> Callable[[], None]:
         """bfloat16 autocast, forward, backward and AdamW; the head only where there is loss.
 
-        Forked, each context is read once. Else every example is read whole, as by the peers, in
-        PARTS of like lengths, gradients added up: there is less padding then.
+        Forked, each context is read once. Otherwise each example is read whole, as by the peers, in
+        PARTS of similar lengths whose gradients are added: there is less padding then.
         """
         if forked:
             parts = [examples]
         else:
-            examples = sorted(map(whole, examples), key=lambda e: len(e.suffix))
+            examples = sorted(map(without_prefix, examples), key=lambda e: len(e.suffix))
             size = -(-len(examples) // PARTS)
             parts = [examples[at : at + size] for at in range(0, len(examples), size)]
         batches = [

@@ -1,4 +1,4 @@
-"""The first part of benchmarks.gpu: what runs on the GPU against the float64 reference."""
+"""The first part of benchmarks.gpu: the GPU's results against the float64 reference."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_train import whole
+from benchmarks.workloads import without_prefix
 from mamba_lm.generate import decode, read
 from mamba_lm.models.mamba import MambaConfig, MambaLM
 from mamba_lm.selective_scan import load_backend, reference
@@ -27,7 +27,7 @@ def parity(
     backends: Iterable[str], device: torch.device, lengths: Sequence[int], d: int
 ) -> Iterator[dict]:
     """A row for each backend, dtype and case: the worst error over rows of these lengths in
-    outputs, states and gradients, as parts of what is tolerated."""
+    outputs, states and gradients, as fractions of the tolerance."""
     for backend, dtype in itertools.product(backends, TOLERANCES):
         for case, options in CASES.items():
             title = f"{backend}, {case}, {str(dtype).removeprefix('torch.')}"
@@ -41,8 +41,8 @@ def parity(
             yield _row(title, merged)
 
 
-# state: one goes in; keep: one comes out; fork: rows continue from rows of a state; padded: rows of
-# unlike lengths; grad: with gradients.
+# state: an initial state is given; keep: the final state is returned; fork: rows continue from rows
+# of a state; padded: rows of different lengths; grad: with gradients.
 CASES = {
     "from zero, none kept": {"state": False, "keep": False},
     "from zero": {"state": False},
@@ -80,7 +80,7 @@ def _errors(
     padded: bool = False,
     grad: bool = True,
 ) -> dict[str, list[float]]:
-    """Errors in parts of what is tolerated, by kind."""
+    """Errors as fractions of the tolerance, by kind."""
     l, device = inputs["x"].shape[1], inputs["x"].device
     tolerance = TOLERANCES[inputs["x"].dtype]
     index = torch.tensor([0, 2, 2] if fork else [0, 1, 2], device=device)
@@ -152,7 +152,7 @@ def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
         for prefix, prompt, target in ((40, 9, 3), (40, 1, 1), (3, 20, 7), (0, 5, 2))
     ]
     found = {}
-    for kind, of_kind in (("forked", examples), ("whole", map(whole, examples))):
+    for kind, of_kind in (("forked", examples), ("whole", map(without_prefix, examples))):
         batch = {name: value.to(device) for name, value in collate(of_kind).items()}
         model.zero_grad()
         loss = PrefixSuffixLM(model)(**batch)["loss"]
@@ -174,7 +174,7 @@ def _of_model(model: MambaLM) -> dict[tuple[str, str], Tensor]:
 
 
 def _row(name: str, errors: dict[str, list[float]]) -> dict:
-    """With the worst error of each kind: NaN if one is, which max() might pass over."""
+    """With the worst error of each kind. NaN if one is: max() could miss it."""
     worst = {kind: torch.tensor([0.0, *of]).max().item() for kind, of in errors.items()}
     return {"name": name, **worst, "ok": all(error <= 1 for error in worst.values())}
 

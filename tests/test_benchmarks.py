@@ -28,6 +28,7 @@ from benchmarks import (
     gpu_models,
     gpu_parity,
     timing,
+    workloads,
 )
 from common.errors import UserError
 from mamba_lm.models import mamba as model
@@ -239,11 +240,11 @@ def test_bench_eval(in_process, monkeypatch, tmp_path):
 
 def test_bench_eval_asks_as_many_questions_a_passage_as_the_data():
     examples = read_examples(VALIDATION)
-    passages = bench_eval.sample(examples, 15)
+    passages = workloads.sample_passages(examples, 15)
     assert len(passages) == 15 and all(len({e.context for e in p}) == 1 for p in passages)
     of_data = len(examples) / len({e.context for e in examples})
     assert sum(map(len, passages)) / 15 == pytest.approx(of_data, rel=0.02)
-    assert bench_eval.sample(examples, 15) == passages
+    assert workloads.sample_passages(examples, 15) == passages
 
 
 def test_bench_decode(in_process, monkeypatch, tmp_path):
@@ -267,7 +268,7 @@ def test_bench_console(in_process, monkeypatch, tmp_path, capsys):
     tasks = ("first token of the first question", "first token of a later one", "one question",
              "all questions", "all questions, the context read for each")  # fmt: skip
     assert {f"ours: {task}" for task in tasks} | {"transformers: one question"} <= rows.keys()
-    assert "3 of 3 answers from the kept state equal those of whole prompts" in (
+    assert "3 of 3 answers from the saved state equal those of whole prompts" in (
         capsys.readouterr().out
     )
     with pytest.raises(UserError, match="too little for --tokens and --questions"):
@@ -309,7 +310,7 @@ def no_contender() -> timing.Contender:
     raise UserError("nosuch: no tokenizer")
 
 
-def test_what_goes_wrong_in_a_worker_is_told():
+def test_an_error_in_a_worker_is_reported():
     worker = timing.Worker(no_contender)
     with pytest.raises(UserError, match="nosuch: no tokenizer"):
         worker.items  # noqa: B018
@@ -319,7 +320,7 @@ def kill_this_process() -> timing.Contender:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_told():
+def test_a_killed_worker_is_reported():
     worker = timing.Worker(kill_this_process)
     with pytest.raises(UserError, match="was killed: is the memory enough"):
         worker.items  # noqa: B018
@@ -490,12 +491,12 @@ def test_ratio_pairs_the_rounds():
     assert timing.ratio([30.0], [10.0, 5.0, 20.0]) == 3.0
 
 
-def test_memory_on_paper_is_what_is_kept(tmp_path, monkeypatch):
+def test_expected_memory_is_what_is_measured(tmp_path, monkeypatch):
     shape = {"d_model": 64, "n_layer": 3, "vocab_size": 500, "ssm_cfg": {"d_state": 8}}
     (tmp_path / "small.json").write_text(json.dumps(shape))
     monkeypatch.setattr(bench_memory, "CONFIGS", tmp_path)
     path = tmp_path / "rows.json"
     run(bench_memory, monkeypatch, "--json", path)
-    kept, recomputed = json.loads(path.read_text())
-    assert 0.9 < kept["ratio"] < 1.1 and 0.9 < recomputed["ratio"] < 1.1
-    assert recomputed["MB measured"] < 0.2 * kept["MB measured"]
+    saved, checkpointed = json.loads(path.read_text())
+    assert 0.9 < saved["ratio"] < 1.1 and 0.9 < checkpointed["ratio"] < 1.1
+    assert checkpointed["MB measured"] < 0.2 * saved["MB measured"]
