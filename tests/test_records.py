@@ -259,7 +259,7 @@ def test_a_damaged_run_without_a_checkpoint_is_not_trained_again_unasked(train, 
     shutil.rmtree(tmp_path / "out/checkpoint-2")
     damage(tmp_path / "out/tokenizer_config.json")
     weights = (tmp_path / "out/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="no checkpoint is left to write the model from; --over"):
+    with pytest.raises(UserError, match="no checkpoint is left to write the model from; set over"):
         train()
     assert (tmp_path / "out/model.safetensors").read_bytes() == weights
 

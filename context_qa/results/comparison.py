@@ -17,32 +17,32 @@ def compare(path_a: str, path_b: str) -> dict:
     """Both files' scores by their names, the differences with 95 % intervals, McNemar's p on exact
     match, and the questions that one of the two alone has right. UserError where the files are not
     results of the same data."""
-    rows_a, rows_b, first_negative, left_out = paired(path_a, path_b)
+    rows_a, rows_b, first_negative, left_out = read_pairs(path_a, path_b)
     articles = articles_by_idx(read_summary(path_a), rows_a)
     articles = articles or articles_by_idx(read_summary(path_b), rows_a)
     groups_a, groups_b = (metrics.group_rows(rows, first_negative) for rows in (rows_a, rows_b))
     own_a, own_b = groups_a.get("", []), groups_b.get("", [])
-    only_a, only_b = flips(own_a, own_b), flips(own_b, own_a, are_of_b=True)
+    only_a, only_b = select_flips(own_a, own_b), select_flips(own_b, own_a, are_of_b=True)
     return {
         "results_a": path_a,
         "results_b": path_b,
         "num_questions": len(rows_a),
         "num_left_out": left_out,
-        "differences": differences(groups_a, groups_b, articles),
+        "differences": compare_metrics(groups_a, groups_b, articles),
         "intervals_over": metrics.intervals_over(own_a or rows_a, articles),
-        "mcnemar_p": mcnemar(len(only_a), len(only_b)),
+        "mcnemar_p": mcnemar_p_value(len(only_a), len(only_b)),
         "only_a_right": only_a,
         "only_b_right": only_b,
     }
 
 
-def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int | None, int]:
+def read_pairs(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int | None, int]:
     """Rows of the questions that are in both files, in the same order, the idx of the first
     negative among them, and how many are in one only. UserError where the data was not the same."""
-    (by_idx_a, first_a), (by_idx_b, first_b) = by_idx(path_a), by_idx(path_b)
+    (by_idx_a, first_a), (by_idx_b, first_b) = read_rows(path_a), read_rows(path_b)
     common = sorted(by_idx_a.keys() & by_idx_b.keys())
     for idx in common:
-        different = differing_data(by_idx_a[idx], by_idx_b[idx])
+        different = find_different_data(by_idx_a[idx], by_idx_b[idx])
         if different:
             raise UserError(
                 f"{path_a} and {path_b}: results of different data; "
@@ -55,7 +55,7 @@ def paired(path_a: str, path_b: str) -> tuple[list[dict], list[dict], int | None
     return rows_a, rows_b, first_a if first_b is None else first_b, left_out
 
 
-def differing_data(row_a: dict, row_b: dict) -> list[str]:
+def find_different_data(row_a: dict, row_b: dict) -> list[str]:
     """What of their data differs. An older layout can lack the context; a made id adds nothing."""
     skipped = {"context"} if None in (row_a["context"], row_b["context"]) else set()
     if has_made_id(row_a) or has_made_id(row_b):
@@ -63,7 +63,7 @@ def differing_data(row_a: dict, row_b: dict) -> list[str]:
     return [name for name in SAME if name not in skipped and row_a[name] != row_b[name]]
 
 
-def by_idx(path: str) -> tuple[dict[int, dict], int | None]:
+def read_rows(path: str) -> tuple[dict[int, dict], int | None]:
     """The rows by their idx, and the idx of the first negative."""
     rows = read_results(path, warn=True)
     found = {row["idx"]: row for row in rows}
@@ -72,7 +72,7 @@ def by_idx(path: str) -> tuple[dict[int, dict], int | None]:
     return found, find_first_negative(read_summary(path), rows)
 
 
-def differences(
+def compare_metrics(
     groups_a: Mapping[str, Sequence[dict]],
     groups_b: Mapping[str, Sequence[dict]],
     articles: Mapping[int, str],
@@ -94,7 +94,9 @@ def differences(
     return found
 
 
-def flips(right: Sequence[dict], wrong: Sequence[dict], are_of_b: bool = False) -> list[dict]:
+def select_flips(
+    right: Sequence[dict], wrong: Sequence[dict], are_of_b: bool = False
+) -> list[dict]:
     """The questions with an exact match in the first rows only; are_of_b: these are B's."""
     guesses = ("guess_b", "guess_a") if are_of_b else ("guess_a", "guess_b")
     return [
@@ -105,7 +107,7 @@ def flips(right: Sequence[dict], wrong: Sequence[dict], are_of_b: bool = False) 
     ]
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """p of McNemar's exact two-sided test (1947) of whether both have as many exact matches, by the
     numbers that each has alone. It takes questions for independent, as intervals over articles do
     not."""

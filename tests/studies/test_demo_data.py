@@ -144,7 +144,7 @@ def test_validation_words_and_tokens_are_known(train, stream, validation, tokeni
     assert token_ids(validation) <= token_ids(stream)
 
 
-def test_an_output_that_is_no_folder_is_told(tmp_path):
+def test_an_output_that_is_not_a_folder_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match="file: cannot be written"):

@@ -84,7 +84,7 @@ NESTED = "[" * 100_000
     '{"files": {"../../secret": {"bytes": 1}}}', '{"files": {"": {"bytes": 1}}}',
     '{"files": {"a\\u0000": {"bytes": 1}}}', '{"files": {"\\ud800": {"bytes": 1}}}',
 ], ids=lambda text: text[:20])  # fmt: skip
-def test_a_manifest_of_anybody_is_told_and_skipped(text, checkpoint, tmp_path, capsys):
+def test_a_foreign_manifest_is_reported_and_skipped(text, checkpoint, tmp_path, capsys):
     (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
     assert_refused(checkpoint, tmp_path)
     assert find_newest_checkpoint(checkpoint.parent) is None
@@ -95,7 +95,7 @@ def test_a_manifest_of_anybody_is_told_and_skipped(text, checkpoint, tmp_path, c
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", "null", NESTED, '{"x": 1}'], ids=str.__repr__
 )
-def test_a_state_that_is_none_is_told_and_skipped(text, checkpoint, tmp_path):
+def test_a_file_that_is_not_a_state_is_reported_and_skipped(text, checkpoint, tmp_path):
     (checkpoint / "trainer_state.json").write_text(text)
     reseal(checkpoint)
     assert_refused(checkpoint, tmp_path, "trainer_state.json")
