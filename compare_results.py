@@ -7,14 +7,13 @@ interval (a bootstrap over articles, or over questions where articles are unknow
 on exact match, and the questions that only one of the two answers right, both without negatives.
 """
 
-from common.script import exit_on_signal, run_script
+from common.script import exit_on_signal, run_script, write_utf_8
 
 import argparse
 
 from common.command_line import Parser
 from common.errors import printable
 from common.json_text import json_line
-from common.streams import write_utf_8
 
 
 def parse_args() -> argparse.Namespace:

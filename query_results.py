@@ -10,7 +10,7 @@ JSONL of objects is read, results or not. A query sees these tables alone: it re
 and no network.
 """
 
-from common.script import exit_on_signal_in_c, run_script
+from common.script import exit_on_signal_in_c, run_script, write_utf_8
 
 import argparse
 import contextlib
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 from common.command_line import Parser
 from common.errors import UserError, printable
 from common.json_text import plain_json
-from common.streams import write_utf_8
 from context_qa.results.reading import read_objects, warn_if_incomplete
 from context_qa.results.rows import COLUMNS as RESULT_COLUMNS
 from context_qa.results.rows import is_kind

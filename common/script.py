@@ -7,6 +7,7 @@ exception, so that every `finally` block runs; blocks under `exit_on_signal` end
 
 import atexit
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,6 @@ from types import FrameType
 
 from common import guard
 from common.errors import UserError, printable, report_loading
-from common.streams import discard_stdout, prepare_streams
 
 _RETRY_SECONDS = 0.05
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO, errno.EFBIG)
@@ -165,7 +165,41 @@ def _report(line: str, code: int) -> int:
     return code
 
 
+def _prepare_streams() -> None:
+    """Open closed streams on /dev/null, escape characters that an encoding lacks, and ignore errors
+    when standard error is written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the program that ran the script
+            null = os.open(os.devnull, os.O_RDWR)  # gets the number of the closed descriptor
+            setattr(sys, name, os.fdopen(null, mode, closefd=False))
+    if sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    raw = io.BufferedWriter(_ForgivingFile(sys.stderr.fileno(), "w", closefd=False))
+    encoding = sys.stderr.encoding
+    sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+
+
+class _ForgivingFile(io.FileIO):
+    """Standard error may be full or closed: a message that cannot be written stops no work."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def discard_stdout() -> None:
+    """Send standard output to /dev/null, so that Python's flush at exit cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_utf_8() -> None:
+    """Make standard output UTF-8 in any locale, as readers of JSON and CSV expect."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 if guard.IS_SCRIPT:
     sys.unraisablehook = _raise_ignored_again
-    prepare_streams()
+    _prepare_streams()
     guard.stderr = os.dup(sys.stderr.fileno())

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from common.errors import UserError
-from mamba_lm.foreign_files import parsing, read_foreign_object, require_file
-from mamba_lm.formats.pickles import require_plain
+from mamba_lm.foreign_files import parsing, read_foreign_object, require_file, require_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Modules that torch and training frameworks wrap around a model, and so into its weights' names.

@@ -28,9 +28,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from mamba_lm.models.convolution import convolve, is_plain_convolution, last_inputs
 from mamba_lm.models.interface import LanguageModel
-from mamba_lm.models.modules import DeltaSoftplus, Linear, RMSNorm, has_hooks, is_untouched
+from mamba_lm.models.modules import (
+    DeltaSoftplus,
+    Linear,
+    RMSNorm,
+    convolve,
+    has_hooks,
+    is_plain_convolution,
+    is_untouched,
+    last_inputs,
+)
 from mamba_lm.models.state import MambaState
 from mamba_lm.selective_scan import (
     LayerWeights,

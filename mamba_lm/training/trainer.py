@@ -37,8 +37,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from common.errors import UserError, warn
 from mamba_lm.adapters import has_adapter
 from mamba_lm.checkpoint import load_weights, read_model_weights, save_model
-from mamba_lm.foreign_files import parsing
-from mamba_lm.formats.pickles import require_plain
+from mamba_lm.foreign_files import parsing, require_plain
 from mamba_lm.formats.weights import writing_tensors
 from mamba_lm.models.interface import LanguageModel
 from mamba_lm.training.arguments import reporting_arguments

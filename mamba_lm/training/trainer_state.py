@@ -13,8 +13,7 @@ from transformers.trainer_callback import TrainerState
 
 from common.errors import UserError
 from common.json_text import read_json
-from mamba_lm.foreign_files import parsing
-from mamba_lm.formats.pickles import require_plain
+from mamba_lm.foreign_files import parsing, require_plain
 
 STATE = "trainer_state.json"
 _LONGEST_NAME = 100

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_lm.models.convolution import last_inputs
 from mamba_lm.models.mamba import MambaConfig, MambaLM
+from mamba_lm.models.modules import last_inputs
 from mamba_lm.models.state import MambaState
 from mamba_lm.tensors import right_pad
 
