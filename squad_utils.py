@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.input_files import read_text
 from common.json_text import parse_json
+from common.output_files import write_output
 from common.text import fold
 
 NO_ANSWER = "I don't know."
@@ -170,6 +171,23 @@ def checked_text(value: object, key: str, place: str, keys: str = ROW_KEYS) -> s
         return value
     found = "missing" if value is None else f"{value!r:.40}"
     raise UserError(f"{place}: {key!r} is {found}; a row needs text in {keys}")
+
+
+def write_examples(examples: Sequence[Example], output: str) -> None:
+    """Write a JSONL file of `context, prompt, response`, complete or not at all.
+
+    It is byte for byte as those of the data set `ox/Mamba-Fine-Tune`: it cannot be distinguished
+    from anybody's data, so an existing file is never replaced.
+
+    Raises:
+        UserError: if the file exists or cannot be written.
+    """
+    rows = (
+        {"context": example.context, "prompt": example.question, "response": example.target}
+        for example in examples
+    )
+    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    write_output(output, "".join(lines))
 
 
 def prompt_parts(

@@ -15,14 +15,13 @@ from common.command_line import Parser, seed
 from common.errors import UserError, printable
 from common.output_files import check_inputs_not_overwritten
 from context_qa.negatives import NegativeSampler, make_negative
-from data.prepare_squad import write_oxen_layout
-from squad_utils import read_examples
+from squad_utils import read_examples, write_examples
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="JSONL or SQuAD JSON file, or Hub name:split")
-    parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
+    parser.add_argument("output", metavar="OUTPUT", help="JSONL file to write")
     parser.add_argument(
         "--contexts", metavar="DATA", help="where contexts come from (default: DATA)"
     )
@@ -40,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
             f"{args.contexts or args.data}: no other context is fit for one of the questions"
         )
     negatives = [make_negative(*pair) for pair in zip(questions, drawn, strict=True)]
-    write_oxen_layout(negatives, args.output)
+    write_examples(negatives, args.output)
     print(f"{printable(args.output)}: {len(negatives):,} negatives")
 
 

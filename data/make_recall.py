@@ -19,8 +19,7 @@ from common.command_line import Parser, seed
 from common.errors import UserError, printable
 from common.input_files import read_text
 from common.output_files import check_inputs_not_overwritten
-from data.prepare_squad import write_oxen_layout
-from squad_utils import Example
+from squad_utils import Example, write_examples
 
 BLANK = "___"
 QUESTIONS = 5  # of a passage, at most
@@ -35,7 +34,7 @@ _NAME_OR_NUMBER = re.compile(
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text, a paragraph a line")
-    parser.add_argument("output", metavar="OUTPUT", help="JSONL in the Oxen layout")
+    parser.add_argument("output", metavar="OUTPUT", help="JSONL file to write")
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     return parser.parse_args()
 
@@ -50,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if not examples:
         raise UserError(f"{args.text}: no paragraph of {WORDS[0]} to {WORDS[-1]} words repeats a "
                         "name or a number")  # fmt: skip
-    write_oxen_layout(examples, args.output)
+    write_examples(examples, args.output)
     num_contexts = len({example.context for example in examples})
     print(f"{printable(args.output)}: {len(examples):,} questions on {num_contexts:,} passages")
 

@@ -11,13 +11,12 @@ reference answer, or "I don't know." where there is none. Run it from the reposi
 from common.script import run_script
 
 import argparse
-import json
 
 from common.command_line import Parser, positive_int
 from common.errors import UserError, printable
 from common.input_files import read_text
-from common.output_files import check_inputs_not_overwritten, write_output
-from squad_utils import Example, read_examples
+from common.output_files import check_inputs_not_overwritten
+from squad_utils import Example, read_examples, write_examples
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     if args.ids:
         examples = select_by_id(examples, args.ids, args.source)
     examples = examples[: args.limit]
-    write_oxen_layout(examples, args.output)
+    write_examples(examples, args.output)
 
     num_contexts = len({example.context for example in examples})
     num_answerable = sum(example.is_answerable for example in examples)
@@ -59,17 +58,6 @@ def select_by_id(examples: list[Example], ids_file: str, source: str) -> list[Ex
                 "give the source that the ids are from"
             )
     return [by_id[example_id] for example_id in ids]
-
-
-def write_oxen_layout(examples: list[Example], output: str) -> None:
-    """Write the file, complete or not at all, byte for byte as Oxen's are written. It
-    cannot be distinguished from those, so an existing file is never replaced."""
-    write_output(output, "".join(map(oxen_line, examples)))
-
-
-def oxen_line(example: Example) -> str:
-    row = {"context": example.context, "prompt": example.question, "response": example.target}
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 if __name__ == "__main__":

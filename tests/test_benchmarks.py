@@ -111,7 +111,7 @@ def dry_gpu():
     return gpu.GPU(dry_run=True, rounds=1, minutes=1.0)
 
 
-def test_a_contender_that_fails_is_a_row_that_says_so(dry_gpu):
+def test_a_contender_that_fails_is_a_row_with_the_reason(dry_gpu):
     def fails() -> timing.Contender:
         raise RuntimeError("no memory\nand so on")
 
@@ -159,7 +159,7 @@ def test_parity_sees_a_wrong_result(monkeypatch, part, wrong, right):
             assert row["ok"] == right, row
 
 
-def test_a_way_that_fails_is_a_row_that_says_so(monkeypatch):
+def test_a_backend_that_fails_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(gpu_parity, "load_backend", Mock(side_effect=UserError("none")))
     rows = list(gpu_parity.parity(["triton"], torch.device("cpu"), (1,), 4))
     assert len(rows) == 10 and not any(row["ok"] for row in rows)
@@ -289,7 +289,7 @@ def test_bench_growth(monkeypatch, tmp_path):
     assert not drawn or plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_without_matplotlib_says_so(monkeypatch):
+def test_plot_without_matplotlib_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         run(bench_growth, monkeypatch, "--plot", "x.png")

@@ -211,7 +211,7 @@ def test_incomplete_files_are_called_so(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == f"warning: {b} is incomplete: 4 of 9 questions\n"
 
 
-def test_the_table_says_all_in_eighty_columns(run, tmp_path):
+def test_the_table_fits_in_eighty_columns(run, tmp_path):
     out = run(write(tmp_path / "a", rows(A * 9)), write(tmp_path / "b", rows(B * 9)))
     assert "all: exact match" in out and "McNemar's exact test: p = 1\n" in out
     assert "Only A is right, the first 10 of 18:" in out

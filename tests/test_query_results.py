@@ -103,7 +103,7 @@ def test_json_keeps_numbers_numbers_and_equal_names_apart(query, results):
     assert list(record.values()) == [1.5, 0.5, 4, 4]
 
 
-def test_csv_and_json_give_every_row_and_the_table_says_what_it_leaves_out(query, results):
+def test_csv_and_json_give_every_row_and_the_table_counts_those_left_out(query, results):
     results.write_text("".join(json.dumps(row(idx, "x" * 500)) + "\n" for idx in range(300)))
     sql = "SELECT idx, guess FROM df"
     assert [r["idx"] for r in as_json(query(results, sql, "--format", "json"))] == list(range(300))

@@ -148,7 +148,7 @@ def test_hashes_of_ordinary_models_are_what_they_always_were(run, data, tmp_path
     )
 
 
-def test_random_weights_are_said_to_be(run, data, tmp_path):
+def test_random_weights_are_recorded_as_such(run, data, tmp_path):
     config = tmp_path / "random.json"
     config.write_text(json.dumps({"d_model": 8, "n_layer": 1, "vocab_size": 2156}))
     flags = ("--tokenizer", ROOT / "data/demo/tokenizer")

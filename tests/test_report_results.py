@@ -230,7 +230,10 @@ def test_the_search_folds_as_answers_are_folded():
 def test_what_was_evaluated(report):
     html = report(ROWS, SUMMARY)
     assert '<h1 dir="auto">models/demo on some.jsonl</h1>' in html
-    assert "6 questions on 2 contexts; 3 with an answer, 2 without an answer, 1 negatives" in html
+    assert (
+        "Questions: 6 (3 with an answer, 2 without an answer, "
+        "1 on another context, without an answer (negatives)), contexts: 2."
+    ) in html
     assert '<dt>dtype</dt><dd dir="auto">float32</dd>' in html and "<dt>limit</dt>" not in html
     assert "Incomplete" not in html
 
@@ -252,7 +255,7 @@ def test_the_folded_score_is_there_where_it_differs(report):
     assert "in the form of their characters alone, exact match is 60.0." in report(rows)
 
 
-def test_an_incomplete_run_says_so(report):
+def test_the_page_of_an_incomplete_run_has_a_notice(report):
     html = report(ROWS[:2], SUMMARY | {"complete": False})
     assert "This file is incomplete: 2 of 6 questions. The scores are those of its rows." in html
 
@@ -270,13 +273,13 @@ def test_an_incomplete_run_says_so(report):
         (ROWS, {"num_questions": 4}, "has more rows, 6, than its run has questions, 4"),
     ],
 )
-def test_what_is_not_the_whole_of_its_run_says_so(report, rows, summary, notice):
+def test_a_file_that_is_not_all_of_its_run_has_a_notice(report, rows, summary, notice):
     html = report(rows, summary)
     assert f"This file {notice}. The scores are those of its rows.</p>" in html
 
 
 @pytest.mark.parametrize("summary", [SUMMARY, None])
-def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
+def test_a_torn_last_line_has_a_notice(monkeypatch, tmp_path, summary):
     path = write(tmp_path / "torn.jsonl", ROWS, summary)
     path.write_bytes(path.read_bytes()[:-9])
     run(monkeypatch, path)
@@ -285,7 +288,7 @@ def test_a_torn_last_line_is_said(monkeypatch, tmp_path, summary):
     assert f"This file is incomplete: {share}; its last line is torn. The scores" in html
 
 
-def test_rows_of_several_commits_are_said_to_be(report):
+def test_rows_of_several_commits_are_listed(report):
     one, other = ({"rows": n, "git_commit": HOSTILE + str(n), "python": "3.11"} for n in (2, 4))
     html = report(ROWS, SUMMARY | {"made_by": [one, other], "git_commit": "c1"})
     text = f"rows 2, git_commit {HOSTILE}2, python 3.11; rows 4, git_commit {HOSTILE}4, python 3.11"
@@ -303,8 +306,8 @@ def test_results_of_the_original_project(report, has_context):
     html = report(older)
     new = report(ROWS[:5])
     assert table(html, "Scores") == table(new, "Scores")  # its own is_correct may be another one
-    assert ("5 questions on 2 contexts;" in html) is has_context
-    assert ("5 questions; 3 with an answer" in html) is not has_context
+    assert "Questions: 5 (3 with an answer" in html
+    assert ("contexts: 2." in html) is has_context
     assert ("Tokens of the prompt" in html) is not has_context
     assert "Question word" in html and "No charts" in html and "Incomplete" not in html
     data = data_of(html)

@@ -209,7 +209,7 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
     kinds = {
         "has_answer_": "with an answer",
         "no_answer_": "without an answer",
-        "negatives_": "negatives (own questions on another context, where they have no answer)",
+        "negatives_": "on another context, without an answer (negatives)",
     }
     counts = [
         f"{scores[f'{prefix}num_questions']:,} {kind}"
@@ -217,8 +217,8 @@ def _about(rows: Sequence[Mapping], scores: Mapping, name: str) -> str:
         if f"{prefix}num_questions" in scores
     ]
     contexts = {row["context"] for row in rows} - {None}
-    where = f" on {len(contexts):,} contexts" if contexts else ""
-    return f"<p>{_isolate(name)}: {len(rows):,} questions{where}; {', '.join(counts)}.</p>"
+    where = f", contexts: {len(contexts):,}" if contexts else ""
+    return f"<p>{_isolate(name)}. Questions: {len(rows):,} ({', '.join(counts)}){where}.</p>"
 
 
 def _isolate(text: object) -> str:

@@ -218,7 +218,7 @@ def test_a_link_stays_a_link(path, tmp_path):
         ({"prompt_order": "read_twice"}, "prompt order: None there, read_twice now"),
     ],
 )
-def test_another_run_is_refused_and_what_differs_is_said(path, other, complaint):
+def test_another_run_is_refused_and_the_difference_is_named(path, other, complaint):
     write(path, *ROWS[:2])
     before = path.read_bytes()
     with pytest.raises(UserError, match=re.escape(f"results of another run ({complaint}); give")):
@@ -751,7 +751,7 @@ def test_summary_scores(summary):
     assert summary["abstention"]["precision"] == 100.0
 
 
-def test_summary_says_what_the_results_were_made_with(summary, tmp_path):
+def test_the_summary_records_settings_and_versions(summary, tmp_path):
     assert summary["arguments"] == {
         "model": str(tmp_path / "model"),
         "data": str(tmp_path / "data.jsonl"),

@@ -181,5 +181,5 @@ def test_a_record_that_cannot_say_how_it_was_trained_is_refused(record, said, tm
     assert said in str(caught.value) and str(tmp_path / RECORD) in str(caught.value)
 
 
-def test_the_embedded_model_says_how_it_was_made():
+def test_the_shipped_model_has_the_record_of_its_training():
     assert "arguments" in json.loads((ROOT / "models/demo" / RECORD).read_text())

@@ -165,7 +165,7 @@ def test_state_moves_between_dtypes_and_devices(make_model):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 64])
 @pytest.mark.parametrize("padded", [False, True])
-def test_state_holds_no_more_memory_than_it_says(length, padded, make_model):
+def test_num_bytes_is_all_memory_that_a_state_keeps_alive(length, padded, make_model):
     model = make_model()
     with torch.inference_mode():
         lengths = torch.full((2,), length) if padded else None
