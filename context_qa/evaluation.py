@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-import torch._dynamo  # imported later, it would delay a signal for seconds
 from accelerate import PartialState
 from tqdm import tqdm
 

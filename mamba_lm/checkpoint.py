@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.atomic_files import MODEL_FILES, atomic_folder
 from common.errors import UserError, warn
@@ -84,15 +85,37 @@ def load_model(
     folder = files.config.parent
     weights, config = read_model_weights(folder, config)
     _require_size(config, weights, files.config)
-    with torch.device("meta"):
-        model = config.build()
+    model = _build_empty(config)
     _require_fit(model, weights, folder)
-    model.to_empty(device="cpu")
-    if config.tie_embeddings:  # to_empty gave each name a parameter of its own
+    _allocate(model)
+    if config.tie_embeddings:  # each name has a parameter of its own now
         model.lm_head.weight = model.backbone.embeddings.weight
     load_weights(model, weights, source=folder)
     model.generation = _read_generation(files)
     return model.to(device, dtype).eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """In this block, `torch.nn.init` leaves tensors as they are: to fill one on the meta device,
+    torch imports its compiler, which takes a third of the time in which a console starts."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _build_empty(config: ModelConfig) -> LanguageModel:
+    """A model of this shape on the meta device, where tensors have no values."""
+    with torch.device("meta"), _NoInit():
+        return config.build()
+
+
+def _allocate(model: LanguageModel) -> None:
+    """Give a model of the meta device parameters on the CPU; `to_empty` would import sympy."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
 
 
 def read_model_weights(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
@@ -245,8 +268,7 @@ def _require_plain_names(
     weights: dict[str, Tensor], config: ModelConfig, folder: str | Path
 ) -> None:
     """UserError where there are weights of modules that a plain model has not: adapters, mostly."""
-    with torch.device("meta"):
-        expected = config.build().state_dict().keys()
+    expected = _build_empty(config).state_dict().keys()
     extra, missing = sorted(weights.keys() - expected), sorted(expected - weights.keys())
     if extra or missing:
         raise UserError(

@@ -200,7 +200,7 @@ def test_texts_of_either_direction_are_shown_in_their_own(report):
     arguments = {"model": arabic, "data": arabic}
     html = report(ROWS, SUMMARY | {"arguments": arguments, "warnings": [arabic]})
     assert f'<h1 dir="auto">{arabic} on {arabic}</h1>' in html
-    assert f"Warning: <bdi>{arabic}</bdi>." in html and "<p><bdi>made.jsonl</bdi>: 6 q" in html
+    assert f"Warning: <bdi>{arabic}</bdi>." in html and "<p><bdi>made.jsonl</bdi>. Que" in html
     assert f'<dt>model</dt><dd dir="auto">{arabic}</dd>' in html
     for shown in ("opener", "answer", "guess"):
         assert re.search(rf'"(button|span)", .*CLIPPED.*row\.({shown}|question)\)', html), shown

@@ -259,6 +259,16 @@ def test_nothing_heavy_is_imported_during_a_run(script, block, arguments, tmp_pa
     assert len([name for name in late if name.startswith(("torch.", "transformers."))]) < 50
 
 
+def test_loading_a_model_does_not_import_the_compiler_of_torch():
+    """It would take a third of the time in which a console starts."""
+    code = (
+        "import sys; from mamba_lm.checkpoint import load_model_and_tokenizer as load; "
+        f"load({MODEL!r}); print({{'torch._dynamo', 'sympy'}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 def test_a_folder_as_results_file_is_refused(tmp_path):
     evaluate = [["sliding-window", DATA, output, "--limit", "1"] for output in ("/", "results/")]
     for outcome in run_cases("eval_mamba_with_context", evaluate, lambda: tmp_path):

@@ -125,8 +125,8 @@ class MambaMixer(nn.Module):
         self.x_proj = Linear(d, r + 2 * n, bias=False)
         self.dt_proj = Linear(r, d)
         self.delta = DeltaSoftplus()
-        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1).repeat(d, 1)))  # S4D-Real
-        self.D = nn.Parameter(torch.ones(d))
+        self.A_log = nn.Parameter(torch.empty(d, n))
+        self.D = nn.Parameter(torch.empty(d))
         self.out_proj = Linear(d, m, bias=config.proj_bias)
 
     def forward(
@@ -239,7 +239,8 @@ class MambaLM(LanguageModel):
         super().__init__(config)
         self.backbone = MambaBackbone(config)
         self.lm_head = Linear(config.d_model, config.vocab_rows, bias=False)
-        initialize(self)
+        if not self.lm_head.weight.is_meta:  # else there is nothing to fill
+            initialize(self)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
@@ -346,6 +347,10 @@ def initialize(model: MambaLM) -> None:
     nn.init.normal_(model.backbone.embeddings.weight, std=model.config.initializer_range)
     for block in model.backbone.layers:
         mixer = block.mixer
+        d, n = mixer.A_log.shape
+        with torch.no_grad():
+            mixer.A_log.copy_(torch.log(torch.arange(1.0, n + 1).repeat(d, 1)))  # S4D-Real
+            mixer.D.fill_(1.0)
         for projection in (mixer.in_proj, mixer.out_proj):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
