@@ -129,7 +129,7 @@ def test_a_report_shows_the_older_scores(run):
     assert run(report_results, "fx/results.jsonl") == "fx/results.html\n"
     page = Path("fx/results.html").read_text("utf-8")
     assert '<h1 dir="auto">fx/finished on fx/eval.jsonl</h1>' in page
-    assert "16 with an answer, 8 without an answer, 16 negatives" in page
+    assert "16 with an answer, 8 without an answer, 16 on another context" in page
     for title, score in (("all", "4.2"), ("without answer", "12.5"), ("negatives", "0.0")):
         assert re.search(f'"row">{title}</th><td>[0-9]+</td><td><b>{score}</b>', page), title
     assert 'class="notice" role="note">Warning: ' in page
