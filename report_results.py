@@ -15,7 +15,12 @@ from pathlib import Path
 
 from common.command_line import Parser
 from common.errors import printable
-from common.output_files import check_inputs_not_overwritten, require_writable, write_output
+from common.output_files import (
+    check_inputs_not_overwritten,
+    check_output,
+    require_writable,
+    write_output,
+)
 from context_qa.results.reading import read_objects, results_rows
 from context_qa.results.summary import read_summary, summary_path
 
@@ -39,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     with exit_on_signal():
         from context_qa.results.report import PAGE, report_page
 
+        check_output(output, PAGE, overwrite=True)  # anything but a page is refused before drawing
         page = report_page(rows, summary, Path(args.results).name, is_torn)
     write_output(output, page, PAGE, args.overwrite)
     print(printable(output))

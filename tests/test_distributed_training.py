@@ -22,7 +22,7 @@ from mamba_lm.training.checkpoints import find_damage
 from mamba_lm.training.trainer import PrefixSuffixTrainer
 
 ROOT = Path(__file__).parents[1]
-STEPS = 20
+STEPS = 10
 # As many layers as it takes to see that each is sharded by itself; a width that two do not divide.
 TINY = {"d_model": 33, "n_layer": 3, "vocab_size": 2156, "ssm_cfg": {"d_state": 4}}
 ALONE = ("--gradient_accumulation_steps", "4")
@@ -37,9 +37,15 @@ RUNS = {  # of two processes
 
 
 def train(folder: Path, output: str, *more: str) -> None:
-    settings = ("save_strategy=steps", "save_steps=10", "use_cpu=true", "disable_tqdm=true")
+    settings = (
+        "save_strategy=steps",
+        f"save_steps={STEPS // 2}",
+        "use_cpu=true",
+        "disable_tqdm=true",
+    )
     if "--eval_data" in more:
-        settings += ("eval_strategy=steps", "eval_steps=10")
+        settings += ("eval_strategy=steps", f"eval_steps={STEPS // 2}")
+        settings += ("load_best_model_at_end=false",)
     sys.argv = [
         *("train_mamba_with_context.py", "--model", str(folder / "tiny.json")),
         *("--data_path", str(folder / "data.jsonl"), "--tokenizer", "data/demo/tokenizer"),
@@ -99,7 +105,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_where_one_does(name, folder):
-    """The same 20 steps of some 31 questions, in four batches; over three epochs."""
+    """The same steps of some 31 questions, in four batches; over two epochs."""
     alone, start = weights(folder / "alone"), load_weights_at_start(folder)
     for key, got in weights(folder / name).items():
         assert (got - alone[key]).abs().max() < 1e-5, key
@@ -126,7 +132,7 @@ def test_each_process_has_its_shard_alone(name, folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_of_two_processes_is_that_of_one(name, folder):
     """So a single process resumes from it, and its model loads."""
-    one, two = (folder / each / "checkpoint-20" for each in ("alone", name))
+    one, two = (folder / each / f"checkpoint-{STEPS}" for each in ("alone", name))
     assert find_damage(two) is None
     load_model(str(two))
     states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two)]
@@ -142,12 +148,12 @@ def test_a_checkpoint_of_two_processes_is_that_of_one(name, folder):
 def test_a_sharded_run_is_scored(folder):
     log = (folder / "scored/training_log.jsonl").read_text().splitlines()
     scores = [row for row in map(json.loads, log) if "eval_exact_match" in row]
-    assert [row["step"] for row in scores] == [10, 20]
+    assert [row["step"] for row in scores] == [STEPS // 2, STEPS]
     assert "abstention f1" in (folder / "scored/README.md").read_text()
 
 
 def test_runs_resume_sharded_or_not(folder):
-    """From step 10 of a run of one kind to step 20 of the other."""
+    """From half the steps of a run of one kind to the end of the other."""
     alone = weights(folder / "alone")
     for name in ("resumed sharded", "resumed in copies"):
         for key, got in weights(folder / name).items():
@@ -156,7 +162,13 @@ def test_runs_resume_sharded_or_not(folder):
 
 def resume(folder: Path, name: str, of: str, *more: str) -> None:
     """A run of its own that resumes from another one's checkpoint."""
-    train(folder, name, *more, "--trainer", f"resume_from_checkpoint={folder / of}/checkpoint-10")
+    train(
+        folder,
+        name,
+        *more,
+        "--trainer",
+        f"resume_from_checkpoint={folder / of}/checkpoint-{STEPS // 2}",
+    )
 
 
 if __name__ == "__main__":
