@@ -38,6 +38,7 @@ from mamba_lm.training import trainer as training
 from mamba_lm.training.prefix_suffix import Item
 from squad_utils import read_examples
 from studies.shared_contexts import learning, same_answers
+from tests.contenders import a_contender, fail_when_called, kill_this_process, no_contender
 
 ROOT = Path(__file__).parents[1]
 TRAIN, VALIDATION = "data/demo/train.jsonl", "data/demo/validation.jsonl"
@@ -295,19 +296,11 @@ def test_plot_without_matplotlib_is_refused(monkeypatch):
         run(bench_growth, monkeypatch, "--plot", "x.png")
 
 
-def a_contender(size: int) -> timing.Contender:
-    return timing.Contender(lambda: torch.ones(size), items=3, tokens=size)
-
-
 def test_a_worker_measures_in_a_process_of_its_own():
     worker = timing.Worker(a_contender, 20_000_000)
     assert (worker.items, worker.tokens) == (3, 20_000_000)
     assert 70e6 < worker.peak_growth() < 100e6
     assert worker.time() > 0
-
-
-def no_contender() -> timing.Contender:
-    raise UserError("nosuch: no tokenizer")
 
 
 def test_an_error_in_a_worker_is_reported():
@@ -316,21 +309,10 @@ def test_an_error_in_a_worker_is_reported():
         worker.items  # noqa: B018
 
 
-def kill_this_process() -> timing.Contender:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_killed_worker_is_reported():
     worker = timing.Worker(kill_this_process)
     with pytest.raises(UserError, match="was killed: is the memory enough"):
         worker.items  # noqa: B018
-
-
-def fail_when_called() -> timing.Contender:
-    def fail():
-        raise ZeroDivisionError("a bug")
-
-    return timing.Contender(fail)
 
 
 def test_a_bug_in_a_worker_is_one_with_its_place():

@@ -113,9 +113,12 @@ def stop_at_moments(script: str, folder: Path, results: Path, moments: int) -> l
     return seconds
 
 
-@pytest.mark.parametrize(
-    "script", [s for s in RUNS if s not in ("eval_n_shot_mamba.py", "prompt_mamba.py")]
-)  # the other two end as the scripts with a context do: `make test-slow` runs them
+SLOW = {  # two end as the scripts with a context do; signals in training have tests of their own
+    *("eval_n_shot_mamba.py", "prompt_mamba.py", "train_mamba_with_context.py"),
+}
+
+
+@pytest.mark.parametrize("script", [script for script in RUNS if script not in SLOW])
 def test_a_script_is_stopped_at_some_moments(script, results, tmp_path):
     stop_at_moments(script, tmp_path, results, moments=2)
 
