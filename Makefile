@@ -66,7 +66,7 @@ models/demo_first/.finished: | setup
 	@touch $@
 
 test: setup
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  # what is too long for every time: kills, signals, damaged files
 	$(RUN) -m pytest -m slow
