@@ -244,7 +244,14 @@ def test_a_terminal_without_editing(start, by):
     assert terminal.end() == 0
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (CTRL_C, 130), (CTRL_D, 0)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),  # as at another question
+        (CTRL_C, 130),
+        (CTRL_D, 0),
+    ],
+)
 def test_no_context_is_typed(start, sent, code):
     terminal = start(WITH_CONTEXT)
     terminal.wait_for("Context, ended by an empty line:")

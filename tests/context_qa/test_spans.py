@@ -178,7 +178,7 @@ def wild() -> Answerer:
 
 
 @pytest.mark.parametrize("borders", ["words", "characters"])
-@pytest.mark.parametrize(("source", "count"), [("demo", 20), ("squad", 20)])
+@pytest.mark.parametrize(("source", "count"), [("demo", 20), ("squad", 10)])
 def test_guesses_are_those_of_a_search_over_all_spans(wild, source, count, borders):
     """On `count` contexts with a trained model, on as many others with random weights."""
     path = (
